@@ -1,0 +1,40 @@
+"""The exact importance of single weights: how much does the loss change when this weight is set to zero?
+
+The map, in reading order (a file imports only files above it):
+
+    errors      the error tree, drawn              partial     raw sums over one shard: zero, add, merge, join
+    spec        JobSpec: what was asked            engine/     run one shard -> PartialSums
+    catalog     names and facts; torch-free        layers      what a model's layers are, the path each takes
+    models      name -> module in eval mode        table       one frozen row per site
+    data        name -> batches in fixed order     statistics, plots, export   read the table only
+    sites       list weights, draw sampled ones    proof       the job's own check against the reference
+    plan        spec + shapes -> shards, cost      demo        the built-in model and its training
+    precision   float64 from the target on         run         the whole walk on one screen
+    baseline    intact loss; determinism check     notebook    `ablation.ablate` and the table it returns
+    reference   zero, forward, restore: the truth  cli/        an edge: reads the environment, starts services
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ablation.data import load_data
+    from ablation.models import load_model
+    from ablation.notebook import ablate
+
+__all__ = ["ablate", "load_data", "load_model"]
+
+
+def __getattr__(name: str) -> Any:  # torch is loaded when it is first needed, so that `import ablation` is quick
+    if name == "ablate":
+        from ablation.notebook import ablate
+
+        return ablate
+    if name == "load_model":
+        from ablation.models import load_model
+
+        return load_model
+    if name == "load_data":
+        from ablation.data import load_data
+
+        return load_data
+    raise AttributeError(f"module 'ablation' has no attribute {name!r}")

@@ -1,0 +1,65 @@
+"""What can go wrong, as types: each error names what was given, what is allowed and what to do next.
+
+    AblationError
+    ├── SpecError         what was asked is not possible; `.field` says which part of the job spec
+    ├── ModelError        the model can't be measured exactly (or at all); the message says why
+    ├── DataError         a data set or an example can't be used; the message says which
+    ├── CheckpointError   a checkpoint file can't be loaded into the model
+    ├── ProofError        the job's own check against the reference failed; both numbers are in the message
+    ├── Cancelled         the job was cancelled while it ran; not a fault
+    └── ServiceError      a part of the service (Redis, a server) is missing or unreachable
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AblationError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class SpecError(AblationError, ValueError):
+    """What was asked is not possible.
+
+    `field` is the dotted place in the job spec (``"sites.count"``), so that the API can name it.
+    """
+
+    def __init__(self, field: str, given: object, allowed: str, next_step: str = "") -> None:
+        self.field = field
+        self.given = given
+        self.allowed = allowed
+        self.next_step = next_step
+        super().__init__(f"{field}: got {given!r}; allowed: {allowed}." + (f" {next_step}" if next_step else ""))
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
+        return (type(self), (self.field, self.given, self.allowed, self.next_step))
+
+
+class ModelError(AblationError):
+    """The model can't be measured exactly, or not at all."""
+
+
+class DataError(AblationError):
+    """A data set or one of its examples can't be used."""
+
+
+class CheckpointError(AblationError):
+    """A checkpoint file can't be loaded into the model."""
+
+
+class ProofError(AblationError):
+    """The job's own check against the reference went beyond its bound."""
+
+
+class Cancelled(AblationError):
+    """The job was cancelled while it ran."""
+
+
+class ServiceError(AblationError):
+    """A part of the service is missing or can't be reached."""
+
+
+def nearest(given: str, allowed: Iterable[str], n: int = 3) -> str:
+    """The allowed names closest to `given`, as the tail of an error message."""
+    names = difflib.get_close_matches(given, list(allowed), n=n, cutoff=0.5)
+    return f"Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""

@@ -1,0 +1,151 @@
+"""What was asked: the job spec, the same fields in Python, on the command line and over HTTP.
+
+In: JSON or keyword arguments. Out: a frozen, checked `JobSpec`. What depends on the model or on the data
+(does the layer exist, has it that many weights) is not known here; `plan.py` checks it.
+Torch-free: the API reads specs too.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+
+from ablation.errors import SpecError
+
+Precision = Literal["mixed", "float32", "float64"]
+SPLITS = ("train", "test")  # every split a job can have, in column order
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown fields and takes numbers as numbers (`true` and `"5"` are not 5)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSpec(Record):
+    """Which network, with which weights."""
+
+    name: str = Field(min_length=1, max_length=200)
+    weights: str | None = Field(
+        default=None,
+        max_length=500,
+        description="a torchvision weights name or a checkpoint's file name; absent: the model's default",
+    )
+    seed: Seed = 0
+
+
+class PerClass(Record):
+    """The same number of examples of every class, drawn without replacement."""
+
+    per_class: Count
+    seed: Seed = 0
+
+
+class CountOfExamples(Record):
+    """A number of examples, drawn uniformly without replacement."""
+
+    count: Count
+    seed: Seed = 0
+
+
+SplitSpec = Literal["all"] | PerClass | CountOfExamples
+
+
+class DataSpec(Record):
+    """Which data set, and which part of each split."""
+
+    name: str = Field(min_length=1, max_length=200)
+    root: str | None = Field(default=None, max_length=1000, description="relative to the operator's data folder")
+    train: SplitSpec | None = None
+    test: SplitSpec | None = None
+
+    @model_validator(mode="after")
+    def _has_a_split(self) -> "DataSpec":
+        if self.train is None and self.test is None:
+            raise ValueError("no split was asked for; give 'train', 'test' or both")
+        return self
+
+    @property
+    def splits(self) -> dict[str, SplitSpec]:
+        """The splits that were asked for, in column order."""
+        asked = {name: getattr(self, name) for name in SPLITS}
+        return {name: split for name, split in asked.items() if split is not None}
+
+
+class CountOfSites(Record):
+    """A number of sites, drawn uniformly without replacement."""
+
+    count: Count
+    seed: Seed = 0
+
+
+class SiteIndices(Record):
+    """Explicit flat indices into the parameter tensor, in the order of the table's rows."""
+
+    indices: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+
+    @field_validator("indices")
+    @classmethod
+    def _distinct(cls, indices: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(indices)) != len(indices):
+            seen: set[int] = set()
+            twice = next(i for i in indices if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+            raise ValueError(f"indices must be distinct; {twice} is given twice")
+        return indices
+
+
+SitesSpec = Literal["all"] | CountOfSites | SiteIndices
+
+
+class Constant(Record):
+    """Replace the weight by this number."""
+
+    constant: Annotated[float, Field(strict=False)]
+
+    @field_validator("constant", mode="before")
+    @classmethod
+    def _finite_number(cls, constant: object) -> object:
+        if isinstance(constant, bool) or not isinstance(constant, int | float) or not math.isfinite(constant):
+            raise ValueError("the constant must be a finite number")
+        return constant
+
+
+ValueSpec = Literal["zero"] | Constant
+
+
+class JobSpec(Record):
+    """One job: how much does the loss change when these weights of this layer are replaced, on this data?"""
+
+    model: ModelSpec
+    layer: str = Field(min_length=1, max_length=500, description="a module's name (its weight) or a parameter's full name")
+    data: DataSpec
+    sites: SitesSpec
+    value: ValueSpec = "zero"
+    precision: Precision = "mixed"
+    verify: Annotated[int, Field(ge=0, le=1024)] = 8
+    top1: bool = False
+    criteria: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @field_validator("criteria")
+    @classmethod
+    def _known_criteria(cls, criteria: tuple[str, ...]) -> tuple[str, ...]:
+        if criteria:
+            raise ValueError(f"got {list(criteria)}; this version computes none: leave criteria empty")
+        return criteria
+
+
+def make_spec(fields: dict[str, Any]) -> JobSpec:
+    """The checked spec made from plain fields.
+
+    Raises:
+        SpecError: the first thing that is wrong, with its dotted field name.
+    """
+    try:
+        return JobSpec.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "spec"
+        raise SpecError(field, first.get("input"), first["msg"]) from None
