@@ -41,6 +41,7 @@ class ModelFacts(Record):
     n_classes: int
     input_shape: tuple[int, ...] = Field(strict=False, description="shape of one example after preprocessing")
     flops: float = Field(description="flops per example of one forward pass")
+    widest: int = Field(description="most numbers per example that go into and out of one call")
     layers: tuple[LayerFacts, ...] = Field(strict=False)
 
 

@@ -11,24 +11,29 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ablation.catalog import LayerFacts, ModelFacts
+from ablation.catalog import LayerFacts, ModelFacts, find_layer
 from ablation.errors import SpecError
 from ablation.spec import CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
 
 Path = Literal["direct", "rerun", "reference"]
 ENGINES = ("auto", "direct", "rerun", "reference")
 
-# The fixed cost table: flops per second and thread. Rough on purpose: it sets the cut and the estimate, not the result.
-FLOPS_PER_S = {"float32": 40e9, "float64": 20e9}
-PAIRS_PER_S = 0.4e6  # (site, example) pairs of 1,000 classes scored by the direct path, per second and thread
-CALL_S = 2e-3  # fixed cost of one run of the model's remainder, whatever its size
+# The fixed cost table. Rough on purpose: it sets the cut and the estimate, never the result.
+FLOPS_PER_S = {"float32": 40e9, "float64": 20e9}  # per thread
+CALL_S = 2e-3  # one run of the rest of a model, beside its flops
+PAIR_S = 25e-9  # one (site, example) pair in the direct path: finding out whether it moves, per thread
+PAIR_CLASS_S = 0.1 * 1.2e-9  # and one class of it, times the share of pairs that move
 
 SHARD_S = 60.0  # a shard aims at this many seconds
+MAX_SHARDS = 4096  # of one split
 MAX_SITES_PER_SHARD = 1 << 20
 MAX_BATCH = 256
 BATCH_VALUES = 1 << 24  # numbers that one batch of inputs may hold
 PROOF_EXAMPLES = 64
-BYTES_PER_SITE = 40  # of a partial: five float64 or int64 a site
+PROOF_SHARE = 0.1  # of the job's cost, at most
+BYTES_PER_SITE = 56  # of a partial: seven float64 or int64 a site
+BYTES_PER_ROW = 120  # of the table
+WORKSPACE_BYTES = 300 << 20  # what the engine takes beside model and batch
 
 
 class SplitPlan(Record):
@@ -71,6 +76,7 @@ class Plan(Record):
     parameter: str
     kind: str
     shape: tuple[int, ...] = Field(strict=False)
+    n_classes: int
     n_sites: int
     path: Path
     precision: Precision
@@ -132,3 +138,137 @@ def count_sites(spec: JobSpec, layer: LayerFacts) -> int:
     if worst >= n:
         raise SpecError("sites.indices", worst, f"0 to {n - 1}, the flat indices of {layer.name}")
     return len(spec.sites.indices)
+
+
+def make_plan(
+    spec: JobSpec,
+    facts: ModelFacts,
+    counts: dict[str, SplitCounts],
+    *,
+    threads: int,
+    shard_s: float = SHARD_S,
+    engine: str = "auto",
+    batch_size: int | None = None,
+) -> Plan:
+    """The cut of a job: which path, which shards, which examples the proof goes over, and what it will cost.
+
+    Raises:
+        SpecError: the model has no such layer, or more sites or examples were asked for than there are.
+    """
+    layer = find_layer(facts, spec.layer)
+    path = _choose_path(layer, engine)
+    n_sites = count_sites(spec, layer)
+    splits = tuple(count_asked(name, asked, counts[name]) for name, asked in spec.data.splits.items())
+    batch_size = batch_size or _choose_batch_size(facts)
+    seconds = {split.name: _estimate_s(split, facts, layer, path, n_sites, batch_size, threads) for split in splits}
+    shards = tuple(
+        shard for split in splits for shard in _cut(split, n_sites, batch_size, seconds[split.name] / shard_s)
+    )
+    return Plan(
+        parameter=layer.parameter,
+        kind=layer.kind,
+        shape=layer.shape,
+        n_classes=facts.n_classes,
+        n_sites=n_sites,
+        path=path,
+        precision=spec.precision,
+        batch_size=batch_size,
+        threads=threads,
+        splits=splits,
+        shards=shards,
+        proof=_plan_proof(spec, splits, min(spec.verify, n_sites), sum(seconds.values()), facts, threads),
+        estimate=_estimate(splits, shards, facts, n_sites, batch_size, threads, sum(seconds.values())),
+    )
+
+
+def _choose_path(layer: LayerFacts, engine: str) -> Path:
+    if engine not in ENGINES:
+        raise SpecError("engine", engine, f"one of {', '.join(ENGINES)}")
+    if engine == "direct" and layer.path != "direct":
+        raise SpecError(
+            "engine", engine, "auto, rerun or reference for this layer", f"{layer.name} is not part of a classifier head."
+        )
+    return layer.path if engine == "auto" else engine  # type: ignore[return-value]
+
+
+def _choose_batch_size(facts: ModelFacts) -> int:
+    """The largest power of two up to MAX_BATCH whose inputs stay small."""
+    fits = max(1, BATCH_VALUES // max(1, math.prod(facts.input_shape)))
+    return min(MAX_BATCH, 1 << (fits.bit_length() - 1))
+
+
+def _pass_s(facts: ModelFacts, threads: int) -> float:
+    """One example of one plain float32 pass."""
+    return max(facts.flops, 1e6) / (FLOPS_PER_S["float32"] * threads)
+
+
+def _estimate_s(
+    split: SplitPlan, facts: ModelFacts, layer: LayerFacts, path: Path, n_sites: int, batch_size: int, threads: int
+) -> float:
+    """Seconds for one split by the fixed cost table."""
+    n, n_batches = split.n_examples, math.ceil(split.n_examples / batch_size)
+    base_s = n * (_pass_s(facts, threads) + layer.flops_after / (FLOPS_PER_S["float64"] * threads))
+    if path == "direct":
+        return base_s + n * n_sites * (PAIR_S + PAIR_CLASS_S * facts.n_classes) / threads
+    flops = layer.flops_after if path == "rerun" else facts.flops
+    run_s = n * flops / (FLOPS_PER_S["float64"] * threads) + n_batches * CALL_S
+    return base_s + n_sites * run_s
+
+
+def _cut(split: SplitPlan, n_sites: int, batch_size: int, n_wanted: float) -> list[Shard]:
+    """About `n_wanted` shards: along the examples first, so that each pays its prefix once; along the sites if need be.
+
+    Blocks of one class are never cut: their variance is closed within one shard.
+    """
+    unit = split.per_class * max(1, batch_size // split.per_class) if split.per_class else batch_size
+    n_units = math.ceil(split.n_examples / unit)
+    n_wanted = min(math.ceil(n_wanted), MAX_SHARDS)
+    n_site_blocks = max(math.ceil(n_sites / MAX_SITES_PER_SHARD), min(n_sites, math.ceil(n_wanted / n_units)))
+    examples = _intervals(split.n_examples, unit * math.ceil(n_units / max(1, min(n_units, n_wanted))))
+    sites = _intervals(n_sites, math.ceil(n_sites / n_site_blocks))
+    return [
+        Shard(id=f"{split.name}-{e}-{s}", split=split.name, examples=block, sites=rows)
+        for s, rows in enumerate(sites)
+        for e, block in enumerate(examples)
+    ]
+
+
+def _intervals(n: int, length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + length, n)) for start in range(0, n, length)]
+
+
+def _plan_proof(
+    spec: JobSpec, splits: tuple[SplitPlan, ...], n_sites: int, seconds: float, facts: ModelFacts, threads: int
+) -> ProofPlan:
+    """Examples for the proof: one at random from each of equal intervals of every split, so that all shards have some."""
+    n_all = sum(split.n_examples for split in splits)
+    one_s = 2 * (n_sites + 1) * facts.flops / (FLOPS_PER_S["float64"] * threads)
+    n_wanted = min(PROOF_EXAMPLES, n_all, max(8, int(PROOF_SHARE * seconds / max(one_s, 1e-9))))
+    random = np.random.default_rng(0)
+    examples = {}
+    for split in splits:
+        n = max(1, n_wanted * split.n_examples // n_all)
+        edges = [k * split.n_examples // n for k in range(n + 1)]
+        drawn = (int(random.integers(low, high)) for low, high in zip(edges, edges[1:], strict=False))
+        examples[split.name] = tuple(drawn)
+    return ProofPlan(n_sites=n_sites, examples=examples if spec.verify else {})
+
+
+def _estimate(
+    splits: tuple[SplitPlan, ...],
+    shards: tuple[Shard, ...],
+    facts: ModelFacts,
+    n_sites: int,
+    batch_size: int,
+    threads: int,
+    seconds: float,
+) -> Estimate:
+    n_examples = sum(split.n_examples for split in splits)
+    n_parameters = sum(layer.n_weights for layer in facts.layers)
+    return Estimate(
+        n_examples=n_examples,
+        passes=seconds / (n_examples * _pass_s(facts, threads)),
+        seconds=seconds,
+        memory_bytes=12 * n_parameters + 12 * batch_size * facts.widest + WORKSPACE_BYTES + n_sites * BYTES_PER_ROW,
+        redis_bytes=sum(shard.sites[1] - shard.sites[0] for shard in shards) * BYTES_PER_SITE + n_sites * BYTES_PER_ROW,
+    )

@@ -6,6 +6,7 @@ Torch-free: the API reads specs too.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
@@ -146,6 +147,34 @@ def make_spec(fields: dict[str, Any]) -> JobSpec:
     try:
         return JobSpec.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "spec"
-        raise SpecError(field, first.get("input"), first["msg"]) from None
+        raise spec_error(error.errors(include_url=False)) from None
+
+
+# The forms of the fields that take one of several, for whoever gave none of them.
+_SPLIT_FORMS = "'all', {'per_class': k, 'seed': s} or {'count': k, 'seed': s}"
+FORMS = {
+    "sites": "'all', {'count': k, 'seed': s} or {'indices': [...]}",
+    "value": "'zero' or {'constant': number}",
+    "data.train": _SPLIT_FORMS,
+    "data.test": _SPLIT_FORMS,
+}
+_OTHER_FORM = ("literal_error", "missing", "extra_forbidden", "model_type")  # says only that it is not this form
+
+
+def spec_error(errors: Sequence[Mapping[str, Any]]) -> SpecError:
+    """The first of pydantic's errors, in the words of the job spec.
+
+    Where a field takes one of several forms, pydantic reports every form that it is not; the one that was meant counts.
+    """
+    first = errors[0]
+    field = ".".join(str(part) for part in first["loc"])
+    union, several, _ = field.partition(".literal[")
+    if several:
+        depth = union.count(".") + 1
+        meant = [e for e in errors if e["loc"][:depth] == first["loc"][:depth] and e["type"] not in _OTHER_FORM]
+        if not meant:
+            return SpecError(union, first["input"], FORMS.get(union, "one of its forms"))
+        first = meant[0]
+        field = ".".join([union, *(str(part) for part in first["loc"][depth + 1 :])])
+    allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return SpecError(field or "spec", None if first["type"] == "missing" else first.get("input"), allowed)

@@ -1,0 +1,103 @@
+"""The intact network: is it one that can be measured exactly? Refusals and the determinism check.
+
+In: a model, a batch. Out: nothing, or an error that says what is wrong with which module or example.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ablation.errors import DataError, ModelError
+from ablation.reference import intact_logits
+
+# Largest difference of a logit between two batch compositions, relative to 1 + the largest logit.
+# Kernels round differently at different batch sizes (seen: up to 1e-5 in float32); batch mates that matter do more.
+COMPOSITION_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Refuse models whose loss on one example depends on its batch mates even in eval mode.
+
+    Raises:
+        ModelError: a normalisation layer has no running statistics.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ModelError(
+                f"{name} ({type(module).__name__}) has no running statistics, so the loss on one example depends on its "
+                "batch mates; train it with track_running_stats=True, or replace it by a normalisation per example."
+            )
+
+
+def check_labels(labels: Tensor, n_classes: int, first_example: int = 0) -> None:
+    """Refuse labels that are not class numbers of this model.
+
+    Raises:
+        DataError: the labels' type or shape is wrong, or one is outside 0..n_classes-1; the message says which.
+    """
+    if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(
+            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; allowed: one whole number per example "
+            "(no soft labels, no one-hot rows)."
+        )
+    outside = ((labels < 0) | (labels >= n_classes)).nonzero().flatten().tolist()
+    if outside:
+        raise DataError(
+            f"example {first_example + outside[0]} has label {int(labels[outside[0]])}; "
+            f"allowed: 0 to {n_classes - 1}, the model's classes."
+        )
+
+
+def check_logits(logits: Any, n_examples: int, first_example: int = 0) -> None:
+    """Refuse outputs that are not finite logits of shape (examples, classes).
+
+    Raises:
+        ModelError: another shape or type of output.
+        DataError: NaN or infinite logits; the message says for which example.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise ModelError(f"the model returned {type(logits).__name__}; allowed: logits, or an object with `.logits`.")
+    if logits.dim() != 2 or logits.shape[0] != n_examples:
+        raise ModelError(
+            f"the model returned shape {tuple(logits.shape)} for {n_examples} examples; allowed: (examples, classes)."
+        )
+    bad = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(f"example {first_example + bad[0]} gives NaN or infinite logits; check its input and the weights.")
+
+
+def check_composition(model: torch.nn.Module, inputs: Tensor) -> None:
+    """Run one batch as it is and again in another composition: reversed, in two unequal parts.
+
+    Raises:
+        ModelError: the logits differ by more than `COMPOSITION_TOLERANCE`.
+    """
+    logits = _logits(model, inputs)
+    again = _logits(model, inputs)
+    cut = len(inputs) // 3
+    turned = inputs.flip(0)
+    parts = [part for part in (turned[:cut], turned[cut:]) if len(part)]
+    composed = torch.cat([_logits(model, part) for part in parts]).flip(0)
+    tolerance = COMPOSITION_TOLERANCE[logits.dtype] * (1 + logits.abs().max().item())
+    for other, reason in ((again, "run twice on the same batch"), (composed, "run in another batch composition")):
+        worst = (other - logits).abs().max().item()
+        if not worst <= tolerance:
+            raise ModelError(
+                f"the model's logits differ by {worst:.3g} when {reason} (allowed: {tolerance:.3g}). Each example's loss "
+                "must be a fixed function of that example; look for randomness or for statistics over the batch."
+            )
+
+
+def _logits(model: torch.nn.Module, inputs: Tensor) -> Float[Tensor, "examples classes"]:
+    logits = intact_logits(model, inputs)
+    check_logits(logits, len(inputs))
+    return logits
+
+
+def example_loss(
+    logits: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]
+) -> Float[Tensor, " examples"]:
+    """The intact cross-entropy of each example, in nats and the logits' precision."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")

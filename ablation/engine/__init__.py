@@ -1,0 +1,111 @@
+"""Run one shard: batches in, `PartialSums` out.
+
+    calls   what a network does with its parameters, written down      loss    loss change from a logit change
+    head    is the way to the loss a classifier head?                  direct  heads, many sites at once
+    prefix  what comes before the target, once per batch               rerun   any target, one site at a time
+    deltas  what every path yields                                     sums    deltas -> partial sums
+
+Not here: which shards there are (`plan.py`), where batches come from (`data.py`), what the sums become (`table.py`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ablation import baseline
+from ablation.engine.calls import record_calls
+from ablation.engine.deltas import Deltas
+from ablation.engine.direct import Direct
+from ablation.engine.head import find_head
+from ablation.engine.loss import Intact, make_intact
+from ablation.engine.rerun import Rerun
+from ablation.engine.sums import Sums
+from ablation.errors import ModelError
+from ablation.partial import PartialSums
+from ablation.reference import in_float64, intact_logits, reference_deltas
+from ablation.sites import Sites
+
+
+class EnginePath(Protocol):
+    """One way to get the deltas; holds what does not change from batch to batch."""
+
+    def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
+        """One batch: the intact network, and the deltas of all sites."""
+        ...
+
+
+class Reference:
+    """`reference.py` as a path: the whole network in float64, one site at a time."""
+
+    def __init__(self, model: torch.nn.Module, parameter: str, sites: Sites, *, top1: bool) -> None:
+        if top1:
+            raise ModelError("engine='reference' does not count broken and fixed answers; use engine='rerun'.")
+        self.model = in_float64(model)
+        self.parameter = parameter
+        self.sites = sites
+
+    def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
+        """One batch."""
+        inputs = inputs.double() if inputs.is_floating_point() else inputs
+        intact = make_intact(intact_logits(self.model, inputs), labels)
+        return intact, self._deltas(intact, inputs)
+
+    def _deltas(self, intact: Intact, inputs: Tensor) -> Iterator[Deltas]:
+        for row in range(len(self.sites)):
+            rows = slice(row, row + 1)
+            delta = reference_deltas(self.model, self.parameter, self.sites[rows], inputs, intact.labels)
+            yield Deltas(rows, delta, delta != 0, intact.correct.expand(delta.shape))
+
+
+def open_path(
+    path: str,
+    model: torch.nn.Module,
+    parameter: str,
+    sites: Sites,
+    example: Any,
+    *,
+    precision: str,
+    top1: bool,
+) -> EnginePath:
+    """Make the path ready for one shard. `example` is a small batch, looked at to find the classifier head."""
+    if path == "direct":
+        head = find_head(record_calls(model, example), parameter)
+        if head is None:
+            raise ModelError(f"{parameter} is not part of a classifier head on this data; use engine='rerun'.")
+        return Direct(model, head, sites, precision=precision, top1=top1)
+    if path == "rerun":
+        return Rerun(model, parameter, sites, precision=precision, top1=top1)
+    return Reference(model, parameter, sites, top1=top1)
+
+
+def run_batches(
+    path: EnginePath,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    n_sites: int,
+    first_example: int,
+    per_class: int | None,
+    proof_examples: frozenset[int],
+    device: torch.device,
+    on_step: Callable[[int, int], None],
+) -> PartialSums:
+    """Sum the deltas of all sites over the batches of one shard.
+
+    `on_step(n_examples, n_sites)` is called after each piece of work with how much of it is done: examples of whole
+    batches, and sites of the batch under way. It may raise, to cancel.
+    """
+    sums = Sums(n_sites, per_class, device)
+    position = first_example
+    for inputs, labels in batches:
+        intact, pieces = path.run(inputs, labels)
+        baseline.check_logits(intact.logits, len(labels), position)
+        in_proof = torch.tensor([position + k in proof_examples for k in range(len(labels))], device=device)
+        for deltas in pieces:
+            sums.add(deltas, intact, in_proof)
+            on_step(position - first_example, deltas.rows.stop)
+        sums.add_intact(intact)
+        position += len(labels)
+    return sums.finish()

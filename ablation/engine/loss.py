@@ -1,0 +1,81 @@
+"""The change of cross-entropy from a change of logits, without cancellation (DESIGN.md 3.1).
+
+With p = softmax(z), m = argmax z, y the label, and q = p with entry m set to 0 (never 1 - p_m):
+
+    delta_l = log1p( sum_c q_c expm1(dz_c - dz_m) ) + (dz_m - dz_y)
+
+The last term is exactly 0 where m = y. The uncentred form log1p(sum_c p_c expm1(dz_c)) - dz_y loses everything for
+confident examples: its error grows as 1 / (1 - p_y). Here a small delta stays as accurate as the dz it came from.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+# Above this |sum|, log1p of it gains nothing over a difference of two log-sum-exps, and near -1 it loses.
+LARGE = 0.5
+
+
+@dataclass(frozen=True)
+class Intact:
+    """What the loss change needs of the intact network, once per batch."""
+
+    logits: Float[Tensor, "examples classes"]
+    labels: Int64[Tensor, " examples"]
+    top: Int64[Tensor, " examples"]
+    rest: Float[Tensor, "examples classes"]  # q: the softmax with its largest entry set to 0
+    loss: Float[Tensor, " examples"]
+
+    @property
+    def correct(self) -> Bool[Tensor, " examples"]:
+        """Whether the top-1 answer is right."""
+        return self.top == self.labels
+
+
+def make_intact(logits: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> Intact:
+    """Softmax, top-1 answer and loss of each example: loss = log1p(sum q / p_m) + (z_m - z_y)."""
+    top = logits.argmax(dim=1)
+    shifted = logits - logits.gather(1, top[:, None])
+    odds = shifted.exp().scatter(1, top[:, None], 0.0)  # q_c / p_m
+    total = odds.sum(dim=1)
+    rest = odds / (1 + total)[:, None]
+    loss = torch.log1p(total) - shifted.gather(1, labels[:, None])[:, 0]
+    return Intact(logits, labels, top, rest, loss)
+
+
+def loss_delta(
+    intact: Intact, examples: Int64[Tensor, " pairs"], dz: Float[Tensor, "pairs classes"]
+) -> Float[Tensor, " pairs"]:
+    """Each pair's change of loss when the logits of example `examples[k]` change by `dz[k]`, in nats, as float64.
+
+    Numerics: relative error about that of dz (float32: 1e-6 of sum_c q_c |dz_c - dz_m|), for any confidence.
+    """
+    top, labels = intact.top[examples], intact.labels[examples]
+    dz_top = dz.gather(1, top[:, None])
+    moved = ((dz - dz_top).expm1_() * intact.rest.to(dz.dtype)[examples]).sum(dim=1, dtype=torch.float64)
+    label_term = (dz_top - dz.gather(1, labels[:, None]))[:, 0].double()
+    delta = torch.log1p(moved) + label_term
+    large = (~(moved.abs() <= LARGE)).nonzero().flatten()  # NaN and infinity count as large
+    if len(large):
+        delta[large] = _large_delta(intact, examples[large], dz[large])
+    return delta
+
+
+def _large_delta(
+    intact: Intact, examples: Int64[Tensor, " pairs"], dz: Float[Tensor, "pairs classes"]
+) -> Float[Tensor, " pairs"]:
+    """The same as a difference of two losses in float64: accurate where the change is not small."""
+    logits, labels = intact.logits[examples].double(), intact.labels[examples]
+    ablated = torch.nn.functional.cross_entropy(logits + dz.double(), labels, reduction="none")
+    return ablated - intact.loss[examples].double()
+
+
+def is_correct(
+    intact: Intact, examples: Int64[Tensor, " pairs"], dz: Float[Tensor, "pairs classes"]
+) -> Bool[Tensor, " pairs"]:
+    """Whether the top-1 answer is right after the change."""
+    return (intact.logits[examples] + dz).argmax(dim=1) == intact.labels[examples]
+
+

@@ -1,0 +1,54 @@
+"""Any target in any model, exactly: the prefix once per batch, then the rest of the network again for every site.
+
+In: a batch. Out: the intact network's loss and, site by site, the per-example deltas.
+The deltas come from the difference of the float64 logits by `loss.py`. Slow (one run of the rest per site and batch),
+never an approximation.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ablation.engine.deltas import Deltas
+from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
+from ablation.engine.prefix import Prefix
+from ablation.precision import FromTargetOn, as_found, run_with
+from ablation.sites import Sites
+
+
+class Rerun:
+    """The slow exact path of one job: holds the model, its target parameter and the sites."""
+
+    def __init__(self, model: torch.nn.Module, parameter: str, sites: Sites, *, precision: str, top1: bool) -> None:
+        self.model = model
+        self.parameter = parameter
+        self.sites = sites
+        self.top1 = top1
+        intact = model.get_parameter(parameter).detach()
+        self.intact = intact if precision == "float32" else intact.double()
+        self.prefix = Prefix(model)
+
+    def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
+        """One batch: the intact network, and the deltas of one site after the other."""
+        mode = FromTargetOn(self.intact)
+        with as_found(self.model), self.prefix.remember(mode):
+            logits = run_with(self.model, self.parameter, self.intact, inputs, mode=mode)
+        intact = make_intact(logits, labels)
+        return intact, self._deltas(intact, inputs)
+
+    def _deltas(self, intact: Intact, inputs: Tensor) -> Iterator[Deltas]:
+        every = torch.arange(len(inputs), device=inputs.device)
+        for row in range(len(self.sites)):
+            dz = self._logits(row, inputs) - intact.logits
+            delta = loss_delta(intact, every, dz)
+            touched = (dz != 0).any(dim=1)
+            correct = is_correct(intact, every, dz) if self.top1 else intact.correct
+            yield Deltas(slice(row, row + 1), delta[None], touched[None], correct[None])
+
+    def _logits(self, row: int, inputs: Tensor) -> Float[Tensor, "examples classes"]:
+        ablated = self.intact.clone()
+        ablated.view(-1)[self.sites.indices[row]] = self.sites.replacements[row].to(ablated.dtype)
+        with as_found(self.model), self.prefix.replay():
+            return run_with(self.model, self.parameter, ablated, inputs)

@@ -1,0 +1,150 @@
+"""The job's own check against the reference: does what the table says agree with brute force?
+
+In: a job, its table's utilities, the sums over the proof's examples. Out: a plain record of errors, or `ProofError`.
+Chosen sites go through `reference.py` on examples drawn from every shard. Three numbers come out:
+
+    arithmetic error   the engine's own: the reference continued in float64 from the same layer input
+    model rounding     float32's own: against the whole model in float64 (reported, not bounded)
+    sum error          what the shards summed up over these examples, against the reference's sums:
+                       it ties the rows of the table to the right weights and the right examples
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from ablation.engine import EnginePath
+from ablation.errors import ProofError
+from ablation.reference import in_float64, reference_deltas
+from ablation.sites import Sites
+
+# Bounds of DESIGN.md section 2. float32 promises nothing beyond what is reported.
+ARITHMETIC_BOUND = {"mixed": 1e-4, "float64": 1e-9, "float32": None}
+# The prefix runs here in another batch composition than in the shards, so float32 rounds differently (seen: 1e-5);
+# wrong rows or examples give errors of order 1.
+SUM_BOUND = {"mixed": 1e-2, "float64": 1e-9, "float32": 1e-1}
+ROUNDING = 4e-15  # of 1 + mean loss, in nats: what subtracting two float64 losses can't see
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One split: the engine's and the reference's per-example deltas for the same sites and examples."""
+
+    engine: Float64[np.ndarray, "sites examples"]
+    continued: Float64[np.ndarray, "sites examples"]
+    whole: Float64[np.ndarray, "sites examples"]
+    sums: Float64[np.ndarray, " sites"]
+    utility_rms: float
+    loss: float
+
+
+def choose_rows(
+    utility: Float64[np.ndarray, "splits sites"], touched: Int64[np.ndarray, "splits sites"], n: int
+) -> Int64[np.ndarray, " rows"]:
+    """The rows to prove: half of them the largest |utility|, the others drawn from those that were touched."""
+    size = np.nan_to_num(np.abs(utility)).max(axis=0)
+    largest = np.argsort(-size, kind="stable")[: (n + 1) // 2]
+    others = np.setdiff1d(np.flatnonzero(touched.sum(axis=0) > 0), largest)
+    rest = np.setdiff1d(np.arange(utility.shape[1]), np.union1d(largest, others))
+    random = np.random.default_rng(0)
+    drawn = np.concatenate([random.permutation(others), random.permutation(rest)])[: n - len(largest)]
+    return np.sort(np.concatenate([largest, drawn])).astype(np.int64)
+
+
+def compare(
+    path: EnginePath,
+    model: torch.nn.Module,
+    parameter: str,
+    sites: Sites,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    sums: Float64[np.ndarray, " sites"],
+    utility_rms: float,
+    loss: float,
+) -> Compared:
+    """Run engine and reference side by side over the proof's examples of one split."""
+    whole_model = in_float64(model)
+    columns: dict[str, list[Tensor]] = {"engine": [], "continued": [], "whole": []}
+    for inputs, labels in batches:
+        _, pieces = path.run(inputs, labels)
+        columns["engine"].append(torch.cat([piece.delta for piece in pieces]))
+        columns["continued"].append(reference_deltas(model, parameter, sites, inputs, labels))
+        wide = inputs.double() if inputs.is_floating_point() else inputs
+        columns["whole"].append(reference_deltas(whole_model, parameter, sites, wide, labels))
+    arrays = {name: torch.cat(parts, dim=1).cpu().numpy() for name, parts in columns.items()}
+    return Compared(**arrays, sums=sums, utility_rms=utility_rms, loss=loss)
+
+
+def make_proof(compared: Mapping[str, Compared], precision: str) -> dict[str, Any]:
+    """The errors over all splits, as the record that goes into the table.
+
+    Raises:
+        ProofError: an error is beyond its bound; both numbers are in the message.
+    """
+    rounding = np.concatenate([_model_rounding(split) for split in compared.values()])
+    arithmetic = max(float(_arithmetic_errors(split, precision).max()) for split in compared.values())
+    sum_error = max(float(_sum_errors(split).max()) for split in compared.values())
+    proof = {
+        "n_sites": next(iter(compared.values())).engine.shape[0],
+        "n_examples": sum(split.engine.shape[1] for split in compared.values()),
+        "arithmetic_error": arithmetic,
+        "arithmetic_bound": ARITHMETIC_BOUND[precision],
+        "model_rounding_median": float(np.median(rounding)),
+        "model_rounding_p99": float(np.quantile(rounding, 0.99)),
+        "sum_error": sum_error,
+        "sum_bound": SUM_BOUND[precision],
+    }
+    _require(proof, "arithmetic", "the engine against the reference from the same layer input")
+    _require(proof, "sum", "the table's sums against the reference's")
+    return proof
+
+
+def _require(proof: dict[str, Any], name: str, what: str) -> None:
+    error, bound = proof[f"{name}_error"], proof[f"{name}_bound"]
+    if bound is not None and not error <= bound:
+        raise ProofError(
+            f"the proof failed: {what} is off by {error:.3g}, allowed is {bound:.3g}. The results are withheld; "
+            "run with engine='rerun' or precision='float64', and please report this model."
+        )
+
+
+def _arithmetic_errors(split: Compared, precision: str) -> Float64[np.ndarray, " sites"]:
+    """Mean per-example difference, in units of the utility (mixed) or of the mean |delta| (float64); 0 against 0 is 0."""
+    floor = ROUNDING * (1 + split.loss)
+    difference = np.maximum(np.abs(split.engine - split.continued) - floor, 0).mean(axis=1)
+    if precision == "float64":
+        scale = np.abs(split.continued).mean(axis=1)
+    else:
+        scale = np.maximum(np.abs(split.continued.mean(axis=1)), 0.01 * split.utility_rms)
+    return _ratio(difference, scale)
+
+
+def _model_rounding(split: Compared) -> Float64[np.ndarray, " sites"]:
+    difference = np.abs(split.engine.mean(axis=1) - split.whole.mean(axis=1))
+    return _ratio(difference, _spread(split.whole))
+
+
+def _sum_errors(split: Compared) -> Float64[np.ndarray, " sites"]:
+    n_examples = split.continued.shape[1]
+    floor = ROUNDING * (1 + split.loss)
+    difference = np.maximum(np.abs(split.sums - split.continued.sum(axis=1)) / n_examples - floor, 0)
+    return _ratio(difference, _spread(split.continued))
+
+
+def _spread(deltas: Float64[np.ndarray, "sites examples"]) -> Float64[np.ndarray, " sites"]:
+    """max(mean_n |delta_n|, 0.1 of its rms over sites)."""
+    mean = np.abs(deltas).mean(axis=1)
+    return np.maximum(mean, 0.1 * np.sqrt((mean * mean).mean()))
+
+
+def _ratio(difference: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """difference / scale, where 0 against 0 is 0 and anything against 0 is infinite."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(difference == 0, 0.0, difference / scale)
+
+

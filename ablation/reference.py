@@ -1,0 +1,51 @@
+"""The truth: set the weight, run the network, subtract the loss per example, in float64. Slow, and easy to believe.
+
+In: a model, a parameter, sites, a batch. Out: per-example loss deltas. Every faster path is tested against this file,
+and every job checks itself against it (`proof.py`).
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from ablation.precision import as_found, logits_of, run_with
+from ablation.sites import Sites
+
+
+def reference_deltas(
+    model: torch.nn.Module, parameter: str, sites: Sites, inputs: Any, labels: Int64[Tensor, " examples"]
+) -> Float64[Tensor, "sites examples"]:
+    """Each example's loss with the weight replaced, minus its loss with the network intact, in nats.
+
+    `delta[a, n] = l_n(w_a := r_a) - l_n(w_a)` with l the cross-entropy; positive: the weight helps on example n.
+    The network before `parameter` runs in the model's own precision, everything from there on in float64.
+    Pass the model and inputs in float64 (`in_float64`) and the whole of it is float64.
+
+    Numerics: a difference of two float64 losses, so right to about 2e-16 of the loss, absolutely.
+    Source: Elsayed & Mahmood, arXiv 2404.00781, Eq. 1 (true utility); SNIP, arXiv 1810.02340, Eq. 4.
+    """
+    intact = model.get_parameter(parameter).detach().double()
+    with as_found(model):
+        loss = F.cross_entropy(run_with(model, parameter, intact, inputs), labels, reduction="none")
+        rows = []
+        for index, replacement in zip(sites.indices, sites.replacements, strict=True):
+            ablated = intact.clone()
+            ablated.view(-1)[index] = replacement
+            ablated_loss = F.cross_entropy(run_with(model, parameter, ablated, inputs), labels, reduction="none")
+            rows.append(ablated_loss - loss)
+    return torch.stack(rows) if rows else loss.new_zeros(0, len(labels))
+
+
+def in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """A float64 copy of the model; the caller's own stays as it is."""
+    return copy.deepcopy(model).double()
+
+
+def intact_logits(model: torch.nn.Module, inputs: Any) -> Tensor:
+    """The logits of the network as it is, in its own precision."""
+    with as_found(model):
+        return logits_of(model(inputs))

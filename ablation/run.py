@@ -1,0 +1,261 @@
+"""The whole walk on one screen, without a queue.
+
+    JobSpec -> sites -> Plan -> shards -> PartialSums -> merge/join -> ImportanceTable
+
+In: a spec and folders (`run_spec`), or a model and data already loaded (`Job`). Out: an `ImportanceTable`.
+The service does the same with `run_shard` in many workers and `finish_job` in one of them.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ablation import baseline, catalog
+from ablation.data import draw_examples, labels_of, load_batches, load_data
+from ablation.engine import open_path, run_batches
+from ablation.folders import Folders
+from ablation.models import load_model
+from ablation.partial import PartialSums, join, merge
+from ablation.plan import Plan, Shard, make_plan
+from ablation.proof import choose_rows, compare, make_proof
+from ablation.reference import in_float64
+from ablation.sites import Sites, draw_indices, make_sites
+from ablation.spec import JobSpec
+from ablation.table import ImportanceTable, make_table
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split, ready to be read: a data set and which of its examples, in the split's fixed order."""
+
+    dataset: Dataset[Any]
+    indices: np.ndarray
+    collate: Callable[[list[Any]], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned job with its model and data loaded."""
+
+    spec: JobSpec
+    plan: Plan
+    model: torch.nn.Module
+    splits: dict[str, Split]
+    device: torch.device
+
+    @property
+    def sites(self) -> Sites:
+        """All sites of the job, in the order of the table's rows."""
+        return make_sites(
+            self.model.get_parameter(self.plan.parameter),
+            draw_indices(self.spec.sites, int(np.prod(self.plan.shape))),
+            self.spec.value,
+        )
+
+
+def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None = None) -> Job:
+    """Read the model and the data that a spec names."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, transform = load_model(spec.model.name, spec.model.weights, spec.model.seed, folders=folders)
+    splits = {}
+    for name, asked in spec.data.splits.items():
+        root = None if spec.data.root is None else str(folders.data / spec.data.root)
+        dataset = load_data(spec.data.name, root, name, transform)
+        labels = labels_of(dataset) if plan_of(plan, name).per_class else None
+        splits[name] = Split(dataset, draw_examples(asked, labels, len(dataset)))  # type: ignore[arg-type]
+    return make_job(spec, plan, model.to(where), splits)
+
+
+def make_job(spec: JobSpec, plan: Plan, model: torch.nn.Module, splits: dict[str, Split]) -> Job:
+    """A job on a model and data that are there already; in `float64` precision the model is copied.
+
+    Raises:
+        ModelError: the model can't be measured exactly.
+    """
+    baseline.check_model(model)
+    model = in_float64(model) if spec.precision == "float64" else model
+    return Job(spec, plan, model, splits, model.get_parameter(plan.parameter).device)
+
+
+def plan_of(plan: Plan, split: str) -> Any:
+    """The plan of one split."""
+    return next(part for part in plan.splits if part.name == split)
+
+
+def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lambda fraction: None) -> PartialSums:
+    """The sums over one shard's examples for one shard's sites.
+
+    `on_batch` is called with the fraction of the shard that is done; it may raise to cancel.
+    """
+    first, last = shard.examples
+    rows = slice(*shard.sites)
+    n_sites = rows.stop - rows.start
+    positions = np.arange(first, last)
+    with threads_of(job.plan):
+        example = next(read(job, shard.split, positions[:2]))[0]
+        if first == 0 and rows.start == 0:
+            inputs = next(read(job, shard.split, positions[: job.plan.batch_size]))[0]
+            baseline.check_composition(job.model, inputs)
+        return run_batches(
+            open_engine(job, job.sites[rows], example),
+            read(job, shard.split, positions),
+            n_sites=n_sites,
+            first_example=first,
+            per_class=plan_of(job.plan, shard.split).per_class,
+            proof_examples=frozenset(job.plan.proof.examples.get(shard.split, ())),
+            device=job.device,
+            on_step=lambda examples, sites: on_batch(
+                (examples + sites / n_sites * min(job.plan.batch_size, last - first - examples)) / (last - first)
+            ),
+        )
+
+
+def open_engine(job: Job, sites: Sites, example: Tensor) -> Any:
+    """The plan's path for these sites."""
+    plan = job.plan
+    return open_path(
+        plan.path, job.model, plan.parameter, sites, example, precision=plan.precision, top1=job.spec.top1
+    )
+
+
+def read(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a split's examples by their positions in its fixed order, on the job's device, labels checked."""
+    part = job.splits[split]
+    dtype = job.model.get_parameter(job.plan.parameter).dtype
+    done = 0
+    for inputs, labels in load_batches(
+        part.dataset, part.indices[positions], job.plan.batch_size, collate=part.collate
+    ):
+        baseline.check_labels(labels, job.plan.n_classes, int(positions[done]))
+        done += len(labels)
+        inputs = inputs.to(job.device)
+        yield (inputs.to(dtype) if inputs.is_floating_point() else inputs), labels.to(job.device, torch.int64)
+
+
+def finish_job(job: Job, partials: Sequence[PartialSums], *, seconds: float) -> ImportanceTable:
+    """Merge and join the partials (in the order of the plan's shards), prove, and make the table.
+
+    Raises:
+        ProofError: the table does not agree with the reference.
+    """
+    totals = {name: _total(job.plan, partials, name) for name in job.splits}
+    with threads_of(job.plan):
+        proof = run_proof(job, totals) if job.plan.proof.n_sites else None
+    sites = job.sites
+    about = {
+        "spec": job.spec.model_dump(mode="json"),
+        "plan": job.plan.model_dump(mode="json", exclude={"shards"}),
+        "baseline": {name: _baseline(total) for name, total in totals.items()},
+        "proof": proof,
+        "n_not_finite": 0,
+        "seconds": seconds,
+        "versions": {
+            "torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()
+        },
+    }  # fmt: skip
+    return make_table(
+        indices=sites.indices.cpu().numpy(),
+        shape=job.plan.shape,
+        weights=sites.weights.cpu().numpy(),
+        splits=totals,
+        per_class={split.name: split.per_class for split in job.plan.splits},
+        top1=job.spec.top1,
+        not_finite=None,
+        about=about,
+    )
+
+
+def _total(plan: Plan, partials: Sequence[PartialSums], split: str) -> PartialSums:
+    """All examples and all sites of one split: merged along the examples, then joined along the sites."""
+    blocks: dict[tuple[int, int], list[PartialSums]] = {}
+    for shard, partial in zip(plan.shards, partials, strict=True):
+        if shard.split == split:
+            blocks.setdefault(shard.sites, []).append(partial)
+    return join([merge(parts) for parts in blocks.values()])
+
+
+def _baseline(total: PartialSums) -> dict[str, Any]:
+    n = total.n_examples
+    return {"n_examples": n, "loss": total.loss / n, "accuracy": total.n_correct / n}
+
+
+def run_proof(job: Job, totals: dict[str, PartialSums]) -> dict[str, Any]:
+    """The job's own check: chosen sites through the reference, on the plan's proof examples of every split."""
+    utility = np.stack([total.delta / total.n_examples for total in totals.values()])
+    touched = np.stack([total.touched for total in totals.values()])
+    chosen = choose_rows(utility, touched, job.plan.proof.n_sites)
+    everything = job.sites
+    sites = Sites(everything.indices[chosen], everything.weights[chosen], everything.replacements[chosen])
+    compared = {}
+    for row, (name, total) in enumerate(totals.items()):
+        positions = np.asarray(job.plan.proof.examples[name])
+        example = next(read(job, name, positions[:2]))[0]
+        compared[name] = compare(
+            open_engine(job, sites, example),
+            job.model,
+            job.plan.parameter,
+            sites,
+            read(job, name, positions),
+            sums=total.proof[chosen],
+            utility_rms=float(np.sqrt(np.mean(utility[row] ** 2))),
+            loss=total.loss / total.n_examples,
+        )
+    return make_proof(compared, job.plan.precision)
+
+
+@contextmanager
+def threads_of(plan: Plan) -> Iterator[None]:
+    """As many threads as the plan froze, since they change bits; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_job(job: Job, *, on_progress: Callable[[float], None] = lambda fraction: None) -> ImportanceTable:
+    """Every shard in turn, then the table. `on_progress` gets the fraction of the job that is done."""
+    started = time.monotonic()
+    shards = job.plan.shards
+    sizes = [float(np.diff(shard.examples)[0] * np.diff(shard.sites)[0]) for shard in shards]
+    partials = []
+    for k, shard in enumerate(shards):
+        done = sum(sizes[:k])
+        partials.append(
+            run_shard(job, shard, on_batch=lambda part, k=k, done=done: on_progress((done + part * sizes[k]) / sum(sizes)))
+        )
+    return finish_job(job, partials, seconds=time.monotonic() - started)
+
+
+def run_spec(
+    spec: JobSpec,
+    folders: Folders,
+    *,
+    device: str | None = None,
+    engine: str = "auto",
+    batch_size: int | None = None,
+    threads: int | None = None,
+    on_progress: Callable[[float, str], None] = lambda fraction, what: None,
+) -> ImportanceTable:
+    """Load, plan and run a job in this process."""
+    on_progress(0.0, "reading the model and the data")
+    plan = make_plan(
+        spec,
+        catalog.model_facts(spec.model.name),
+        catalog.split_counts(spec.data, folders),
+        threads=threads or torch.get_num_threads(),
+        engine=engine,
+        batch_size=batch_size,
+    )
+    job = load_job(spec, plan, folders, device=device)
+    return run_job(job, on_progress=lambda fraction: on_progress(fraction, "examples x sites"))
