@@ -6,10 +6,11 @@ In: a model, a batch. Out: nothing, or an error that says what is wrong with whi
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from ablation.errors import DataError, ModelError
+from ablation.precision import as_found
 from ablation.reference import intact_logits
 
 # Largest difference of a logit between two batch compositions, relative to 1 + the largest logit.
@@ -65,7 +66,9 @@ def check_logits(logits: Any, n_examples: int, first_example: int = 0) -> None:
         )
     bad = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        raise DataError(f"example {first_example + bad[0]} gives NaN or infinite logits; check its input and the weights.")
+        raise DataError(
+            f"example {first_example + bad[0]} gives NaN or infinite logits; check its input and the weights."
+        )
 
 
 def check_composition(model: torch.nn.Module, inputs: Tensor) -> None:
@@ -74,12 +77,15 @@ def check_composition(model: torch.nn.Module, inputs: Tensor) -> None:
     Raises:
         ModelError: the logits differ by more than `COMPOSITION_TOLERANCE`.
     """
-    logits = _logits(model, inputs)
-    again = _logits(model, inputs)
     cut = len(inputs) // 3
     turned = inputs.flip(0)
     parts = [part for part in (turned[:cut], turned[cut:]) if len(part)]
-    composed = torch.cat([_logits(model, part) for part in parts]).flip(0)
+    with as_found(model):  # restores the random state, which is set to differ from run to run
+        logits = _logits(model, inputs)
+        torch.manual_seed(1)
+        again = _logits(model, inputs)
+        torch.manual_seed(2)
+        composed = torch.cat([_logits(model, part) for part in parts]).flip(0)
     tolerance = COMPOSITION_TOLERANCE[logits.dtype] * (1 + logits.abs().max().item())
     for other, reason in ((again, "run twice on the same batch"), (composed, "run in another batch composition")):
         worst = (other - logits).abs().max().item()
@@ -94,10 +100,3 @@ def _logits(model: torch.nn.Module, inputs: Tensor) -> Float[Tensor, "examples c
     logits = intact_logits(model, inputs)
     check_logits(logits, len(inputs))
     return logits
-
-
-def example_loss(
-    logits: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]
-) -> Float[Tensor, " examples"]:
-    """The intact cross-entropy of each example, in nats and the logits' precision."""
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")

@@ -1,13 +1,24 @@
 """Which models, layers and data sets there are, and their facts: names, shapes, counts, the path each layer takes.
 
+In: names and a `DataSpec`. Out: frozen facts and counts. Data itself is not read here: folders are listed, no more.
 Torch-free: the API checks a spec against these facts at once, whether or not a worker is up.
 The facts of the built-in models are a generated file, `facts.jsonl` (`make facts`), one model a line.
 """
 
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
 from pydantic import Field
 
 from ablation.errors import SpecError, nearest
-from ablation.spec import Record
+from ablation.folders import Folders
+from ablation.images import SPLIT_FOLDERS, find_images
+from ablation.spec import DataSpec, ModelSpec, Record
+
+DEMO_MODEL = "digits_alexnet"
 
 
 class LayerFacts(Record):
@@ -52,7 +63,7 @@ class DatasetFacts(Record):
     needs_root: bool
     n_classes: int | None = Field(default=None, description="None: as many as its folders")
     n_examples: dict[str, int] = Field(default={}, description="examples per split; empty: counted when asked for")
-    n_per_class: dict[str, tuple[int, ...]] = Field(default={}, strict=False, description="examples per split and class")
+    n_per_class: dict[str, tuple[int, ...]] = Field(default={}, strict=False, description="the same, class by class")
 
 
 def find_layer(facts: ModelFacts, layer: str) -> LayerFacts:
@@ -67,3 +78,197 @@ def find_layer(facts: ModelFacts, layer: str) -> LayerFacts:
     names = [candidate.name for candidate in facts.layers]
     some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     raise SpecError("layer", layer, f"a layer of {facts.name} ({some})", nearest(layer, names))
+
+
+class SplitCounts(Record):
+    """How many examples a split of a data set has, in all and per class (where that is known)."""
+
+    n_examples: int
+    n_per_class: tuple[int, ...] | None = Field(default=None, strict=False)
+
+
+def _even(n_classes: int, train: int, test: int) -> dict[str, tuple[int, ...]]:
+    return {"train": (train,) * n_classes, "test": (test,) * n_classes}
+
+
+def _facts_of(name: str, n_per_class: dict[str, tuple[int, ...]], *, needs_root: bool = True) -> DatasetFacts:
+    return DatasetFacts(
+        name=name,
+        needs_root=needs_root,
+        n_classes=len(n_per_class["test"]),
+        n_examples={split: sum(counts) for split, counts in n_per_class.items()},
+        n_per_class=n_per_class,
+    )
+
+
+# The published sets never change, so their counts are facts; `load_data` refuses files that hold anything else.
+_DATASETS = {
+    facts.name: facts
+    for facts in (
+        _facts_of(
+            "digits",  # 1,797 in all: 50 of each class are kept for the test split
+            {"train": (128, 132, 127, 133, 131, 132, 131, 129, 124, 130), "test": (50,) * 10},
+            needs_root=False,
+        ),
+        DatasetFacts(name="imagefolder", needs_root=True),
+        _facts_of(
+            "mnist",
+            {
+                "train": (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
+                "test": (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
+            },
+        ),
+        _facts_of("fashionmnist", _even(10, 6000, 1000)),
+        _facts_of("cifar10", _even(10, 5000, 1000)),
+        _facts_of("cifar100", _even(100, 500, 100)),
+        DatasetFacts(name="imagenet", needs_root=True, n_classes=1000),
+    )
+}
+
+
+@cache
+def _facts_lines() -> dict[str, str]:
+    """Each model's line of the table, by name; a line is read only when it is asked for."""
+    lines = files("ablation").joinpath("facts.jsonl").read_text("utf-8").splitlines()
+    return {line.split('"', 2)[1]: line for line in lines}
+
+
+def model_names() -> tuple[str, ...]:
+    """The built-in models: the demo model, then every torchvision classification model."""
+    return tuple(_facts_lines())
+
+
+@cache
+def model_facts(name: str) -> ModelFacts:
+    """What is known of the model `name` without running it, as built by `load_model(name)`.
+
+    Raises:
+        SpecError: there is no such model; the message names the nearest ones.
+    """
+    if name not in _facts_lines():
+        names = model_names()
+        raise SpecError("model.name", name, f"one of {len(names)} models ({', '.join(names[:3])}, ...)", _nearest(name))
+    return facts_from_line(_facts_lines()[name])
+
+
+def _nearest(name: str) -> str:
+    return nearest(name.lower(), model_names()) or "`ablation models` lists them all."
+
+
+def line_from_facts(facts: ModelFacts) -> str:
+    """One line of the table: plain arrays, the layers of one module under its name and kind."""
+    modules: dict[tuple[str, str], list[Any]] = {}
+    for layer in facts.layers:
+        module, _, own = layer.parameter.rpartition(".")
+        modules.setdefault((module, layer.kind), []).append([own, layer.shape, layer.path, layer.flops_after])
+    head = [facts.name, facts.weights, facts.n_classes, facts.input_shape, facts.flops, facts.widest]
+    return json.dumps([*head, [[*key, layers] for key, layers in modules.items()]], separators=(",", ":"))
+
+
+def facts_from_line(line: str) -> ModelFacts:
+    """The facts written by `line_from_facts`."""
+    name, weights, n_classes, input_shape, flops, widest, modules = json.loads(line)
+    layers = tuple(
+        LayerFacts(
+            parameter=f"{module}.{own}" if module else own, kind=kind, shape=shape, path=path, flops_after=flops_after
+        )
+        for module, kind, parameters in modules
+        for own, shape, path, flops_after in parameters
+    )
+    return ModelFacts(
+        name=name,
+        weights=weights,
+        n_classes=n_classes,
+        input_shape=input_shape,
+        flops=flops,
+        widest=widest,
+        layers=layers,
+    )
+
+
+def find_checkpoint(model: ModelSpec, folders: Folders) -> Path | None:
+    """The checkpoint file that `model.weights` names; None where it names torchvision's weights, or nothing.
+
+    Raises:
+        SpecError: it is neither; the message lists the weights there are.
+    """
+    allowed = model_facts(model.name).weights
+    if model.weights is None or model.weights in allowed:
+        return None
+    choices = ", ".join((*allowed, "or a file below the checkpoint folder")).removeprefix("or ")
+    path = find_below(folders.checkpoints, model.weights, "model.weights", choices)
+    if not path.is_file():
+        hint = nearest(model.weights, allowed) or "There is no such file."
+        raise SpecError("model.weights", model.weights, choices, hint)
+    return path
+
+
+def find_below(folder: Path, given: str, field: str, allowed: str) -> Path:
+    """The path `given` below `folder`, after every link is followed.
+
+    Raises:
+        SpecError: it leads out of the folder (`..`, an absolute path, a link), or is no path at all.
+    """
+    try:
+        top = folder.resolve()
+        path = (top / given).resolve()
+        inside = path.is_relative_to(top) and not Path(given).is_absolute() and ".." not in Path(given).parts
+        path.exists()  # a name that is too long is found out here
+    except (OSError, ValueError, RuntimeError):  # NUL or surrogates; a name that is too long; a circle of links
+        inside = False
+    if not inside:
+        raise SpecError(field, given, allowed, "It must not lead out of that folder, by `..` or by a link.")
+    return path
+
+
+def dataset_names() -> tuple[str, ...]:
+    """The built-in data sets."""
+    return tuple(_DATASETS)
+
+
+def dataset_facts(name: str) -> DatasetFacts:
+    """What is known of the data set `name` without reading it.
+
+    Raises:
+        SpecError: there is no such data set; the message names the nearest ones.
+    """
+    if name not in _DATASETS:
+        raise SpecError("data.name", name, f"one of {', '.join(_DATASETS)}", nearest(name.lower(), _DATASETS))
+    return _DATASETS[name]
+
+
+def find_root(data: DataSpec, folders: Folders) -> Path | None:
+    """The folder a data set is in; None for one that is bundled.
+
+    Raises:
+        SpecError: the root is missing, isn't a folder, or leads out of the data folder; or one is given needlessly.
+    """
+    facts, allowed = dataset_facts(data.name), "a folder, relative to the data folder"
+    if not facts.needs_root:
+        if data.root is not None:
+            raise SpecError("data.root", data.root, f"nothing: {data.name} is bundled", "Leave root out.")
+        return None
+    if data.root is None:
+        raise SpecError("data.root", None, allowed, f"Say where {data.name} is ('.' is the data folder itself).")
+    root = find_below(folders.data, data.root, "data.root", allowed)
+    if not root.is_dir():
+        raise SpecError("data.root", data.root, allowed, "There is no such folder.")
+    return root
+
+
+def split_counts(data: DataSpec, folders: Folders) -> dict[str, SplitCounts]:
+    """How many examples each split that was asked for has, in all and per class.
+
+    Raises:
+        SpecError: no such data set; the root can't be used; a split's folder can't be used.
+    """
+    facts, root = dataset_facts(data.name), find_root(data, folders)
+    if root is not None and data.name in SPLIT_FOLDERS:
+        counts = {split: _count_images(facts, root, split) for split in data.splits}
+    else:
+        counts = {split: facts.n_per_class[split] for split in data.splits}
+    return {split: SplitCounts(n_examples=sum(each), n_per_class=each) for split, each in counts.items()}
+
+
+def _count_images(facts: DatasetFacts, root: Path, split: str) -> tuple[int, ...]:
+    return tuple(len(paths) for paths in find_images(facts.name, root, split, facts.n_classes).values())

@@ -1,13 +1,13 @@
 """What can go wrong, as types: each error names what was given, what is allowed and what to do next.
 
-    AblationError
-    ├── SpecError         what was asked is not possible; `.field` says which part of the job spec
-    ├── ModelError        the model can't be measured exactly (or at all); the message says why
-    ├── DataError         a data set or an example can't be used; the message says which
-    ├── CheckpointError   a checkpoint file can't be loaded into the model
-    ├── ProofError        the job's own check against the reference failed; both numbers are in the message
-    ├── Cancelled         the job was cancelled while it ran; not a fault
-    └── ServiceError      a part of the service (Redis, a server) is missing or unreachable
+AblationError
+├── SpecError         what was asked is not possible; `.field` says which part of the job spec
+├── ModelError        the model can't be measured exactly (or at all); the message says why
+├── DataError         a data set or an example can't be used; the message says which
+├── CheckpointError   a checkpoint file can't be loaded into the model
+├── ProofError        the job's own check against the reference failed; both numbers are in the message
+├── Cancelled         the job was cancelled while it ran; not a fault
+└── ServiceError      a part of the service (Redis, a server) is missing or unreachable
 """
 
 import difflib

@@ -13,9 +13,7 @@ from ablation.engine.calls import Call, Calls, record_calls
 from ablation.engine.head import find_head
 
 
-def describe_model(
-    name: str, model: torch.nn.Module, example: Any, weights: tuple[str, ...] = ()
-) -> ModelFacts:
+def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tuple[str, ...] = ()) -> ModelFacts:
     """The facts of `model`, found by one forward pass over `example`, a batch of at least two examples.
 
     A parameter that no call has used still is a layer: its path is `rerun`, its utility 0.

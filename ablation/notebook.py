@@ -187,7 +187,6 @@ def _home(model: torch.nn.Module) -> torch.device:
 
 def _copy_to(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
-
     return copy.deepcopy(model).to(device)
 
 
@@ -215,5 +214,3 @@ def _describe(model: torch.nn.Module, split: Split) -> ModelFacts:
     inputs = inputs.to(_home(model))
     baseline.check_logits(intact_logits(model, inputs), len(labels))
     return describe_model("in memory", model, inputs)
-
-

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ablation.catalog import LayerFacts, ModelFacts, find_layer
+from ablation.catalog import LayerFacts, ModelFacts, SplitCounts, find_layer
 from ablation.errors import SpecError
 from ablation.spec import CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
 
@@ -41,7 +41,9 @@ class SplitPlan(Record):
 
     name: str
     n_examples: int
-    per_class: int | None = Field(default=None, description="length of the one-class blocks that the split is sorted in")
+    per_class: int | None = Field(
+        default=None, description="length of the one-class blocks that the split is sorted in"
+    )
 
 
 class Shard(Record):
@@ -88,13 +90,6 @@ class Plan(Record):
     estimate: Estimate
 
 
-class SplitCounts(Record):
-    """How many examples a split of a data set has, in all and per class (where that is known)."""
-
-    n_examples: int
-    n_per_class: tuple[int, ...] | None = Field(default=None, strict=False)
-
-
 def count_asked(split: str, asked: SplitSpec, counts: SplitCounts) -> SplitPlan:
     """How many examples of a split were asked for.
 
@@ -105,16 +100,18 @@ def count_asked(split: str, asked: SplitSpec, counts: SplitCounts) -> SplitPlan:
         return SplitPlan(name=split, n_examples=counts.n_examples)
     if isinstance(asked, PerClass):
         if counts.n_per_class is None:
-            raise SpecError(f"data.{split}.per_class", asked.per_class, "'all' or a count: this data has no class counts")
+            raise SpecError(
+                f"data.{split}.per_class", asked.per_class, "'all' or a count: this data has no class counts"
+            )
         fewest = min(counts.n_per_class)
         if asked.per_class > fewest:
             where = counts.n_per_class.index(fewest)
             raise SpecError(
-                f"data.{split}.per_class", asked.per_class, f"1 to {fewest}, the examples of class {where} in this split"
+                f"data.{split}.per_class",
+                asked.per_class,
+                f"1 to {fewest}, the examples of class {where} in this split",
             )
-        return SplitPlan(
-            name=split, n_examples=asked.per_class * len(counts.n_per_class), per_class=asked.per_class
-        )
+        return SplitPlan(name=split, n_examples=asked.per_class * len(counts.n_per_class), per_class=asked.per_class)
     if asked.count > counts.n_examples:
         raise SpecError(f"data.{split}.count", asked.count, f"1 to {counts.n_examples}, the examples of this split")
     return SplitPlan(name=split, n_examples=asked.count)
@@ -176,7 +173,7 @@ def make_plan(
         threads=threads,
         splits=splits,
         shards=shards,
-        proof=_plan_proof(spec, splits, min(spec.verify, n_sites), sum(seconds.values()), facts, threads),
+        proof=_plan_proof(shards, min(spec.verify, n_sites), sum(seconds.values()), facts, threads),
         estimate=_estimate(splits, shards, facts, n_sites, batch_size, threads, sum(seconds.values())),
     )
 
@@ -186,7 +183,10 @@ def _choose_path(layer: LayerFacts, engine: str) -> Path:
         raise SpecError("engine", engine, f"one of {', '.join(ENGINES)}")
     if engine == "direct" and layer.path != "direct":
         raise SpecError(
-            "engine", engine, "auto, rerun or reference for this layer", f"{layer.name} is not part of a classifier head."
+            "engine",
+            engine,
+            "auto, rerun or reference for this layer",
+            f"{layer.name} is not part of a classifier head.",
         )
     return layer.path if engine == "auto" else engine  # type: ignore[return-value]
 
@@ -237,21 +237,21 @@ def _intervals(n: int, length: int) -> list[tuple[int, int]]:
     return [(start, min(start + length, n)) for start in range(0, n, length)]
 
 
-def _plan_proof(
-    spec: JobSpec, splits: tuple[SplitPlan, ...], n_sites: int, seconds: float, facts: ModelFacts, threads: int
-) -> ProofPlan:
-    """Examples for the proof: one at random from each of equal intervals of every split, so that all shards have some."""
-    n_all = sum(split.n_examples for split in splits)
+def _plan_proof(shards: tuple[Shard, ...], n_sites: int, seconds: float, facts: ModelFacts, threads: int) -> ProofPlan:
+    """Examples for the proof, drawn from every shard: as many as the job's cost allows, but at least one of each."""
+    if not n_sites:
+        return ProofPlan(n_sites=0, examples={})
+    blocks = sorted({(shard.split, *shard.examples) for shard in shards})
+    n_all = sum(last - first for _, first, last in blocks)
     one_s = 2 * (n_sites + 1) * facts.flops / (FLOPS_PER_S["float64"] * threads)
-    n_wanted = min(PROOF_EXAMPLES, n_all, max(8, int(PROOF_SHARE * seconds / max(one_s, 1e-9))))
+    n_wanted = min(PROOF_EXAMPLES, max(8, int(PROOF_SHARE * seconds / max(one_s, 1e-9))))
     random = np.random.default_rng(0)
-    examples = {}
-    for split in splits:
-        n = max(1, n_wanted * split.n_examples // n_all)
-        edges = [k * split.n_examples // n for k in range(n + 1)]
-        drawn = (int(random.integers(low, high)) for low, high in zip(edges, edges[1:], strict=False))
-        examples[split.name] = tuple(drawn)
-    return ProofPlan(n_sites=n_sites, examples=examples if spec.verify else {})
+    examples: dict[str, tuple[int, ...]] = {}
+    for split, first, last in blocks:
+        n = min(last - first, max(1, n_wanted * (last - first) // n_all))
+        drawn = np.sort(random.choice(np.arange(first, last), size=n, replace=False))
+        examples[split] = examples.get(split, ()) + tuple(int(position) for position in drawn)
+    return ProofPlan(n_sites=n_sites, examples=examples)
 
 
 def _estimate(

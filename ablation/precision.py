@@ -7,7 +7,7 @@ Not here: what is computed with it (`reference.py`, `engine/`).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,17 +27,12 @@ def _writes_in_place(call: Callable[..., Any]) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name != "__invert__")
 
 
-class FromTargetOn(TorchFunctionMode):
-    """While active, whatever depends on `target` (a float64 tensor) is computed in float64.
+class Float64Spreads(TorchFunctionMode):
+    """While active, whatever depends on a float64 tensor is computed in float64, whatever the model casts it to."""
 
-    `seen` tells whether any call has used the target so far: everything before that is the prefix.
-    """
-
-    def __init__(self, target: Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.target = target
-        self.seen = False
-        # A prefix tensor that was written to in place lives on in float64: id -> (the tensor, what it is now).
+        # A float32 tensor that was written to in place lives on in float64: id -> (the tensor, what it is now).
         self._successors: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
@@ -48,7 +43,7 @@ class FromTargetOn(TorchFunctionMode):
         if self._successors:
             args, kwargs = tree_map_only(Tensor, self._now, (args, kwargs))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.seen = self.seen or any(tensor is self.target for tensor in tensors)
+        self._look_at(tensors)
         if not any(tensor.dtype == torch.float64 for tensor in tensors):
             return call(*args, **kwargs)
         if _name(call) in _NARROWING and args and args[0].dtype == torch.float64:
@@ -62,8 +57,32 @@ class FromTargetOn(TorchFunctionMode):
             self._successors[id(args[0])] = (args[0], lifted[0])
         return result
 
+    def _look_at(self, tensors: list[Tensor]) -> None:
+        """What subclasses want to know of a call's tensors."""
+
     def _now(self, tensor: Tensor) -> Tensor:
         return self._successors[id(tensor)][1] if id(tensor) in self._successors else tensor
+
+
+class FromTargetOn(Float64Spreads):
+    """While active, whatever depends on `target` (a float64 tensor) is computed in float64.
+
+    `seen` tells whether any call has used the target so far: everything before that is the prefix.
+    """
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+        self.seen = False
+
+    def _look_at(self, tensors: list[Tensor]) -> None:
+        self.seen = self.seen or any(tensor is self.target for tensor in tensors)
+
+
+def in_own_precision(model: torch.nn.Module) -> AbstractContextManager[object]:
+    """The mode in which a model runs as it is: a float64 one stays float64 even where its code casts to float32."""
+    wide = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return Float64Spreads() if wide else nullcontext()
 
 
 def _lift(tensor: Tensor) -> Tensor:

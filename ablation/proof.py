@@ -146,5 +146,3 @@ def _ratio(difference: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """difference / scale, where 0 against 0 is 0 and anything against 0 is infinite."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(difference == 0, 0.0, difference / scale)
-
-

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from ablation.precision import as_found, logits_of, run_with
+from ablation.precision import as_found, in_own_precision, logits_of, run_with
 from ablation.sites import Sites
 
 
@@ -47,5 +47,5 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
 
 def intact_logits(model: torch.nn.Module, inputs: Any) -> Tensor:
     """The logits of the network as it is, in its own precision."""
-    with as_found(model):
+    with as_found(model), in_own_precision(model):
         return logits_of(model(inputs))

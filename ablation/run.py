@@ -122,9 +122,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
 def open_engine(job: Job, sites: Sites, example: Tensor) -> Any:
     """The plan's path for these sites."""
     plan = job.plan
-    return open_path(
-        plan.path, job.model, plan.parameter, sites, example, precision=plan.precision, top1=job.spec.top1
-    )
+    return open_path(plan.path, job.model, plan.parameter, sites, example, precision=plan.precision, top1=job.spec.top1)
 
 
 def read(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
@@ -232,7 +230,9 @@ def run_job(job: Job, *, on_progress: Callable[[float], None] = lambda fraction:
     for k, shard in enumerate(shards):
         done = sum(sizes[:k])
         partials.append(
-            run_shard(job, shard, on_batch=lambda part, k=k, done=done: on_progress((done + part * sizes[k]) / sum(sizes)))
+            run_shard(
+                job, shard, on_batch=lambda part, k=k, done=done: on_progress((done + part * sizes[k]) / sum(sizes))
+            )
         )
     return finish_job(job, partials, seconds=time.monotonic() - started)
 

@@ -121,7 +121,9 @@ class JobSpec(Record):
     """One job: how much does the loss change when these weights of this layer are replaced, on this data?"""
 
     model: ModelSpec
-    layer: str = Field(min_length=1, max_length=500, description="a module's name (its weight) or a parameter's full name")
+    layer: str = Field(
+        min_length=1, max_length=500, description="a module's name (its weight) or a parameter's full name"
+    )
     data: DataSpec
     sites: SitesSpec
     value: ValueSpec = "zero"

@@ -14,10 +14,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ablation.precision import as_found, logits_of
+from ablation.precision import as_found, in_own_precision, logits_of
 
 # Calls that look at a tensor's form and not at its numbers.
-_LOOKS = {"size", "dim", "numel", "stride", "is_contiguous", "element_size", "is_floating_point", "get_device", "__len__"}
+_LOOKS = {
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_contiguous",
+    "element_size",
+    "is_floating_point",
+    "get_device",
+    "__len__",
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ def record_calls(model: torch.nn.Module, inputs: Any) -> Calls:
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     recorder = _Recorder(tensors)
     with as_found(model):
-        with recorder:
+        with in_own_precision(model), recorder:
             output = model(inputs)
         logits = logits_of(output)
     recorder.record.logits = recorder.value(logits)

@@ -10,6 +10,7 @@ The prefix runs once per batch and stops at the target.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ablation.engine.deltas import Deltas
 from ablation.engine.head import Head, activate, relu_delta
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
-from ablation.precision import as_found
+from ablation.precision import as_found, in_own_precision
 from ablation.sites import Sites
 
 PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs looked at together: 8 MB a float64 matrix
@@ -82,18 +83,14 @@ class Direct:
         logits = activate(self.head, y)
         if self.last_weight is not None:
             logits = F.linear(logits, self.last_weight, self.last_bias)
-        intact = make_intact(logits, labels)
+        intact = make_intact(logits, labels, self.delta_dtype)
         return intact, self._deltas(intact, x.T.contiguous(), y.T.contiguous())
 
     def layer_input(self, inputs: Tensor) -> Float[Tensor, "examples inputs"]:
         """What the model feeds to the target layer."""
         mode = _InputOf(self.target)
-        with as_found(self.model):
-            try:
-                with mode:
-                    self.model(inputs)
-            except _Caught:
-                pass
+        with as_found(self.model), in_own_precision(self.model), suppress(_Caught), mode:
+            self.model(inputs)
         assert mode.input is not None, "the head was found by a forward pass that used the target"
         return mode.input
 

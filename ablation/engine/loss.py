@@ -25,7 +25,7 @@ class Intact:
     logits: Float[Tensor, "examples classes"]
     labels: Int64[Tensor, " examples"]
     top: Int64[Tensor, " examples"]
-    rest: Float[Tensor, "examples classes"]  # q: the softmax with its largest entry set to 0
+    rest: Float[Tensor, "examples classes"]  # q: the softmax with its largest entry set to 0, as precise as the deltas
     loss: Float[Tensor, " examples"]
 
     @property
@@ -34,13 +34,17 @@ class Intact:
         return self.top == self.labels
 
 
-def make_intact(logits: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> Intact:
+def make_intact(
+    logits: Float[Tensor, "examples classes"],
+    labels: Int64[Tensor, " examples"],
+    delta_dtype: torch.dtype = torch.float64,
+) -> Intact:
     """Softmax, top-1 answer and loss of each example: loss = log1p(sum q / p_m) + (z_m - z_y)."""
     top = logits.argmax(dim=1)
     shifted = logits - logits.gather(1, top[:, None])
     odds = shifted.exp().scatter(1, top[:, None], 0.0)  # q_c / p_m
     total = odds.sum(dim=1)
-    rest = odds / (1 + total)[:, None]
+    rest = (odds / (1 + total)[:, None]).to(delta_dtype)
     loss = torch.log1p(total) - shifted.gather(1, labels[:, None])[:, 0]
     return Intact(logits, labels, top, rest, loss)
 
@@ -54,7 +58,7 @@ def loss_delta(
     """
     top, labels = intact.top[examples], intact.labels[examples]
     dz_top = dz.gather(1, top[:, None])
-    moved = ((dz - dz_top).expm1_() * intact.rest.to(dz.dtype)[examples]).sum(dim=1, dtype=torch.float64)
+    moved = ((dz - dz_top).expm1_() * intact.rest[examples]).sum(dim=1, dtype=torch.float64)
     label_term = (dz_top - dz.gather(1, labels[:, None]))[:, 0].double()
     delta = torch.log1p(moved) + label_term
     large = (~(moved.abs() <= LARGE)).nonzero().flatten()  # NaN and infinity count as large
@@ -77,5 +81,3 @@ def is_correct(
 ) -> Bool[Tensor, " pairs"]:
     """Whether the top-1 answer is right after the change."""
     return (intact.logits[examples] + dz).argmax(dim=1) == intact.labels[examples]
-
-

@@ -76,6 +76,8 @@ class Sums:
         """The frozen partial."""
         if not self.n_seen:
             return zero(self.n_sites)
-        floats: dict[str, np.ndarray] = {name: self.float[name].cpu().numpy() for name in self.float if "open" not in name}
+        floats: dict[str, np.ndarray] = {
+            name: self.float[name].cpu().numpy() for name in self.float if "open" not in name
+        }
         counts: dict[str, np.ndarray] = {name: self.count[name].cpu().numpy() for name in self.count}
         return PartialSums(n_examples=self.n_seen, n_correct=self.n_correct, loss=self.loss, **floats, **counts)

@@ -1,0 +1,190 @@
+"""Every path against an independent brute force, on every case, in every precision that promises something."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ablation.engine import open_path, run_batches
+from ablation.engine.calls import record_calls
+from ablation.layers import describe_model, find_path
+from ablation.partial import PartialSums, merge
+from ablation.sites import make_sites
+from tests.cases import Case, confident_net, make_cases
+from tests.compare import BOUND, brute_force, utility_error
+
+
+def run(case: Case, path: str, precision: str, indices: np.ndarray, cut: int, value="zero", **options) -> PartialSums:
+    model = copy.deepcopy(case.model).double() if precision == "float64" else case.model
+    weights = model.get_parameter(case.parameter)
+    inputs = case.inputs.to(weights.dtype)
+    sites = make_sites(weights, indices, value)
+    engine = open_path(
+        path, model, case.parameter, sites, inputs[:2], precision=precision, top1=options.pop("top1", False)
+    )
+    defaults = {"first_example": 0, "per_class": None, "proof_examples": frozenset()}
+    return run_batches(
+        engine,
+        zip(inputs.split(cut), case.labels.split(cut), strict=True),
+        n_sites=len(sites),
+        device=torch.device("cpu"),
+        on_step=lambda examples, sites: None,
+        **{**defaults, **options},
+    )
+
+
+def some(case: Case, n: int = 24) -> np.ndarray:
+    n_weights = case.model.get_parameter(case.parameter).numel()
+    return np.arange(n_weights)[:: max(1, n_weights // n)]
+
+
+@pytest.mark.parametrize("case", make_cases(), ids=str)
+def test_the_path_is_found(case: Case) -> None:
+    assert find_path(record_calls(case.model, case.inputs[:2]), case.parameter) == case.path
+
+
+@pytest.mark.parametrize("precision", ["mixed", "float64"])
+@pytest.mark.parametrize("path", ["direct", "rerun", "reference"])
+@pytest.mark.parametrize("case", make_cases(), ids=str)
+def test_equals_brute_force(case: Case, path: str, precision: str) -> None:
+    if path == "direct" and case.path != "direct":
+        with pytest.raises(Exception, match="not part of a classifier head"):
+            run(case, path, precision, some(case), cut=8)
+        return
+    indices = some(case)
+    partial = run(case, path, precision, indices, cut=8)
+    truth = brute_force(case.model, case.parameter, indices, case.inputs, case.labels)
+    n = len(case.labels)
+    loss = partial.loss / n
+    error = utility_error(partial.delta / n, truth, precision, loss)
+    assert error <= BOUND[precision], f"{case} {path} {precision}: error {error:.3g}"
+    # Where float64 brute force sees a change of loss, a logit has moved.
+    assert (partial.touched >= (np.abs(truth) > 1e-13).sum(axis=1)).all()
+
+
+@pytest.mark.parametrize("case", make_cases(), ids=str)
+def test_squares_and_touched_agree_between_paths(case: Case) -> None:
+    if case.path != "direct":
+        return
+    indices = some(case)
+    direct = run(case, "direct", "float64", indices, cut=9)
+    rerun = run(case, "rerun", "float64", indices, cut=9)
+    np.testing.assert_allclose(direct.delta_squared, rerun.delta_squared, rtol=1e-8, atol=1e-26)
+    np.testing.assert_array_equal(direct.touched, rerun.touched)
+    assert direct.n_correct == rerun.n_correct
+
+
+def test_confident_networks_stay_exact() -> None:
+    model, inputs, labels = confident_net()
+    with torch.no_grad():
+        p = model.double()(inputs.double()).softmax(1)
+        model.float()
+    doubt = 1 - p.gather(1, labels[:, None])
+    assert doubt.median() < 1e-5, "the case is not what it says"
+    case = Case("confident", model, "2.weight", inputs, labels, "direct")
+    indices = np.arange(40 * 24)
+    partial = run(case, "direct", "mixed", indices, cut=64)
+    # From the same float32 layer input on, in float64: the engine's own arithmetic.
+    with torch.no_grad():
+        x = torch.relu(model[0](inputs)).double()
+        head = copy.deepcopy(model[2:]).double()
+        weight = head[0].weight.data.view(-1)
+        loss = F.cross_entropy(head(x), labels, reduction="none")
+        truth = torch.zeros(len(indices), len(labels), dtype=torch.float64)
+        for row in range(len(indices)):
+            kept = weight[row].item()
+            weight[row] = 0
+            truth[row] = F.cross_entropy(head(x), labels, reduction="none") - loss
+            weight[row] = kept
+    true = truth.mean(1).numpy()
+    scale = np.maximum(np.abs(true), 0.01 * np.sqrt((true**2).mean()))
+    error = np.where(partial.delta == 0, 0, np.abs(partial.delta / len(labels) - true) / scale)
+    assert error.max() <= 1e-4
+
+
+@pytest.mark.parametrize("value", [0.5, -3.0, 40.0])
+def test_constants(value: float) -> None:
+    case = next(case for case in make_cases() if case.parameter == "3.weight")
+    from ablation.spec import Constant
+
+    for path in ("direct", "rerun"):
+        partial = run(case, path, "float64", some(case), cut=7, value=Constant(constant=value))
+        truth = brute_force(case.model, case.parameter, some(case), case.inputs, case.labels, value)
+        assert utility_error(partial.delta / len(case.labels), truth, "float64") <= 1e-9
+
+
+def test_top1_counts() -> None:
+    case = next(case for case in make_cases() if case.parameter == "5.weight")
+    model = copy.deepcopy(case.model).double().eval()
+    weights = model.get_parameter(case.parameter).data.view(-1)
+    indices = np.arange(weights.numel())
+    with torch.no_grad():
+        before = model(case.inputs.double()).argmax(1) == case.labels
+        broken, fixed = [], []
+        for index in indices:
+            kept = weights[index].item()
+            weights[index] = 2.0
+            after = model(case.inputs.double()).argmax(1) == case.labels
+            weights[index] = kept
+            broken.append(int((before & ~after).sum()))
+            fixed.append(int((~before & after).sum()))
+    assert sum(broken)
+    assert sum(fixed)
+    from ablation.spec import Constant
+
+    for path in ("direct", "rerun"):
+        partial = run(case, path, "mixed", indices, cut=10, value=Constant(constant=2.0), top1=True)
+        np.testing.assert_array_equal(partial.broken, broken)
+        np.testing.assert_array_equal(partial.fixed, fixed)
+
+
+def test_any_cut_equals_the_uncut_run() -> None:
+    case = next(case for case in make_cases() if case.parameter == "fc1.weight")
+    whole = run(case, "direct", "float64", some(case), cut=23)
+    for cut in (1, 5, 22):
+        np.testing.assert_allclose(run(case, "direct", "float64", some(case), cut=cut).delta, whole.delta, rtol=1e-11)
+    halves = []
+    for part in (slice(0, 10), slice(10, 23)):
+        half = Case(case.name, case.model, case.parameter, case.inputs[part], case.labels[part], case.path)
+        halves.append(run(half, "direct", "float64", some(case), cut=4))
+    np.testing.assert_allclose(merge(halves).delta, whole.delta, rtol=1e-11)
+    assert merge(halves).n_examples == 23
+
+
+def test_same_cut_same_bytes() -> None:
+    case = next(case for case in make_cases() if case.parameter == "fc1.weight")
+    first, second = (run(case, "direct", "mixed", some(case), cut=6) for _ in range(2))
+    assert first.delta.tobytes() == second.delta.tobytes()
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 7, 29])
+def test_blocks_of_one_class(cut: int) -> None:
+    """The variance within classes does not depend on where batches end."""
+    base = next(case for case in make_cases() if case.parameter == "3.weight")
+    n, k = 28, 4
+    case = Case(base.name, base.model, base.parameter, base.inputs[:n], base.labels[:n], "direct")
+    partial = run(case, "direct", "float64", some(case), cut=cut, per_class=k)
+    deltas = brute_force(case.model, case.parameter, some(case), case.inputs, case.labels)
+    blocks = deltas.reshape(len(deltas), n // k, k)
+    within = (k * blocks.var(axis=2, ddof=1)).sum(axis=1)
+    np.testing.assert_allclose(partial.within, within, rtol=1e-7, atol=1e-22)
+
+
+def test_proof_sums_are_those_of_the_proof_examples() -> None:
+    case = next(case for case in make_cases() if case.parameter == "3.weight")
+    partial = run(case, "direct", "float64", some(case), cut=8, first_example=100, proof_examples=frozenset({103, 119}))
+    deltas = brute_force(case.model, case.parameter, some(case), case.inputs, case.labels)
+    np.testing.assert_allclose(partial.proof, deltas[:, [3, 19]].sum(axis=1), rtol=1e-8, atol=1e-16)
+
+
+def test_describe_model_counts_flops() -> None:
+    case = make_cases()[0]
+    facts = describe_model("mlp", case.model, case.inputs[:3])
+    assert facts.flops == 2 * (11 * 17 + 17 * 13 + 13 * 5)
+    assert facts.n_classes == 5
+    assert facts.input_shape == (11,)
+    after = {layer.name: layer.flops_after for layer in facts.layers}
+    assert after["5"] == 2 * 13 * 5
+    assert after["3"] == 2 * (17 * 13 + 13 * 5)

@@ -1,0 +1,62 @@
+"""The loss change against 60 digits, also where float64 subtraction would see nothing."""
+
+import mpmath
+import pytest
+import torch
+
+from ablation.engine.loss import is_correct, loss_delta, make_intact
+
+
+def exact_delta(z: list[float], dz: list[float], label: int) -> float:
+    with mpmath.workdps(60):
+
+        def loss(values: list[mpmath.mpf]) -> mpmath.mpf:
+            return mpmath.log(mpmath.fsum(mpmath.exp(v) for v in values)) - values[label]
+
+        before = [mpmath.mpf(v) for v in z]
+        after = [a + mpmath.mpf(b) for a, b in zip(before, dz, strict=True)]
+        return float(loss(after) - loss(before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1e-9, 1e-5, 1e-2, 0.3, 3.0, 60.0])
+@pytest.mark.parametrize("margin", [0.0, 1.0, 5.0, 12.0, 25.0, 30.0])
+@pytest.mark.parametrize("label", [0, 1])  # class 0 is the top one
+def test_against_many_digits(margin: float, size: float, dtype: torch.dtype, label: int) -> None:
+    generator = torch.Generator().manual_seed(int(margin * 7 + size * 1000) + label)
+    z = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    z[:, 0] = z.amax(dim=1) + margin
+    dz = (torch.randn(8, 5, generator=generator, dtype=torch.float64) * size).to(dtype)
+    intact = make_intact(z, torch.full((8,), label), dtype)
+    got = loss_delta(intact, torch.arange(8), dz)
+    truth = torch.tensor(
+        [exact_delta(a, b, label) for a, b in zip(z.tolist(), dz.double().tolist(), strict=True)], dtype=torch.float64
+    )
+    # The scale that rounding of the centred dz gives: sum_c q_c |dz_c - dz_m|, and the label's own term.
+    centred = (dz.double() - dz[:, :1].double()).abs()
+    scale = (intact.rest * centred).sum(1) + (label != 0) * centred[:, label]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    # Where the change is large, the answer is a difference of two float64 losses.
+    error = ((got - truth).abs() - 1e-14 * (1 + truth.abs())).clamp(min=0) if size >= 0.3 else (got - truth).abs()
+    assert (error <= tolerance * torch.maximum(scale, truth.abs())).all(), (error / scale).max()
+
+
+def test_nothing_moves_nothing_changes() -> None:
+    z = torch.randn(4, 6, dtype=torch.float64)
+    intact = make_intact(z, torch.tensor([0, 1, 2, 3]))
+    assert (loss_delta(intact, torch.arange(4), torch.zeros(4, 6)) == 0).all()
+
+
+def test_intact_loss_of_confident_examples() -> None:
+    z = torch.tensor([[40.0, 0.0, -3.0]], dtype=torch.float64)
+    intact = make_intact(z, torch.tensor([0]))
+    with mpmath.workdps(50):
+        truth = float(mpmath.log(1 + mpmath.exp(-40) + mpmath.exp(-43)))
+    assert intact.loss.item() == pytest.approx(truth, rel=1e-14)
+    assert intact.loss.item() > 0  # logsumexp(z) - z_y would give exactly 0
+
+
+def test_top1_after_the_change() -> None:
+    intact = make_intact(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+    dz = torch.tensor([[0.0, 2.0], [0.0, 2.0]])
+    assert is_correct(intact, torch.arange(2), dz).tolist() == [False, True]

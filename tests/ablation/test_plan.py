@@ -1,0 +1,112 @@
+"""The cut: every (example, site) in exactly one shard, blocks of one class whole, a pure function of its arguments."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ablation.catalog import LayerFacts, ModelFacts
+from ablation.errors import SpecError
+from ablation.plan import MAX_SITES_PER_SHARD, Plan, SplitCounts, make_plan
+from ablation.spec import make_spec
+
+FACTS = ModelFacts(
+    name="net",
+    n_classes=10,
+    input_shape=(3, 32, 32),
+    flops=1e8,
+    widest=100_000,
+    layers=(
+        LayerFacts(parameter="conv.weight", kind="Conv2d", shape=(16, 8, 3, 3), path="rerun", flops_after=9e7),
+        LayerFacts(parameter="fc.weight", kind="Linear", shape=(2048, 1024), path="direct", flops_after=5e6),
+    ),
+)
+
+
+def plan(layer="fc", sites=100, train="all", test=None, n=5000, **options) -> Plan:
+    counts = {name: SplitCounts(n_examples=n, n_per_class=(n // 10,) * 10) for name in ("train", "test")}
+    asked = {"count": sites} if isinstance(sites, int) else sites
+    verify = options.pop("verify", 8)
+    spec = make_spec(
+        {"model": {"name": "net"}, "layer": layer, "data": {"name": "d", "train": train, "test": test}, "sites": asked,
+         "verify": verify}
+    )  # fmt: skip
+    return make_plan(spec, FACTS, counts, **{"threads": 2, **options})
+
+
+@given(
+    layer=st.sampled_from(["conv", "fc"]),
+    sites=st.integers(1, 1152),
+    n=st.integers(10, 4000),
+    per_class=st.one_of(st.none(), st.integers(1, 200)),
+    shard_s=st.sampled_from([0.001, 0.1, 5.0, 1e6]),
+    batch_size=st.one_of(st.none(), st.integers(1, 300)),
+)
+def test_every_pair_is_in_exactly_one_shard(layer, sites, n, per_class, shard_s, batch_size) -> None:
+    n -= n % 10
+    train = "all" if per_class is None else {"per_class": min(per_class, n // 10)}
+    cut = plan(layer, sites, train, n=n, shard_s=shard_s, batch_size=batch_size)
+    split = cut.splits[0]
+    pairs = sum((s.examples[1] - s.examples[0]) * (s.sites[1] - s.sites[0]) for s in cut.shards)
+    assert pairs == split.n_examples * sites
+    assert len({shard.id for shard in cut.shards}) == len(cut.shards)
+    by_sites: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for shard in cut.shards:
+        by_sites.setdefault(shard.sites, []).append(shard.examples)
+    ends = sorted(by_sites)
+    assert ends[0][0] == 0
+    assert ends[-1][1] == sites
+    for blocks in by_sites.values():
+        assert blocks[0][0] == 0
+        assert blocks[-1][1] == split.n_examples
+        assert all(a[1] == b[0] for a, b in zip(blocks, blocks[1:], strict=False))
+        if split.per_class:
+            assert all(start % split.per_class == 0 for start, _ in blocks)
+
+
+def test_proof_examples_come_from_everywhere() -> None:
+    cut = plan(train="all", test="all", n=5000, shard_s=0.1)
+    assert len(cut.shards) > 4
+    for shard in cut.shards:
+        first, last = shard.examples
+        assert any(first <= position < last for position in cut.proof.examples[shard.split])
+
+
+def test_no_proof() -> None:
+    assert plan(verify=0).proof.n_sites == 0
+    assert plan(verify=0).proof.examples == {}
+
+
+def test_whole_layers_are_cut_along_sites() -> None:
+    cut = plan(sites="all")
+    assert cut.n_sites == 2048 * 1024
+    assert max(s.sites[1] - s.sites[0] for s in cut.shards) <= MAX_SITES_PER_SHARD
+
+
+def test_the_same_arguments_give_the_same_plan() -> None:
+    assert plan().model_dump_json() == plan().model_dump_json()
+    assert Plan.model_validate_json(plan().model_dump_json()) == plan()
+
+
+def test_estimates_order_paths_and_grow_with_work() -> None:
+    direct, rerun, reference = (plan(engine=engine).estimate for engine in ("direct", "rerun", "reference"))
+    assert direct.passes < rerun.passes < reference.passes
+    assert plan(n=1000).estimate.seconds < plan(n=2000).estimate.seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "words"),
+    [
+        ({"layer": "fcc"}, "layer", "Did you mean 'fc'"),
+        ({"layer": "conv", "sites": 1153}, "sites.count", "1 to 1152"),
+        ({"layer": "conv", "sites": {"indices": [3, 1152]}}, "sites.indices", "0 to 1151"),
+        ({"train": {"per_class": 501}}, "data.train.per_class", "1 to 500"),
+        ({"train": None, "test": {"count": 5001}}, "data.test.count", "1 to 5000"),
+        ({"engine": "fast"}, "engine", "auto, direct, rerun, reference"),
+        ({"layer": "conv", "engine": "direct"}, "engine", "not part of a classifier head"),
+    ],
+)
+def test_refusals(options, field, words) -> None:
+    with pytest.raises(SpecError) as caught:
+        plan(**options)
+    assert caught.value.field == field
+    assert words in str(caught.value)

@@ -1,0 +1,55 @@
+"""An independent brute force, and what "equal" means: the scales and bounds of DESIGN.md section 2.
+
+Nothing of the package is used to compute the truth here: plain PyTorch on a float64 copy of the model.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def brute_force(
+    model: nn.Module, parameter: str, indices: Any, inputs: Tensor, labels: Tensor, value: float = 0.0
+) -> np.ndarray:
+    """Per-example loss deltas (sites, examples) of a float64 copy of the model, weight by weight."""
+    model = copy.deepcopy(model).double().eval()
+    weights = model.get_parameter(parameter).data.view(-1)
+    rows = []
+    with torch.no_grad():
+        loss = _losses(model, inputs, labels)
+        for index in indices:
+            kept = weights[index].item()
+            weights[index] = value
+            rows.append(_losses(model, inputs, labels) - loss)
+            weights[index] = kept
+    return torch.stack(rows).numpy()
+
+
+def _losses(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    output = model(inputs.double())
+    logits = output if isinstance(output, Tensor) else output.logits
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def utility_error(utility: np.ndarray, truth: np.ndarray, precision: str, loss: float = 1.0) -> float:
+    """The largest error of a utility against per-example true deltas, in the units that bound it.
+
+    mixed: max(mean_n |delta_n|, 0.1 of its rms over sites), the scale of model rounding, since the prefix is float32.
+    float64: mean_n |delta_n|, beyond 4e-15 (1 + mean loss) nats absolute.
+    """
+    spread = np.abs(truth).mean(axis=1)
+    difference = np.abs(utility - truth.mean(axis=1))
+    if precision == "float64":
+        difference = np.maximum(difference - 4e-15 * (1 + loss), 0)
+        scale = spread
+    else:
+        scale = np.maximum(spread, 0.1 * np.sqrt((spread**2).mean()))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.where(difference == 0, 0, difference / scale).max())
+
+
+BOUND = {"mixed": 1e-4, "float64": 1e-9}
