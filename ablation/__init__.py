@@ -2,16 +2,18 @@
 
 The map, in reading order (a file imports only files above it):
 
-    errors      the error tree, drawn              partial     raw sums over one shard: zero, add, merge, join
-    spec        JobSpec: what was asked            engine/     run one shard -> PartialSums
-    catalog     names and facts; torch-free        layers      what a model's layers are, the path each takes
-    models      name -> module in eval mode        table       one frozen row per site
-    data        name -> batches in fixed order     statistics, plots, export   read the table only
-    sites       list weights, draw sampled ones    proof       the job's own check against the reference
-    plan        spec + shapes -> shards, cost      demo        the built-in model and its training
-    precision   float64 from the target on         run         the whole walk on one screen
-    baseline    intact loss; determinism check     notebook    `ablation.ablate` and the table it returns
-    reference   zero, forward, restore: the truth  cli/        an edge: reads the environment, starts services
+    errors      the error tree, drawn              baseline    intact loss; determinism check
+    spec        JobSpec: what was asked            partial     raw sums over one shard: zero, add, merge, join
+    folders     where data and checkpoints are     engine/     run one shard -> PartialSums
+    images      image folders: classes, files      layers      what a model's layers are, the path each takes
+    catalog     names and facts; torch-free        table       one frozen row per site
+    data        name -> batches in fixed order     statistics, export   read the table only
+    demo        the built-in model, its training   plots       a figure of the table
+    models      name -> module in eval mode        proof       the job's own check against the reference
+    sites       list weights, draw sampled ones    run         the whole walk on one screen
+    plan        spec + shapes -> shards, cost      notebook    `ablation.ablate` and the table it returns
+    precision   float64 from the target on         cli/        an edge: reads the environment, starts services
+    reference   zero, forward, restore: the truth
 """
 
 from typing import TYPE_CHECKING, Any

@@ -3,6 +3,7 @@
 In: a model, a batch. Out: nothing, or an error that says what is wrong with which module or example.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ablation.errors import DataError, ModelError
-from ablation.precision import as_found
+from ablation.precision import FromTargetOn, as_found, run_with
 from ablation.reference import intact_logits
 
 # Largest difference of a logit between two batch compositions, relative to 1 + the largest logit.
@@ -93,6 +94,28 @@ def check_composition(model: torch.nn.Module, inputs: Tensor) -> None:
             raise ModelError(
                 f"the model's logits differ by {worst:.3g} when {reason} (allowed: {tolerance:.3g}). Each example's loss "
                 "must be a fixed function of that example; look for randomness or for statistics over the batch."
+            )
+
+
+def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor) -> None:
+    """Refuse a parameter that the model reads in a way that replacing it from outside does not reach.
+
+    A parameter that is truly not used is fine: its utility is 0.
+
+    Raises:
+        ModelError: no call of the forward pass was given the parameter, and yet its numbers change the logits.
+    """
+    mode = FromTargetOn(model.get_parameter(parameter).detach().double())
+    with as_found(model):
+        run_with(model, parameter, mode.target, inputs, mode=mode)
+        if mode.seen:
+            return
+        spoiled = copy.deepcopy(model)
+        spoiled.get_parameter(parameter).fill_(float("nan"))
+        if not torch.equal(intact_logits(spoiled, inputs), intact_logits(model, inputs)):
+            raise ModelError(
+                f"{parameter} is used in a way that can't be replaced from outside (a copy of it kept by a recurrent or "
+                "compiled module); allowed: parameters that forward reads from the module. Choose another layer."
             )
 
 

@@ -8,8 +8,8 @@ The facts of the built-in models are a generated file, `facts.jsonl` (`make fact
 import json
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -156,13 +156,17 @@ def _nearest(name: str) -> str:
 
 
 def line_from_facts(facts: ModelFacts) -> str:
-    """One line of the table: plain arrays, the layers of one module under its name and kind."""
-    modules: dict[tuple[str, str], list[Any]] = {}
-    for layer in facts.layers:
-        module, _, own = layer.parameter.rpartition(".")
-        modules.setdefault((module, layer.kind), []).append([own, layer.shape, layer.path, layer.flops_after])
-    head = [facts.name, facts.weights, facts.n_classes, facts.input_shape, facts.flops, facts.widest]
-    return json.dumps([*head, [[*key, layers] for key, layers in modules.items()]], separators=(",", ":"))
+    """One line of the table: plain arrays, and what the parameters of one module have in common only once."""
+    modules = [
+        (*common, [(layer.parameter.rpartition(".")[2], layer.shape) for layer in layers])
+        for common, layers in groupby(facts.layers, _in_common)
+    ]
+    fields = (facts.name, facts.weights, facts.n_classes, facts.input_shape, facts.flops, facts.widest, modules)
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def _in_common(layer: LayerFacts) -> tuple[str, str, str, float]:
+    return layer.parameter.rpartition(".")[0], layer.kind, layer.path, layer.flops_after
 
 
 def facts_from_line(line: str) -> ModelFacts:
@@ -172,8 +176,8 @@ def facts_from_line(line: str) -> ModelFacts:
         LayerFacts(
             parameter=f"{module}.{own}" if module else own, kind=kind, shape=shape, path=path, flops_after=flops_after
         )
-        for module, kind, parameters in modules
-        for own, shape, path, flops_after in parameters
+        for module, kind, path, flops_after, parameters in modules
+        for own, shape in parameters
     )
     return ModelFacts(
         name=name,

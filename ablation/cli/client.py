@@ -1,0 +1,113 @@
+"""Talking to a server: post a job, poll it, download its files.
+
+In: a base URL and a spec. Out: plain JSON and files. Problem documents become our errors again.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import httpx
+
+from ablation.cli.files import write_results
+from ablation.errors import AblationError, ServiceError, SpecError
+from ablation.spec import JobSpec
+
+TIMEOUT_S = 30.0
+MAX_POLL_S = 2.0  # a person watches the bar: ask more often than the server wants, never less than it allows at 429
+AWAY_S = 60.0  # how long a server may be away (it is being restarted) before polling gives up
+
+
+class Client:
+    """A connection to one server."""
+
+    def __init__(self, server: str) -> None:
+        self.server = server.rstrip("/")
+        self._http = httpx.Client(base_url=self.server, timeout=TIMEOUT_S)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._http.close()
+
+    def post(self, spec: JobSpec) -> dict[str, Any]:
+        """Ask for a job; returns it."""
+        return self._ask("POST", "/v1/jobs", json=spec.model_dump(mode="json")).json()
+
+    def wait(self, job: dict[str, Any], on_poll: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Poll until the job is done; returns its results, without rows. `on_poll` gets every answer before that.
+
+        Raises:
+            AblationError: the job failed or was cancelled.
+            ServiceError: the server has been away for too long.
+        """
+        last_seen = time.monotonic()
+        while True:
+            try:
+                answer = self._ask("GET", job["urls"]["results"], params={"limit": 0})
+            except ServiceError:
+                if time.monotonic() - last_seen > AWAY_S:
+                    raise
+                time.sleep(1)
+                continue
+            last_seen = time.monotonic()
+            if answer.status_code == httpx.codes.OK:
+                return answer.json()
+            on_poll(answer.json())
+            time.sleep(_pause_s(answer.json()))
+
+    def download(self, job: dict[str, Any], results: dict[str, Any], folder: Path) -> None:
+        """Write the job's CSV, Parquet and summary into `folder`."""
+        urls = job["urls"]
+        write_results(
+            folder, csv=self._reader(urls["csv"]), parquet=self._reader(urls["parquet"]), summary=results["summary"]
+        )
+
+    def is_ready(self) -> bool:
+        """Whether the server says that jobs will be worked on."""
+        try:
+            return self._http.get("/readyz", timeout=2.0).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def _reader(self, url: str) -> Callable[[BinaryIO], None]:
+        """What writes a file of the server to a stream."""
+
+        def read(stream: BinaryIO) -> None:
+            with self._http.stream("GET", url) as answer:
+                for piece in _check(answer).iter_bytes():
+                    stream.write(piece)
+
+        return read
+
+    def _ask(self, method: str, url: str, **content: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, url, **content)
+        except httpx.TransportError as error:
+            raise ServiceError(
+                f"no answer from {self.server} ({error}); start a server with `ablation serve`, "
+                "or name yours with --server"
+            ) from None
+        return _check(answer)
+
+
+def _check(answer: httpx.Response) -> httpx.Response:
+    """The answer, or our error for its problem document."""
+    if answer.is_success:
+        return answer
+    answer.read()
+    try:
+        problem = answer.json()
+        detail = problem["detail"]
+    except (ValueError, KeyError, TypeError):
+        raise ServiceError(f"{answer.url} answered {answer.status_code}: {answer.text[:200]}") from None
+    if answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY and "field" in problem:
+        raise SpecError(problem["field"], problem["given"], problem["allowed"], problem["next_step"])
+    raise (ServiceError if answer.status_code >= 500 else AblationError)(detail)
+
+
+def _pause_s(answer: dict[str, Any]) -> float:
+    """How long to wait before the next poll: a tenth of what is left, between a fifth of a second and two."""
+    return min(MAX_POLL_S, max(0.2, (answer.get("eta_seconds") or 0.0) / 10))

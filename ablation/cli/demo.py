@@ -1,0 +1,92 @@
+"""The command that shows everything: trains the demo model, starts the service, has a job computed, stops it all."""
+
+import functools
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from ablation.cli.client import Client
+from ablation.cli.display import print_files, print_summary, progress_bar, say_seconds, show_poll
+from ablation.cli.options import out_option
+from ablation.cli.server import EXAMPLE, raise_on_signals
+from ablation.cli.services import Services, child_environment, python_command
+from ablation.errors import ServiceError
+from ablation.spec import make_spec
+from worker.settings import Settings
+from worker.tether import tether
+
+KEPT = Path.home() / ".cache" / "weight-ablation"
+
+
+@click.command()
+@out_option("demo-out")
+@click.option(
+    "--home", type=click.Path(path_type=Path, file_okay=False), default=KEPT, show_default=True,
+    help="Where the trained model is kept for the next time.",
+)  # fmt: skip
+def demo(out: Path, home: Path) -> None:
+    """Show the whole service at work, on real handwritten digits; needs no network, no GPU, no Redis.
+
+    Trains a small AlexNet (the first time), starts Redis, a worker and the API on a free port, asks for the utility of
+    4,096 weights, downloads the table and stops everything.
+    """
+    raise_on_signals()
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ablation-demo-") as private:
+        settings = Settings(home=Path(private), cache_dir=home.absolute(), redis_url="")
+        services = Services(settings, "127.0.0.1", 0, 1, say=click.echo)
+        try:
+            summary = run_demo(services, out)
+        finally:
+            services.stop()
+    print_summary(summary)
+    print_files(out)
+
+
+def run_demo(services: Services, out: Path) -> dict[str, object]:
+    """Everything from training to the downloaded files; returns the summary."""
+    services.start()
+    click.echo("digits_alexnet: training it, or reading it back where that was done before ...")
+    train(services.settings.cache_dir)
+    click.echo(f"Redis, one worker and the API: starting on {services.url} ...")
+    services.wait_ready()
+    with Client(services.url) as client:
+        start = time.monotonic()
+        job = client.post(make_spec(EXAMPLE))
+        click.echo(f"POST {services.url}/v1/jobs: 4,096 weights of fc2, every train and test example; job {job['id']}")
+        with progress_bar("job queued") as update:
+
+            def on_poll(answer: dict[str, object]) -> None:
+                services.tend()
+                show_poll(answer, update)
+
+            results = client.wait(job, on_poll)
+        client.download(job, results, out)
+        click.echo(f"from POST to CSV: {say_seconds(time.monotonic() - start)}")
+    return results["summary"]
+
+
+def train(cache: Path) -> None:
+    """Train the demo model unless the cache has it; in a process of its own, since this one does without torch.
+
+    Raises:
+        ServiceError: it failed; what it said is above.
+    """
+    process = subprocess.Popen(
+        python_command("ablation.demo", "--cache", str(cache)),
+        env=child_environment(),
+        start_new_session=True,
+        preexec_fn=functools.partial(tether, signal.SIGKILL, os.getpid()),
+    )
+    try:
+        code = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+    if code:
+        raise ServiceError(f"training the demo model ended with code {code}")

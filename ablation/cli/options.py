@@ -1,0 +1,174 @@
+"""The options that say what a job is: one decorator turns them into a `JobSpec`, for every command that takes one.
+
+In: what was typed. Out: a checked spec, and folders. Whether the layer or the data exist is not known here.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ablation.errors import SpecError
+from ablation.folders import Folders
+from ablation.plan import ENGINES
+from ablation.spec import JobSpec, make_spec
+from worker.settings import Settings, load_settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_SPEC_OPTIONS = [
+    click.option("--model", required=True, help="Name of the model; `ablation models` lists them."),
+    click.option("--weights", help="torchvision weights (IMAGENET1K_V1) or a checkpoint file.  [default: its own]"),
+    click.option("--model-seed", type=int, default=0, show_default=True, help="Seed of random weights."),
+    click.option("--layer", required=True, help="A module's name (its weight) or a parameter; see `ablation layers`."),
+    click.option("--data", required=True, help="Name of the data set: digits, imagefolder, cifar10, imagenet, ..."),
+    click.option("--root", help="Folder of the data set, for those that need one."),
+    click.option("--train", help="Training examples: all, N or N/class.  [default: none]"),
+    click.option("--test", help="Test examples: all, N or N/class.  [default: none]"),
+    click.option("--data-seed", type=int, default=0, show_default=True, help="Seed of examples drawn by N or N/class."),
+    click.option("--sites", required=True, help="Weights to ablate: N (drawn at random), all, or flat indices: 5,17,3"),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights drawn by --sites N."),
+    click.option("--value", default="zero", show_default=True, help="What to set a weight to: zero or a number."),
+    click.option(
+        "--precision", type=click.Choice(["mixed", "float32", "float64"]), default="mixed", show_default=True,
+        help="mixed: float64 from the layer on, as exact as float64 for a model that runs in float32.",
+    ),
+    click.option("--verify", type=int, default=8, show_default=True, help="Weights checked by brute force; 0: none."),
+    click.option("--top1", is_flag=True, help="Also count the answers that become wrong and right."),
+]  # fmt: skip
+
+_RUN_OPTIONS = [
+    click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="Which path to take."),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Examples at once.  [default: by the model's size]"),
+]
+
+
+def spec_options(command: Command) -> Command:
+    """Give a command the options of a job spec; it is called with `spec`."""
+
+    @functools.wraps(command)
+    def with_spec(**options: Any) -> Any:
+        asked = {name: options.pop(name) for name in inspect.signature(read_spec).parameters}
+        return command(spec=read_spec(**asked), **options)
+
+    return _decorate(with_spec, _SPEC_OPTIONS)
+
+
+def run_options(command: Command) -> Command:
+    """Give a command the options that change how a job is computed here, not what it computes."""
+    return _decorate(command, _RUN_OPTIONS)
+
+
+def home_option(command: Command) -> Command:
+    """Give a command `--home`; it is called with `settings`."""
+
+    @functools.wraps(command)
+    def with_settings(home: Path | None, **options: Any) -> Any:
+        return command(settings=Settings(home=home) if home else load_settings(), **options)
+
+    option = click.option(
+        "--home", type=click.Path(path_type=Path, file_okay=False),
+        help="Folder of data/, checkpoints/, cache/, redis/, logs/.  [default: ABLATION_HOME or ~/.ablation]",
+    )  # fmt: skip
+    return _decorate(with_settings, [option])
+
+
+def out_option(default: str) -> Callable[[Command], Command]:
+    """Give a command `--out`, a folder."""
+    return click.option(
+        "--out", type=click.Path(path_type=Path, file_okay=False), default=default, show_default=True,
+        help="Folder for utility.csv, utility.parquet and summary.json.",
+    )  # fmt: skip
+
+
+def read_spec(
+    *, model: str, weights: str | None, model_seed: int, layer: str, data: str, root: str | None, train: str | None,
+    test: str | None, data_seed: int, sites: str, seed: int, value: str, precision: str, verify: int, top1: bool,
+) -> JobSpec:  # fmt: skip
+    """The job spec that the options say.
+
+    Raises:
+        SpecError: an option is not of its form, or the spec is not possible.
+    """
+    splits = {"train": read_split("train", train, data_seed), "test": read_split("test", test, data_seed)}
+    return make_spec(
+        {
+            "model": {"name": model, "weights": weights, "seed": model_seed},
+            "layer": layer,
+            "data": {"name": data, "root": root, **splits},
+            "sites": read_sites(sites, seed),
+            "value": read_value(value),
+            "precision": precision,
+            "verify": verify,
+            "top1": top1,
+        }
+    )
+
+
+def read_split(name: str, text: str | None, seed: int) -> str | dict[str, int] | None:
+    """The part of a split that `text` says: all, N, N/class."""
+    if text is None or text == "all":
+        return text
+    number, per_class = text.removesuffix("/class"), text.endswith("/class")
+    if not _is_number(number):
+        raise SpecError(f"data.{name}", text, "all, a number of examples (500) or a number per class (50/class)")
+    return {"per_class" if per_class else "count": int(number), "seed": seed}
+
+
+def read_sites(text: str, seed: int) -> str | dict[str, Any]:
+    """The sites that `text` says: all, N, or flat indices with commas between them (`5,` is index 5 alone)."""
+    if text == "all":
+        return text
+    numbers = [part.strip() for part in text.removesuffix(",").split(",")]
+    if not all(_is_number(number) for number in numbers):
+        raise SpecError("sites", text, "all, a number of weights (4096) or flat indices (5,17,3)")
+    if "," in text:
+        return {"indices": [int(number) for number in numbers]}
+    return {"count": int(text), "seed": seed}
+
+
+def read_value(text: str) -> str | dict[str, float]:
+    """The replacement that `text` says: zero or a number."""
+    if text == "zero":
+        return text
+    try:
+        return {"constant": float(text)}
+    except ValueError:
+        raise SpecError("value", text, "zero or a number") from None
+
+
+def locate(spec: JobSpec, folders: Folders) -> tuple[JobSpec, Folders]:
+    """Take `--root` and `--weights` as paths of this machine, where they are: who runs a job here is the operator.
+
+    The spec keeps the last part of the path only, as a server's would: a result says nothing of where its data lay.
+    """
+    root, data = _below(spec.data.root, folders.data)
+    weights, checkpoints = _below(spec.model.weights, folders.checkpoints)
+    here = spec.model_copy(
+        update={
+            "data": spec.data.model_copy(update={"root": root}),
+            "model": spec.model.model_copy(update={"weights": weights}),
+        }
+    )
+    return here, dataclasses.replace(folders, data=data, checkpoints=checkpoints)
+
+
+def _below(given: str | None, folder: Path) -> tuple[str | None, Path]:
+    """`given` as a name below a folder: below its own parent where it is a path that exists, else below `folder`."""
+    if given is None or not (path := Path(given).expanduser().resolve()).exists():
+        return given, folder
+    return path.name, path.parent
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _decorate(command: Any, options: list[Any]) -> Any:
+    for option in reversed(options):
+        command = option(command)
+    return command

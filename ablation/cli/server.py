@@ -1,0 +1,103 @@
+"""The commands that start services: `serve` (everything), `api` and `worker` (one process each, as compose does)."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import click
+
+from ablation.cli.options import home_option
+from ablation.cli.services import Services, child_environment, python_command
+from worker.settings import Settings
+
+TEND_S = 0.2  # how often the supervisor looks after its processes
+
+EXAMPLE = {
+    "model": {"name": "digits_alexnet"},
+    "layer": "fc2",
+    "data": {"name": "digits", "train": "all", "test": "all"},
+    "sites": {"count": 4096},
+}
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, envvar="ABLATION_HOST", help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, envvar="ABLATION_PORT",
+              help="Port to listen on; 0: any free one.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of worker processes.")
+@home_option
+def serve(settings: Settings, host: str, port: int, workers: int) -> None:
+    """Start the whole service and keep it running until Ctrl-C.
+
+    Redis (an embedded one, unless REDIS_URL is set), the API and the workers; what dies is started again. One SIGINT or
+    SIGTERM stops everything within 10 seconds, a second one kills it. What was running goes on after the next start.
+    """
+    raise_on_signals()
+    services = Services(settings, host, port, workers, say=lambda text: click.echo(text, err=True))
+    try:
+        services.start()
+        click.echo(f"Starting on {services.url} ...", err=True)
+        services.wait_ready()
+        click.echo(directions(services))
+        while True:
+            services.tend()
+            time.sleep(TEND_S)
+    finally:
+        services.stop()
+        click.echo("Stopped. What was running goes on after the next start.", err=True)
+
+
+@click.command()
+@click.option("--host", envvar="ABLATION_HOST", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", envvar="ABLATION_PORT", help="Port to listen on.  [default: 8000]")
+def api(host: str | None, port: str | None) -> None:
+    """Start the API alone (needs REDIS_URL)."""
+    given = {"ABLATION_HOST": host, "ABLATION_PORT": port}
+    become("api", {name: value for name, value in given.items() if value is not None})
+
+
+@click.command()
+def worker() -> None:
+    """Start one worker alone (needs REDIS_URL)."""
+    become("worker", {})
+
+
+def become(module: str, environment: dict[str, str]) -> None:
+    """Run a module of ours instead of this process, so that signals reach it directly."""
+    sys.stdout.flush()
+    os.execve(sys.executable, python_command(module), {**child_environment(), **environment})
+
+
+def raise_on_signals() -> None:
+    """Make SIGTERM do what SIGINT does: end the block that runs, so that what it started is stopped."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def directions(services: Services) -> str:
+    """What a person who has just started a server wants to know."""
+    url, settings = services.url, services.settings
+    body = json.dumps(EXAMPLE)
+    return f"""
+weight-ablation is ready at {url}    (API documentation: {url}/docs)
+
+Submit a job, wait for it, download its table:
+
+JOB={url}$(curl -sS -D - -o /dev/null {url}/v1/jobs --json '{body}' | tr -d '\\r' | sed -n 's/^location: //Ip')
+while curl -sS -w '\\n%{{http_code}}\\n' "$JOB/results?limit=3" | tee /dev/stderr | grep -qx 202; do sleep 1; done
+curl -sS -o utility.csv $JOB/results.csv
+
+data sets    {settings.data_dir}
+checkpoints  {settings.checkpoint_dir}
+cache        {settings.cache_dir}
+Redis        {settings.redis_url or settings.home / "redis"}
+logs         {settings.home / "logs"}
+
+Ctrl-C stops everything.
+"""

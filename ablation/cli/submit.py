@@ -1,0 +1,40 @@
+"""The command that has a job computed by a server: post, poll, download."""
+
+from pathlib import Path
+
+import click
+
+from ablation.cli.client import Client
+from ablation.cli.display import print_files, print_summary, progress_bar, show_poll
+from ablation.cli.options import out_option, spec_options
+from ablation.spec import JobSpec
+
+
+@click.command()
+@click.option("--server", default="http://127.0.0.1:8000", show_default=True, envvar="ABLATION_SERVER",
+              help="Base URL of the server.")  # fmt: skip
+@spec_options
+@out_option("ablation-out")
+def submit(server: str, spec: JobSpec, out: Path) -> None:
+    """Send a job to a running server, wait for it and download its results.
+
+    --root is a folder below the server's data folder. Ctrl-C leaves the job running and says how to follow it.
+    """
+    with Client(server) as client:
+        job = client.post(spec)
+        click.echo(f"Job {job['id']}: {client.server}{job['urls']['self']}", err=True)
+        try:
+            with progress_bar("job") as update:
+                results = client.wait(job, lambda answer: show_poll(answer, update))
+        except KeyboardInterrupt:
+            click.echo(
+                f"\nJob {job['id']} goes on at the server.\n"
+                f"  its state    curl {client.server}{job['urls']['self']}\n"
+                f"  its table    curl -o utility.csv {client.server}{job['urls']['csv']}\n"
+                f"  cancel it    curl -X POST {client.server}{job['urls']['cancel']}",
+                err=True,
+            )
+            raise
+        client.download(job, results, out)
+    print_summary(results["summary"])
+    print_files(out)

@@ -1,0 +1,142 @@
+"""How do rows leave as a file? CSV and Parquet, streamed in constant memory, and files written whole or not at all.
+
+In: a table, or its columns block by block. Out: bytes, the same for the same numbers.
+Torch-free: the API streams tables.
+
+CSV is RFC 4180 with LF: header unquoted, numbers never quoted. A float is written as Python's `repr` writes it: the
+fewest digits that read back to the same bits, always with a point or an exponent, so that a column of zeros still
+reads as floats. NaN is an empty field. Arrow takes a quarter of the time of a loop over `repr` (tried on one core:
+1.0 against 4.3 µs a row of two splits, so 17 s for 16.7 million rows).
+"""
+
+import io
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+from jaxtyping import Bool, Float64
+
+from ablation.table import ImportanceTable
+
+ROWS_AT_A_TIME = 1 << 16  # 10 MB of CSV
+_PLAIN = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
+
+Columns = Mapping[str, np.ndarray]
+
+
+def csv_header(names: Sequence[str]) -> bytes:
+    """The first line."""
+    return (",".join(names) + "\n").encode()
+
+
+def csv_rows(columns: Columns) -> bytes:
+    """All lines after the header."""
+    sink = pa.BufferOutputStream()
+    texts = {name: _spell(values) if values.dtype.kind == "f" else values for name, values in columns.items()}
+    pyarrow.csv.write_csv(pa.record_batch(texts), sink, _PLAIN)
+    return bytes(sink.getvalue())
+
+
+def _spell(values: Float64[np.ndarray, " rows"]) -> pa.StringArray:
+    """Every number as `repr` writes it; NaN as null.
+
+    Arrow writes the right digits, but spells some sizes otherwise than Python: 1 and 1e-7 for 1.0 and 1e-07, 0.00001
+    for 1e-05, 1e+10 for 10000000000.0. The edges below are exact: a float prints as 1e-9 or more if and only if it is.
+    """
+    size = np.abs(values)
+    text = pc.cast(pa.array(values, mask=np.isnan(values)), pa.string())
+    text = _respell(text, (size < 1e-6) & (size >= 1e-9), lambda t: pc.replace_substring(t, "e-", "e-0"))
+    whole = (size < 1e10) & (values == np.trunc(values))
+    text = _respell(text, whole, lambda t: pc.binary_join_element_wise(t, "0", "."))
+    others = ((size < 1e-4) & (size >= 1e-6)) | ((size < 1e16) & (size >= 1e10))
+    return _respell(text, others, lambda _: pa.array(map(repr, values[others].tolist()), pa.string()))
+
+
+def _respell(
+    text: pa.StringArray, where: Bool[np.ndarray, " rows"], spell: Callable[[pa.StringArray], pa.StringArray]
+) -> pa.StringArray:
+    return pc.replace_with_mask(text, where, spell(text.filter(where))) if where.any() else text
+
+
+def csv_chunks(blocks: Iterable[Columns]) -> Iterator[bytes]:
+    """The whole CSV of blocks of rows, header first, piece by piece. Where blocks begin changes no byte."""
+    header_is_out = False
+    for block in blocks:
+        if not header_is_out:
+            yield csv_header(list(block))
+            header_is_out = True
+        for rows in _cut(block):
+            yield csv_rows(rows)
+
+
+def write_csv(table: ImportanceTable, stream: BinaryIO) -> None:
+    """Write the table as CSV."""
+    for chunk in csv_chunks([table.columns]):
+        stream.write(chunk)
+
+
+def parquet_chunks(blocks: Iterable[Columns]) -> Iterator[bytes]:
+    """A Parquet file (zstd) of blocks of rows, piece by piece. NaN stays NaN, so every number keeps its bits."""
+    sink, writer = _Sink(), None
+    for block in blocks:
+        for rows in _cut(block):
+            batch = pa.record_batch(dict(rows))
+            writer = writer or pyarrow.parquet.ParquetWriter(sink, batch.schema, compression="zstd")
+            writer.write_batch(batch)
+            yield sink.take()
+    if writer is not None:
+        writer.close()
+        yield sink.take()
+
+
+def write_parquet(table: ImportanceTable, stream: BinaryIO) -> None:
+    """Write the table as Parquet."""
+    for chunk in parquet_chunks([table.columns]):
+        stream.write(chunk)
+
+
+def _cut(block: Columns) -> Iterator[dict[str, np.ndarray]]:
+    n_rows = len(next(iter(block.values())))
+    for start in range(0, max(1, n_rows), ROWS_AT_A_TIME):
+        yield {name: values[start : start + ROWS_AT_A_TIME] for name, values in block.items()}
+
+
+class _Sink(io.RawIOBase):
+    """A file that only keeps what was not taken yet."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, piece: Any) -> int:
+        """Keep a copy: Arrow uses its buffer again."""
+        self._pieces.append(bytes(piece))
+        return len(self._pieces[-1])
+
+    def take(self) -> bytes:
+        """What was written since the last call."""
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a file that appears at `path` when it is complete, and not at all if anything goes wrong."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("xb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

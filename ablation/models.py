@@ -1,0 +1,189 @@
+"""Models by name: the module in eval mode, and the preprocessing that its inputs want.
+
+In: a name, and weights: torchvision's by their enum name, a checkpoint file, or none (initialised from a seed).
+Out: (module, transform). Which models there are and what can be known without building one: `catalog.py`.
+"""
+
+import http.client
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ablation.catalog import DEMO_MODEL, find_checkpoint
+from ablation.demo import DigitsAlexNet, ensure_demo_model, prepare_digit
+from ablation.errors import CheckpointError
+from ablation.folders import Folders
+from ablation.spec import ModelSpec
+
+Transform = Callable[[Any], Tensor]
+
+# What a damaged, foreign or missing file makes of torch.load, safetensors and urllib.
+_UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError),
+    *(SafetensorError, pickle.UnpicklingError, http.client.HTTPException),
+)
+_AUXILIARY = ("aux1", "aux2", "AuxLogits")  # GoogLeNet's and Inception's classifiers for training, idle in eval mode
+
+
+@dataclass(frozen=True)
+class AsRGB:
+    """Preprocessing for three channels: grey pictures become RGB first."""
+
+    then: Transform
+
+    def __call__(self, picture: Image.Image | Tensor) -> Tensor:
+        """The model's input, of shape (3, height, width)."""
+        if isinstance(picture, Tensor):
+            return self.then(picture.expand(3, *picture.shape[-2:]) if picture.shape[-3] == 1 else picture)
+        return self.then(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+def load_model(
+    name: str, weights: str | None = None, seed: int = 0, folders: Folders | None = None
+) -> tuple[nn.Module, Transform]:
+    """The model `name` in eval mode, and the transform that turns a picture into its input.
+
+    `weights`: a name of torchvision's weights enum (downloaded by torchvision where it isn't there yet), or a file
+    below the checkpoint folder. Absent: `digits_alexnet` has its trained weights; the others are initialised as
+    torchvision does after `torch.manual_seed(seed)`, with the preprocessing of their default weights.
+    The caller's random state is left as it was. Without `folders`, those below ~/.ablation are used.
+
+    Raises:
+        SpecError: no such model or weights; the message names the nearest ones.
+        CheckpointError: the weights can't be downloaded, read, or loaded into this model.
+        ModelError: the demo model can't be trained.
+    """
+    folders = folders or _own_folders()
+    checkpoint = find_checkpoint(ModelSpec(name=name, weights=weights, seed=seed), folders)
+    if name == DEMO_MODEL:
+        module: nn.Module = build_demo_model(seed)
+        _load_checkpoint(module, checkpoint or ensure_demo_model(folders))
+        return module.eval(), prepare_digit
+    if weights is not None and checkpoint is None:
+        member = torchvision.models.get_model_weights(name)[weights]
+        return _pretrained(name, member), AsRGB(member.transforms())
+    module = build_model(name, seed)
+    if checkpoint is not None:
+        _load_checkpoint(module, checkpoint)
+    return module.eval(), default_transform(name)
+
+
+def build_model(name: str, seed: int) -> nn.Module:
+    """A torchvision model as `torch.manual_seed(seed)` and its constructor make it, without auxiliary classifiers."""
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True  # said aloud, or they warn
+    if name.startswith("vit_"):
+        options["image_size"] = _default(name).meta["min_size"][0]  # built for the size that the transform makes
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # and not torch.manual_seed: that would reseed the GPUs
+        return _without_auxiliary(torchvision.models.get_model(name, weights=None, **options))
+
+
+def build_demo_model(seed: int) -> DigitsAlexNet:
+    """The demo model, untrained."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return DigitsAlexNet()
+
+
+def default_transform(name: str) -> Transform:
+    """The preprocessing of a torchvision model's default weights."""
+    return AsRGB(_default(name).transforms())
+
+
+def classifier_weights(name: str) -> tuple[str, ...]:
+    """The weights that torchvision has for a model; not those without a classifier (VGG's `IMAGENET1K_FEATURES`)."""
+    return tuple(member.name for member in torchvision.models.get_model_weights(name) if member.meta["categories"])
+
+
+def _own_folders() -> Folders:
+    home = Path.home() / ".ablation"
+    return Folders(data=home / "data", checkpoints=home / "checkpoints", cache=home / "cache")
+
+
+def _default(name: str) -> Any:
+    return torchvision.models.get_model_weights(name).DEFAULT
+
+
+def _without_auxiliary(module: nn.Module) -> nn.Module:
+    for name in _AUXILIARY:
+        if hasattr(module, name):
+            setattr(module, name, None)
+            module.aux_logits = False  # type: ignore[assignment]
+    return module
+
+
+def _pretrained(name: str, member: Any) -> nn.Module:
+    """The model with torchvision's own weights, by torchvision's own loading (which checks the file's hash)."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            module = torchvision.models.get_model(name, weights=member)
+    except _UNREADABLE as error:
+        raise CheckpointError(_what_to_place(name, member, error)) from error
+    return _without_auxiliary(module).eval()
+
+
+def _what_to_place(name: str, member: Any, error: Exception) -> str:
+    file, folder = Path(urlparse(member.url).path).name, Path(torch.hub.get_dir()) / "checkpoints"
+    verb = "read" if (folder / file).exists() else "downloaded"
+    return (
+        f"{name} with {member.name} can't be {verb}: {type(error).__name__}: {error}. Place the file {file} (from "
+        f"{member.url}) into torch hub's folder {_shown(folder)}; or below the checkpoint folder, and give {file!r} "
+        "as the weights."
+    )
+
+
+def _shown(folder: Path) -> str:
+    """The folder as a user would type it; the home folder's own path is nobody's business."""
+    return str(Path("~") / folder.relative_to(Path.home())) if folder.is_relative_to(Path.home()) else str(folder)
+
+
+def _load_checkpoint(module: nn.Module, path: Path) -> None:
+    tensors = _read_checkpoint(path)
+    wanted = module.state_dict()
+    given = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in _AUXILIARY or name in wanted}
+    wrong = [
+        *(f"{name} is missing" for name in wanted if name not in given),
+        *(f"{name} is unknown" for name in given if name not in wanted),
+        *(
+            f"{name} has shape {tuple(given[name].shape)}, wanted {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in given and given[name].shape != tensor.shape
+        ),
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path.name} doesn't fit the model: {'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''} "
+            f"({len(wrong)} of {len(wanted)} tensors). Save the state dict of this very model."
+        )
+    module.load_state_dict(given)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file, by name: safetensors, or what torch loads with `weights_only`. Nothing in it is run."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{path.name} can't be read ({type(error).__name__}); allowed: a .safetensors file, or a state dict of "
+            "tensors saved by torch.save (files with other Python objects are not opened)."
+        ) from error
+    for key in ("state_dict", "model"):  # how training scripts usually wrap it
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise CheckpointError(f"{path.name} holds a {type(loaded).__name__}; allowed: a state dict, names to tensors.")
+    return loaded

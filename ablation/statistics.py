@@ -1,0 +1,235 @@
+"""What does a table say as a whole? Counts, correlations, and how much of them is sampling noise.
+
+In: an `ImportanceTable`. Out: plain JSON (None where a number does not exist), and the same as lines for people.
+Torch-free, and the table is all it reads.
+
+Utilities of single weights are heavy-tailed, and up to 90 % of them can be *provably* 0. So every correlation is given
+twice, over all sites and over the touched ones alone, and Spearman's (of ranks) stands beside Pearson's (which a few
+large utilities decide).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float64
+from scipy.stats import rankdata
+
+from ablation.table import ImportanceTable
+
+FEWEST_SITES = 3  # two always correlate by 1 or -1
+WANTED_CEILINGS = (0.9, 0.99)
+OTHER_SIZES = (100, 1_000, 10_000, 100_000)  # examples per split, for the ceiling there
+
+
+def make_summary(table: ImportanceTable) -> dict[str, Any]:
+    """Everything worth knowing of a job beside its rows, as plain JSON."""
+    plan, splits = table.about["plan"], list(table.about["baseline"])
+    summary = {
+        "sites": len(table),
+        "weights_in_layer": math.prod(plan["shape"]),
+        "layer": table.about["spec"]["layer"],
+        "parameter": plan["parameter"],
+        "path": plan["path"],
+        "precision": plan["precision"],
+        "splits": {split: describe_split(table, split) for split in splits},
+        "magnitude": {split: compare_magnitude(table, split) for split in splits},
+        "proof": _plain(table.about["proof"]),
+        "not_finite": table.about["n_not_finite"],
+        "seconds": table.about["seconds"],
+    }
+    return summary | ({"train_test": compare_splits(table)} if len(splits) == 2 else {})
+
+
+def _plain(proof: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """JSON has no infinity, which is the error where the reference is exactly 0 and the engine is not (in float32)."""
+    if proof is None:
+        return None
+    return {key: value if value is None or math.isfinite(value) else None for key, value in proof.items()}
+
+
+def describe_split(table: ImportanceTable, split: str) -> dict[str, Any]:
+    """Baseline, counts and the mean of one split's utilities, over the sites that were run."""
+    baseline, spread = table.about["baseline"][split], measure_spread(table, split)
+    utility = table.columns[f"utility_{split}"]
+    utility = utility[np.isfinite(utility)]
+    after = (baseline["loss"] + utility).astype(np.float32)
+    return {
+        **baseline,
+        "provably_without_effect": int((table.columns[f"touched_{split}"] == 0).sum()),
+        "float32_would_call_zero": int((after == np.float32(baseline["loss"])).sum()),
+        "negative": int((utility < 0).sum()),
+        "mean_utility": float(utility.mean()) if len(utility) else None,
+        "reliability": spread and spread.reliability,
+    }
+
+
+def compare_magnitude(table: ImportanceTable, split: str) -> dict[str, float | None]:
+    """Correlations of |utility| with |w|: does a big weight matter?"""
+    touched = table.columns[f"touched_{split}"] > 0
+    return _correlations(table.columns["magnitude"], np.abs(table.columns[f"utility_{split}"]), touched)
+
+
+def compare_splits(table: ImportanceTable) -> dict[str, Any]:
+    """Correlations of the utilities on train and test, and the most that sampling noise lets Pearson's be.
+
+    Utilities that agree perfectly in truth would still correlate by no more than
+
+        ceiling = sqrt(reliability_train * reliability_test)        (Spearman's correction for attenuation)
+
+    so `ratio` = Pearson's r / ceiling estimates how well they agree in truth. The noise shrinks as 1/N, which gives
+    the ceiling at N examples per split (`ceiling_at`) and the N that a wanted one needs (`examples_for_ceiling`).
+    The ceiling is over all sites; "touched" are sites touched in at least one of the splits.
+    """
+    touched = (table.columns["touched_train"] > 0) | (table.columns["touched_test"] > 0)
+    found = _correlations(table.columns["utility_train"], table.columns["utility_test"], touched)
+    train, test = measure_spread(table, "train"), measure_spread(table, "test")
+    ceiling = math.sqrt(train.reliability * test.reliability) if train and test else None
+    return {
+        **found,
+        "ceiling": ceiling,
+        "ratio": found["pearson"] / ceiling if ceiling and found["pearson"] is not None else None,
+        "ceiling_at": {str(n): ceiling_at(n, train, test) if train and test else None for n in OTHER_SIZES},
+        "examples_for_ceiling": {
+            str(wanted): examples_for(wanted, train, test) if train and test else None for wanted in WANTED_CEILINGS
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How much the utilities of one split differ between sites, and how much of that is sampling noise.
+
+    `variance` = var(utility) over sites and `noise` = mean(stderr^2), both in any one unit: only their ratio is used.
+    """
+
+    variance: float
+    noise: float
+    n_examples: int
+
+    @property
+    def reliability(self) -> float:
+        """1 - noise / variance: the share of the variance that other examples would show too, 0 to 1."""
+        return min(1.0, max(0.0, 1 - self.noise / self.variance))
+
+    @property
+    def noise_per_example(self) -> float:
+        """s^2 / var_true: the noise of one example's delta in units of the true variance; at N examples, 1/N of it."""
+        true = self.variance - self.noise
+        return self.noise * self.n_examples / true if true > 0 else math.inf
+
+
+def measure_spread(table: ImportanceTable, split: str) -> Spread | None:
+    """The spread of one split; None where it has none (constant or too few) or the standard error is not known."""
+    utility, stderr = table.columns[f"utility_{split}"], table.columns[f"stderr_{split}"]
+    known = np.isfinite(utility) & np.isfinite(stderr)
+    utility, stderr = utility[known], stderr[known]
+    if len(utility) < FEWEST_SITES or utility.min() == utility.max():
+        return None
+    unit = np.abs(utility).max()  # so that squares of small numbers don't underflow
+    variance, noise = np.var(utility / unit, ddof=1), np.mean((stderr / unit) ** 2)
+    return Spread(float(variance), float(noise), table.about["baseline"][split]["n_examples"])
+
+
+def ceiling_at(n_examples: int, train: Spread, test: Spread) -> float:
+    """The ceiling if both splits had `n_examples`: reliability = var_true / (var_true + s^2/N)."""
+    shares = (1 + split.noise_per_example / n_examples for split in (train, test))
+    return 1 / math.sqrt(math.prod(shares))
+
+
+def examples_for(ceiling: float, train: Spread, test: Spread) -> int | None:
+    """The fewest examples per split that give the wanted ceiling; None where no true variance was seen.
+
+    With a, b the noise per example of the splits: (1 + a/N) (1 + b/N) = 1/ceiling^2, solved for N.
+    """
+    a, b, q = train.noise_per_example, test.noise_per_example, 1 / ceiling**2 - 1
+    if math.isinf(a + b):
+        return None
+    return max(1, math.ceil((a + b + math.sqrt((a + b) ** 2 + 4 * a * b * q)) / (2 * q)))
+
+
+def _correlations(
+    a: Float64[np.ndarray, " sites"], b: Float64[np.ndarray, " sites"], touched: Bool[np.ndarray, " sites"]
+) -> dict[str, float | None]:
+    """Over the sites that were run, and over those of them that were touched."""
+    found: dict[str, float | None] = {}
+    run = np.isfinite(a) & np.isfinite(b)
+    for suffix, rows in (("", run), ("_touched", run & touched)):
+        found[f"pearson{suffix}"] = pearson(a[rows], b[rows])
+        found[f"spearman{suffix}"] = pearson(rankdata(a[rows]), rankdata(b[rows]))
+    return found
+
+
+def pearson(a: Float64[np.ndarray, " sites"], b: Float64[np.ndarray, " sites"]) -> float | None:
+    """Pearson's r; None where either is constant or there are fewer than three."""
+    if len(a) < FEWEST_SITES:
+        return None
+    a, b = _centred(a), _centred(b)
+    norm = math.sqrt(a @ a) * math.sqrt(b @ b)
+    return min(1.0, max(-1.0, float(a @ b) / norm)) if norm else None
+
+
+def _centred(values: Float64[np.ndarray, " sites"]) -> Float64[np.ndarray, " sites"]:
+    """Less its mean, in units of the largest: no square underflows, and a constant gives exact zeros."""
+    scaled = values / (np.abs(values).max() or 1.0)
+    return scaled - scaled.mean()
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The summary as pairs of label and value, for people."""
+    n = summary["sites"]
+    lines = [
+        ("sites", f"{n:,} of the {summary['weights_in_layer']:,} weights of {summary['parameter']}"),
+        ("path", f"{summary['path']}, {summary['precision']} precision"),
+    ]
+    for split, found in summary["splits"].items():
+        examples = f"{found['n_examples']:,} example{'s' if found['n_examples'] > 1 else ''}"
+        lines.append((f"{split}: intact", f"loss {found['loss']:.6g}, accuracy {found['accuracy']:.2%} ({examples})"))
+        lines.append((f"{split}: |utility| with |w|", _say_correlations(summary["magnitude"][split])))
+        lines.append((f"{split}: provably without effect", _say_share(found["provably_without_effect"], n)))
+        lines.append((f"{split}: float32 would call zero", _say_share(found["float32_would_call_zero"], n)))
+        lines.append((f"{split}: better without", _say_share(found["negative"], n)))
+    if "train_test" in summary:
+        lines += _say_agreement(summary["train_test"])
+    if summary["not_finite"]:
+        lines.append(("not run", f"{_say_share(summary['not_finite'], n)}: the replacement is not a finite number"))
+    return [*lines, ("largest error", _say_proof(summary["proof"])), ("time", f"{summary['seconds']:.3g} s")]
+
+
+def _say_agreement(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = [("utility, train with test", _say_correlations(found))]
+    if found["ceiling"] is not None:
+        of_it = "" if found["ratio"] is None else f"; Pearson's reaches {found['ratio']:.0%} of it"
+        lines.append(("noise ceiling", f"{found['ceiling']:.3f}{of_it}"))
+        needed = {wanted: n for wanted, n in found["examples_for_ceiling"].items() if n is not None}
+        if needed:
+            words = ", ".join(f"{wanted} with {n:,}" for wanted, n in needed.items())
+            lines.append(("a ceiling of", f"{words} examples per split"))
+    return lines
+
+
+def _say_correlations(found: Mapping[str, float | None]) -> str:
+    def say(suffix: str) -> str:
+        return f"Pearson {_say(found['pearson' + suffix])}, Spearman {_say(found['spearman' + suffix])}"
+
+    return f"{say('')}  (touched alone: {say('_touched')})"
+
+
+def _say(r: float | None) -> str:
+    return "undefined" if r is None else f"{r:.3f}"
+
+
+def _say_share(count: int, n: int) -> str:
+    return f"{count:,} of {n:,} ({count / n:.1%})"
+
+
+def _say_proof(proof: Mapping[str, Any] | None) -> str:
+    """The largest arithmetic error against the reference, with what is allowed."""
+    if proof is None:
+        return "not checked (verify = 0)"
+    error, bound = proof["arithmetic_error"], proof["arithmetic_bound"]
+    size = "without measure (the reference is exactly 0)" if error is None else f"{error:.2g}"
+    allowed = "no bound in float32" if bound is None else f"allowed {bound:.0e}"
+    return f"{size} against the reference, {allowed} ({proof['n_sites']} sites, {proof['n_examples']} examples)"

@@ -1,0 +1,241 @@
+"""`ablation.ablate` on models and data from outside: exact, polite, and clear about what it refuses."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+import ablation
+from ablation.errors import AblationError, DataError, ModelError, SpecError
+from tests.cases import Case, make_cases
+from tests.compare import BOUND, brute_force, utility_error
+
+
+def case_of(name: str, parameter: str) -> Case:
+    return next(case for case in make_cases() if (case.name, case.parameter) == (name, parameter))
+
+
+@pytest.mark.parametrize("precision", ["mixed", "float64"])
+@pytest.mark.parametrize("case", make_cases(), ids=str)
+def test_exact_on_two_splits(case: Case, precision: str) -> None:
+    n = max(1, len(case.labels) // 2)
+    splits = {"train": (case.inputs[:n], case.labels[:n]), "test": (case.inputs[-n:], case.labels[-n:])}
+    layer = case.parameter.removesuffix(".weight")
+    sites = min(12, case.model.get_parameter(case.parameter).numel())
+    table = ablation.ablate(case.model, layer, splits, sites=sites, precision=precision, progress=False)
+    for name, (inputs, labels) in splits.items():
+        truth = brute_force(case.model, case.parameter, table.columns["index"], inputs, labels)
+        error = utility_error(table.columns[f"utility_{name}"], truth, precision, table.about["baseline"][name]["loss"])
+        assert error <= BOUND[precision]
+        if n > 1:
+            stderr = truth.std(axis=1, ddof=1) / np.sqrt(n)
+            np.testing.assert_allclose(table.columns[f"stderr_{name}"], stderr, rtol=2e-3, atol=1e-12)
+    weights = case.model.get_parameter(case.parameter).detach().double().flatten().numpy()
+    np.testing.assert_array_equal(table.columns["weight"], weights[table.columns["index"]])
+    np.testing.assert_array_equal(table.columns["magnitude"], np.abs(table.columns["weight"]))
+    proof = table.about["proof"]
+    assert proof["arithmetic_error"] <= proof["arithmetic_bound"]
+
+
+def test_coordinates_point_at_the_weight() -> None:
+    case = case_of("convnet", "conv2.weight")
+    table = ablation.ablate(case.model, "conv2", {"test": (case.inputs, case.labels)}, sites=30, progress=False)
+    weight = case.model.get_parameter("conv2.weight").detach().double()
+    rows = table.to_pandas()
+    assert list(rows.columns[:8]) == ["index", "out", "in", "kh", "kw", "weight", "magnitude", "utility_test"]
+    for row in rows.itertuples():
+        assert weight[row.out, row[3], row.kh, row.kw].item() == row.weight
+
+
+class Numbers(Dataset):
+    """A map-style data set that consumes randomness nowhere, and knows its labels only by reading."""
+
+    def __init__(self, n: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.inputs = torch.randn(n, 11, generator=generator)
+        self.labels = torch.randint(5, (n,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.inputs[index], int(self.labels[index])
+
+
+@pytest.mark.parametrize("kind", ["dataset", "subset", "loader", "shuffled", "tensors", "tensor_dataset"])
+def test_every_form_of_data_gives_the_same(kind: str) -> None:
+    model = case_of("relu-mlp", "3.weight").model
+    data = Numbers(31)
+    forms = {
+        "dataset": data,
+        "subset": Subset(data, list(range(31))),
+        "loader": DataLoader(data, batch_size=4),
+        "shuffled": DataLoader(data, batch_size=4, shuffle=True),
+        "tensors": (data.inputs, data.labels),
+        "tensor_dataset": TensorDataset(data.inputs, data.labels),
+    }
+    table = ablation.ablate(model, "3", {"test": forms[kind]}, sites=20, progress=False)
+    expected = ablation.ablate(model, "3", {"test": (data.inputs, data.labels)}, sites=20, progress=False)
+    for name in expected.columns:
+        np.testing.assert_array_equal(table.columns[name], expected.columns[name])
+
+
+def test_everything_is_left_as_it_was_found() -> None:
+    case = case_of("convnet", "fc1.weight")
+    model = copy.deepcopy(case.model)
+    model.train()
+    model.dropout.eval()
+    model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
+    calls = []
+    model.fc2.register_forward_hook(lambda *_: calls.append(1))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+    randomness = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    threads = torch.get_num_threads()
+    for engine in ("auto", "rerun", "reference"):
+        ablation.ablate(
+            model, "fc1", {"test": (case.inputs, case.labels)}, sites=3, engine=engine, progress=False
+        )
+    assert torch.equal(randomness[0], torch.get_rng_state())
+    assert randomness[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["conv1.weight"]
+    assert all(p.requires_grad for p in model.parameters())
+    assert len(model.fc2._forward_hooks) == 1
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.get_num_threads() == threads
+    assert torch.is_grad_enabled()
+
+
+def test_same_call_same_bytes_and_seeds_matter() -> None:
+    case = case_of("relu-mlp", "3.weight")
+    splits = {"test": (case.inputs, case.labels)}
+    first, again = (ablation.ablate(case.model, "3", splits, sites=40, seed=7, progress=False) for _ in range(2))
+    for name in first.columns:
+        assert first.columns[name].tobytes() == again.columns[name].tobytes()
+    other = ablation.ablate(case.model, "3", splits, sites=40, seed=8, progress=False)
+    assert other.columns["index"].tolist() != first.columns["index"].tolist()
+    assert len(set(first.columns["index"].tolist())) == 40
+
+
+def test_all_sites_and_listed_ones() -> None:
+    case = case_of("relu-mlp", "5.weight")
+    splits = {"test": (case.inputs, case.labels)}
+    table = ablation.ablate(case.model, "5", splits, sites="all", progress=False)
+    assert table.columns["index"].tolist() == list(range(5 * 13))
+    some = ablation.ablate(case.model, "5.weight", splits, sites=[9, 2, 60], progress=False)
+    assert some.columns["index"].tolist() == [9, 2, 60]
+    np.testing.assert_allclose(some.columns["utility_test"], table.columns["utility_test"][[9, 2, 60]], rtol=1e-9)
+
+
+def test_files(tmp_path) -> None:
+    import pandas as pd
+
+    case = case_of("relu-mlp", "5.weight")
+    table = ablation.ablate(case.model, "5", {"test": (case.inputs, case.labels)}, sites=9, progress=False)
+    table.to_csv(tmp_path / "utility.csv")
+    table.to_parquet(tmp_path / "utility.parquet")
+    frame = table.to_pandas()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "utility.csv"), frame)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "utility.parquet"), frame)
+    assert table.summary()["sites"] == 9
+    table.plot().savefig(tmp_path / "figure.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "utility.csv", "utility.parquet"]
+
+
+class Stream(IterableDataset):
+    """Has no fixed order."""
+
+    def __iter__(self):
+        yield torch.zeros(11), 0
+
+
+def relu_mlp() -> nn.Module:
+    return case_of("relu-mlp", "3.weight").model
+
+
+X, Y = torch.randn(6, 11), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((relu_mlp(), "4", {"test": (X, Y)}), {}, SpecError, "layer: got '4'"),
+        ((relu_mlp(), "3", {"valid": (X, Y)}), {}, SpecError, "'train', 'test' or both"),
+        ((relu_mlp(), "3", {}), {}, SpecError, "'train', 'test' or both"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"sites": 222}, SpecError, "1 to 221"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"sites": -1}, SpecError, "sites"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"sites": True}, SpecError, "sites"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"sites": [1, 1]}, SpecError, "distinct"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"value": float("nan")}, SpecError, "finite"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"precision": "half"}, SpecError, "precision"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"engine": "quick"}, SpecError, "engine"),
+        ((relu_mlp(), "0", {"test": (X, Y)}), {"engine": "direct"}, SpecError, "classifier head"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"batch_size": 0}, SpecError, "batch_size"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"criteria": ["taylor1"]}, SpecError, "criteria"),
+        ((relu_mlp(), "3", {"test": Stream()}), {}, DataError, "no examples by index"),
+        ((relu_mlp(), "3", {"test": (X, Y[:5])}), {}, DataError, "5"),
+        ((relu_mlp(), "3", {"test": (X, torch.rand(6, 5))}), {}, DataError, "soft labels"),
+        ((relu_mlp(), "3", {"test": (X, Y + 1)}), {}, DataError, "label 5; allowed: 0 to 4"),
+        ((relu_mlp(), "3", {"test": (X * float("nan"), Y)}), {}, DataError, "NaN or infinite"),
+        ((nn.Sequential(nn.Unflatten(1, (11, 1)), nn.Linear(1, 5)), "1", {"test": (X, Y)}), {}, ModelError, r"\(2, 11, 5\)"),
+        ((nn.Sequential(nn.BatchNorm1d(11, track_running_stats=False), nn.Linear(11, 5)), "1", {"test": (X, Y)}), {},
+         ModelError, "running statistics"),
+        ((nn.ReLU(), "0", {"test": (X, Y)}), {}, ModelError, "no parameters"),
+    ],
+)  # fmt: skip
+def test_refusals(arguments, options, error, words) -> None:
+    with pytest.raises(error, match=words):
+        ablation.ablate(*arguments, progress=False, **options)
+    assert issubclass(error, AblationError)
+
+
+def test_one_bad_example_is_named() -> None:
+    inputs = torch.randn(40, 11)
+    inputs[33, 2] = float("inf")
+    with pytest.raises(DataError, match="example 33"):
+        ablation.ablate(
+            relu_mlp(), "3", {"test": (inputs, torch.zeros(40, dtype=torch.int64))}, sites=2, batch_size=16, progress=False
+        )
+
+
+def test_a_recurrent_weight_that_cannot_be_replaced_is_refused() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(4, 5, batch_first=True)
+            self.out = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.rnn(x)[0][:, -1])
+
+    model, inputs, labels = Recurrent(), torch.randn(8, 6, 4), torch.randint(3, (8,))
+    try:
+        table = ablation.ablate(model, "rnn.weight_hh_l0", {"test": (inputs, labels)}, sites=10, progress=False)
+    except ModelError as error:
+        assert "rnn.weight_hh_l0" in str(error)
+        return
+    truth = brute_force(model, "rnn.weight_hh_l0", table.columns["index"], inputs, labels)
+    assert utility_error(table.columns["utility_test"], truth, "mixed") <= BOUND["mixed"]
+
+
+def test_progress_goes_to_the_end(capsys) -> None:
+    case = case_of("relu-mlp", "5.weight")
+    ablation.ablate(case.model, "5", {"test": (case.inputs, case.labels)}, sites=9)
+    assert "Traceback" not in capsys.readouterr().out
+
+
+def test_import_is_light() -> None:
+    import subprocess
+    import sys
+
+    code = "import ablation, sys; assert 'torch' not in sys.modules; assert callable(ablation.ablate)"
+    subprocess.run([sys.executable, "-c", code], check=True)

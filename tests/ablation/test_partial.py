@@ -1,0 +1,100 @@
+"""Merge adds disjoint examples, join appends disjoint sites: in any cut the same as uncut, to rounding."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ablation.partial import PER_SITE, TOTALS, PartialSums, add, join, merge, zero
+from tests.ablation.tables import heavy_deltas, sums_of
+
+COUNTS = ("n_examples", "n_correct", "touched", "broken", "fixed")
+
+
+def assert_equal(a: PartialSums, b: PartialSums, rtol: float = 0.0) -> None:
+    for name in (*TOTALS, *PER_SITE):
+        x, y = np.asarray(getattr(a, name)), np.asarray(getattr(b, name))
+        assert x.dtype == y.dtype, name
+        assert x.shape == y.shape, name
+        np.testing.assert_allclose(x, y, rtol=0 if name in COUNTS else rtol, atol=0, err_msg=name)
+
+
+def cut(deltas: np.ndarray, ends: list[int], axis: int) -> list[np.ndarray]:
+    return np.split(deltas, sorted(ends), axis=axis)
+
+
+def part(deltas: np.ndarray) -> PartialSums:
+    """Sums of positive numbers, so that rounding is relative; counts that differ from each other."""
+    n = deltas.shape[1]
+    return PartialSums(
+        n_examples=n,
+        n_correct=int((deltas[0] > 5e-8).sum()),
+        loss=float(np.abs(deltas[:1]).sum()),
+        delta=np.abs(deltas).sum(axis=1),
+        delta_squared=(deltas**2).sum(axis=1),
+        within=3 * (deltas**2).sum(axis=1),
+        proof=np.abs(deltas**3).sum(axis=1),
+        touched=(deltas != 0).sum(axis=1),
+        broken=(deltas > 0).sum(axis=1),
+        fixed=(deltas < -1e-7).sum(axis=1),
+    )
+
+
+@given(ends=st.lists(st.integers(0, 53), max_size=6), seed=st.integers(0, 99))
+def test_merge_in_any_cut_equals_uncut(ends: list[int], seed: int) -> None:
+    deltas = heavy_deltas(11, 53, seed)
+    assert_equal(merge([part(piece) for piece in cut(deltas, ends, axis=1)]), part(deltas), rtol=1e-13)
+
+
+@given(ends=st.lists(st.integers(1, 30), max_size=4, unique=True), seed=st.integers(0, 99))
+def test_join_in_any_cut_equals_uncut(ends: list[int], seed: int) -> None:
+    deltas = heavy_deltas(31, 13, seed)
+    whole = sums_of(deltas)
+    assert_equal(join([sums_of(piece) for piece in cut(deltas, ends, axis=0)]), whole, rtol=1e-13)
+
+
+@given(ends=st.lists(st.integers(0, 9), max_size=4), seed=st.integers(0, 99))
+def test_merge_of_whole_classes_keeps_the_stratified_sums(ends: list[int], seed: int) -> None:
+    deltas = heavy_deltas(7, 45, seed)  # 9 classes of 5
+    pieces = [piece for piece in cut(deltas, [5 * end for end in ends], axis=1) if piece.shape[1]]
+    merged, whole = merge([sums_of(piece, 5) for piece in pieces]), sums_of(deltas, 5)
+    np.testing.assert_allclose(merged.within, whole.within, rtol=1e-13)
+
+
+def test_merge_and_join_commute() -> None:
+    deltas = heavy_deltas(12, 30)
+    blocks = [[part(piece) for piece in cut(rows, [7, 19], axis=1)] for rows in cut(deltas, [5], axis=0)]
+    by_site = join([merge(row) for row in blocks])
+    by_example = merge([join([top, bottom]) for top, bottom in zip(*blocks, strict=True)])
+    for name in PER_SITE:
+        np.testing.assert_array_equal(getattr(by_site, name), getattr(by_example, name), err_msg=name)
+    assert len(by_site.delta) == 12
+
+
+def test_join_keeps_the_order_and_counts_the_examples_once() -> None:
+    top, bottom = sums_of(heavy_deltas(3, 20, seed=1)), sums_of(heavy_deltas(5, 20, seed=2))
+    joined = join([top, bottom])
+    np.testing.assert_array_equal(joined.delta, [*top.delta, *bottom.delta])
+    assert (joined.n_examples, joined.n_correct, joined.loss) == (top.n_examples, top.n_correct, top.loss)
+
+
+def test_zero_changes_no_bit() -> None:
+    whole = part(heavy_deltas(6, 9))
+    assert_equal(add(zero(6), whole), whole)
+    assert_equal(merge([whole, zero(6)]), whole)
+    assert {field.name for field in fields(PartialSums)} == {*TOTALS, *PER_SITE}
+
+
+def test_the_order_of_a_merge_decides_its_bytes() -> None:
+    """Why shards are merged in plan order: float addition is not associative. The same order: the same bits."""
+    deltas = heavy_deltas(200, 60, share_dead=0.0)
+    parts = [part(piece) for piece in cut(deltas, [13, 29, 41], axis=1)]
+    assert merge(parts).delta.tobytes() == merge(list(parts)).delta.tobytes()
+    assert merge(parts).delta.tobytes() != merge(parts[::-1]).delta.tobytes()
+
+
+def test_partials_of_other_sites_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 6 and 7"):
+        merge([zero(6), zero(7)])

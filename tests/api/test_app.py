@@ -1,0 +1,47 @@
+"""The application as a whole: light, torch-free, counted."""
+
+import subprocess
+import sys
+
+import httpx
+
+HEAVY = (
+    "torch",
+    "torchvision",
+    "numba",
+    "pandas",
+    "matplotlib",
+    "sklearn",
+    "worker.tasks",
+    "worker.runner",
+    "ablation.run",
+)
+
+
+def test_api_never_reaches_torch() -> None:
+    script = f"import sys, api.app, api.__main__; print(*[name for name in {HEAVY} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
+
+
+def test_the_check_for_torch_sees_it_where_it_is() -> None:
+    script = f"import sys, ablation.run; print(*[name for name in {HEAVY} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "torch" in found.stdout.split()
+
+
+def test_requests_are_counted_by_route(api: httpx.Client) -> None:
+    api.get("/v1/jobs/qqq1")
+    api.get("/v1/jobs/qqq2")
+    text = api.get("/metrics").text
+    assert 'ablation_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="404"} 2.0' in text
+    assert "qqq" not in text
+
+
+def test_every_address_is_documented(api: httpx.Client) -> None:
+    paths = api.get("/openapi.json").json()["paths"]
+    assert {
+        "/v1/jobs", "/v1/jobs/{job_id}", "/v1/jobs/{job_id}/cancel", "/v1/jobs/{job_id}/results",
+        "/v1/jobs/{job_id}/results.csv", "/v1/jobs/{job_id}/results.parquet", "/v1/plans", "/v1/models",
+        "/v1/models/{name}/layers", "/v1/datasets", "/healthz", "/readyz", "/metrics",
+    } == set(paths)  # fmt: skip

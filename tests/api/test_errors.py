@@ -1,0 +1,93 @@
+"""Every error is a problem document that says what was given and what is allowed."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.conftest import FIELDS, serving
+from worker.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "given", "allowed"),
+    [
+        ({"sites": {"count": 0}}, "sites.count", 0, "greater than or equal to 1"),
+        ({"sites": {"count": True}}, "sites.count", True, "integer"),
+        ({"sites": {"count": "5"}}, "sites.count", "5", "integer"),
+        ({"sites": {"count": 10**6}}, "sites.count", 10**6, "1 to "),
+        ({"sites": "some"}, "sites", "some", "{'count': k, 'seed': s}"),
+        ({"layer": "fc22"}, "layer", "fc22", "fc2"),
+        ({"model": {"name": "digits_alexnett"}}, "model.name", "digits_alexnett", "models"),
+        ({"model": {"name": "digits_alexnet", "weights": "no.pt"}}, "model.weights", "no.pt", "checkpoint"),
+        ({"data": {"name": "digit", "train": "all"}}, "data.name", "digit", "digits"),
+        ({"data": {"name": "digits", "test": {"per_class": 999}}}, "data.test.per_class", 999, "1 to "),
+        ({"surprise": 1}, "surprise", 1, ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("url", ["/v1/jobs", "/v1/plans"])
+def test_wrong_spec_is_422(
+    api: httpx.Client, url: str, change: dict[str, Any], field: str, given: object, allowed: str
+) -> None:
+    answer = api.post(url, json={**FIELDS, **change})
+    problem = answer.json()
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert (problem["status"], problem["instance"]) == (422, url)
+    assert (problem["field"], problem["given"]) == (field, given)
+    assert allowed in problem["allowed"]
+    assert "next_step" in problem
+    assert field in problem["detail"]
+    assert api.get("/v1/jobs").json()["data"] == []
+
+
+def test_nearest_names_are_offered(api: httpx.Client) -> None:
+    problem = api.post("/v1/jobs", json={**FIELDS, "model": {"name": "digits_alexnett"}}).json()
+    assert "'digits_alexnet'" in problem["next_step"]
+
+
+def test_what_is_sent_back_is_short(api: httpx.Client) -> None:
+    answer = api.post("/v1/jobs", json={**FIELDS, "layer": "x" * 5000})
+    assert answer.status_code == 422
+    assert len(answer.content) < 2000
+
+
+def test_more_than_redis_may_hold_is_refused(settings: Settings) -> None:
+    small = settings.model_copy(update={"max_redis_bytes": 100})
+    with serving(small) as api:
+        answer = api.post("/v1/jobs", json=FIELDS)
+    assert (answer.status_code, answer.json()["field"]) == (422, "sites")
+    assert "100 bytes" in answer.json()["allowed"]
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [({"limit": 0}, "limit"), ({"limit": 101}, "limit"), ({"status": "lost"}, "status"), ({"cursor": "x"}, "cursor")],
+)
+def test_wrong_query_is_422(api: httpx.Client, query: dict[str, Any], field: str) -> None:
+    answer = api.get("/v1/jobs", params=query)
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+
+
+def test_body_that_is_not_json(api: httpx.Client) -> None:
+    answer = api.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(("method", "url", "status"), [("GET", "/nowhere", 404), ("PUT", "/v1/jobs", 405)])
+def test_what_there_is_not(api: httpx.Client, method: str, url: str, status: int) -> None:
+    answer = api.request(method, url)
+    assert (answer.status_code, answer.json()["status"]) == (status, status)
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("url", ["/v1/jobs", "/v1/jobs/abc", "/readyz"])
+def test_redis_away_is_503(tmp_path: Path, url: str) -> None:
+    nobody = Settings(redis_url=f"unix://{tmp_path}/nobody.sock", home=tmp_path)
+    with serving(nobody) as api:
+        answer = api.get(url)
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert str(tmp_path) not in answer.text

@@ -1,0 +1,81 @@
+"""The commands that compute nothing say what there is and what it would cost; all end with the right code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ablation.cli import main
+
+JOB = ["--model", "alexnet", "--layer", "classifier.4", "--data", "digits", "--train", "10/class", "--test", "40"]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, [*arguments])
+
+
+def test_models() -> None:
+    models = {model["name"]: model for model in json.loads(invoke("models", "--json").stdout)}
+    assert {"digits_alexnet", "alexnet", "resnet18", "vit_b_16"} <= set(models)
+    assert "IMAGENET1K_V1" in models["alexnet"]["weights"]
+    assert "digits_alexnet" in invoke("models").stdout
+
+
+def test_layers() -> None:
+    layers = {layer["name"]: layer for layer in json.loads(invoke("layers", "alexnet", "--json").stdout)}
+    assert layers["classifier.4"] == {
+        "name": "classifier.4", "kind": "Linear", "shape": [4096, 4096], "weights": 4096**2, "path": "direct"
+    }  # fmt: skip
+    line = next(line for line in invoke("layers", "alexnet").stdout.splitlines() if "classifier.4 " in line)
+    assert line.split() == ["classifier.4", "Linear", "4096x4096", "16,777,216", "direct"]
+
+
+def test_plan() -> None:
+    plan = json.loads(invoke("plan", *JOB, "--sites", "64", "--json").stdout)
+    assert (plan["path"], plan["n_sites"], plan["estimate"]["n_examples"]) == ("direct", 64, 140)
+    text = invoke("plan", *JOB, "--sites", "64", "--engine", "rerun").stdout
+    assert "rerun" in text
+    assert "140 (100 train, 40 test)" in text
+    assert "64 of classifier.4.weight" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["layers", "alexnett"], "'alexnet'"),
+        (["plan", *JOB, "--sites", "0"], "sites.count: got 0"),
+        (["plan", *JOB, "--sites", "99999999"], "1 to 16777216"),
+        (["plan", *JOB, "--sites", "8", "--weights", "V9"], "IMAGENET1K_V1"),
+        (["run", *JOB, "--sites", "some"], "5,17,3"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments: list[str], says: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_other_errors_are_code_1() -> None:
+    result = invoke("submit", *JOB, "--sites", "8", "--server", "http://127.0.0.1:9")
+    assert result.exit_code == 1
+    assert "ablation serve" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["", "run", "plan", "models", "layers", "serve", "submit", "demo", "api", "worker"])
+def test_every_command_has_help(command: str) -> None:
+    result = invoke(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert len(result.stdout.split()) > 10
+
+
+def test_the_command_line_starts_without_torch_and_without_the_api() -> None:
+    script = (
+        "import sys, ablation.cli; print(*[n for n in ('torch', 'api', 'fastapi', 'worker.tasks') if n in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""

@@ -1,0 +1,121 @@
+"""What is typed becomes the spec that is meant, or an error that says what may be typed."""
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from ablation.cli.options import locate, read_sites, read_split, read_value, spec_options
+from ablation.errors import SpecError
+from ablation.folders import Folders
+from ablation.spec import JobSpec, make_spec
+
+MINIMAL = ["--model", "alexnet", "--layer", "classifier.4", "--data", "imagenet", "--sites", "9"]
+
+
+def read(*arguments: str) -> JobSpec:
+    seen: list[JobSpec] = []
+
+    @click.command()
+    @spec_options
+    def command(spec: JobSpec) -> None:
+        seen.append(spec)
+
+    command.main(args=[*MINIMAL, *arguments], standalone_mode=False)
+    return seen[0]
+
+
+def test_every_option_reaches_the_spec() -> None:
+    spec = read(
+        "--weights", "IMAGENET1K_V1", "--model-seed", "3", "--root", "somewhere", "--train", "50/class",
+        "--test", "all", "--data-seed", "4", "--sites", "4096", "--seed", "5", "--value", "-0.25",
+        "--precision", "float64", "--verify", "2", "--top1",
+    )  # fmt: skip
+    assert spec == make_spec(
+        {
+            "model": {"name": "alexnet", "weights": "IMAGENET1K_V1", "seed": 3},
+            "layer": "classifier.4",
+            "data": {"name": "imagenet", "root": "somewhere", "train": {"per_class": 50, "seed": 4}, "test": "all"},
+            "sites": {"count": 4096, "seed": 5},
+            "value": {"constant": -0.25},
+            "precision": "float64",
+            "verify": 2,
+            "top1": True,
+        }
+    )
+
+
+def test_defaults_are_the_specs_own() -> None:
+    assert read("--test", "all") == make_spec(
+        {
+            "model": {"name": "alexnet"},
+            "layer": "classifier.4",
+            "data": {"name": "imagenet", "test": "all"},
+            "sites": {"count": 9},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [(None, None), ("all", "all"), ("500", {"count": 500, "seed": 7}), ("50/class", {"per_class": 50, "seed": 7})],
+)
+def test_split(text: str | None, split: object) -> None:
+    assert read_split("train", text, 7) == split
+
+
+@pytest.mark.parametrize("text", ["", "some", "50/classes", "/class", "-5", "1.5", "²"])
+def test_split_of_no_form(text: str) -> None:
+    with pytest.raises(SpecError, match=r"data\.train.*50/class"):
+        read_split("train", text, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "sites"),
+    [("all", "all"), ("12", {"count": 12, "seed": 7}), ("5,17,3", {"indices": [5, 17, 3]}), ("5,", {"indices": [5]})],
+)
+def test_sites(text: str, sites: object) -> None:
+    assert read_sites(text, 7) == sites
+
+
+@pytest.mark.parametrize("text", ["", ",", "some", "5,,3", "5;3", "-1"])
+def test_sites_of_no_form(text: str) -> None:
+    with pytest.raises(SpecError, match=r"sites.*5,17,3"):
+        read_sites(text, 0)
+
+
+def test_value() -> None:
+    assert read_value("zero") == "zero"
+    assert read_value("1e-3") == {"constant": 0.001}
+    with pytest.raises(SpecError, match="zero or a number"):
+        read_value("nothing")
+
+
+def test_no_split_is_refused() -> None:
+    with pytest.raises(SpecError, match="'train', 'test' or both"):
+        read()
+
+
+def test_paths_that_exist_here_become_names_below_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "net.pt").touch()
+    folders = Folders(data=Path("/data"), checkpoints=Path("/checkpoints"), cache=Path("/cache"))
+    here = read("--test", "all", "--root", str(tmp_path / "pictures"), "--weights", str(tmp_path / "net.pt"))
+    spec, found = locate(here, folders)
+    assert (spec.data.root, spec.model.weights) == ("pictures", "net.pt")
+    assert (found.data, found.checkpoints, found.cache) == (tmp_path.resolve(), tmp_path.resolve(), Path("/cache"))
+
+
+def test_other_names_are_left_to_the_operators_folders() -> None:
+    folders = Folders(data=Path("/data"), checkpoints=Path("/checkpoints"), cache=Path("/cache"))
+    spec = read("--test", "all", "--root", "nothing-here", "--weights", "IMAGENET1K_V1")
+    assert locate(spec, folders) == (spec, folders)
+
+
+def test_choices_are_click_errors() -> None:
+    from ablation.cli import main
+
+    result = CliRunner().invoke(main, ["plan", *MINIMAL, "--test", "all", "--precision", "half"])
+    assert result.exit_code == 2
+    assert "'mixed', 'float32', 'float64'" in result.output

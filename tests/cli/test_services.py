@@ -1,0 +1,111 @@
+"""The supervisor: what dies is started again at the same address, and nothing outlives it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from redis import Redis
+
+from ablation.cli.client import Client
+from ablation.cli.services import MAX_BACK_OFF_S, Child, Services, listen
+from ablation.errors import ServiceError
+from worker.settings import Settings
+
+PATIENCE_S = 60.0
+
+
+def wait_until(is_so: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline, "it never happened"
+        meanwhile()
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def services(tmp_path: Path, said: list[str]) -> Iterator[Services]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    services = Services(Settings(home=tmp_path, redis_url="", threads=1), "127.0.0.1", 0, 1, say=said.append)
+    try:
+        services.start()
+        services.wait_ready()
+        yield services
+    finally:
+        services.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_what_dies_is_started_again_and_stop_leaves_nothing(services: Services, said: list[str]) -> None:
+    api, worker = services.children
+    assert api.process
+    assert worker.process
+    assert services.redis
+    address, redis_url = services.url, services.redis.url
+    with Redis.from_url(redis_url) as redis:
+        redis.set("kept", "yes")
+    time.sleep(1.1)  # the append-only file is written every second
+    killed = [api.process.pid, worker.process.pid, services.redis.pid]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: len(said) == 3, services.tend)
+    services.wait_ready()
+    assert (services.url, services.redis.url) == (address, redis_url)
+    with Redis.from_url(redis_url) as redis:
+        assert redis.get("kept") == b"yes"
+    with Client(address) as client:
+        assert client.is_ready()
+    assert any("worker-1 ended with code -9" in line for line in said)
+    family = psutil.Process().children(recursive=True)
+    assert len(family) >= 3
+    started = time.monotonic()
+    services.stop()
+    assert time.monotonic() - started < 10
+    assert [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ablation.cli", "serve", "--port", "0", "--home", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as supervisor:
+        assert supervisor.stdout
+        wait_for_line(supervisor, "is ready at")
+        family = psutil.Process(supervisor.pid).children(recursive=True)
+        assert len(family) >= 3
+        supervisor.kill()
+    assert psutil.wait_procs(family, timeout=15)[1] == []
+
+
+def wait_for_line(process: "subprocess.Popen[str]", text: str) -> str:
+    assert process.stdout
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"it ended without saying {text!r}")
+
+
+def test_who_keeps_dying_is_started_later_and_later(tmp_path: Path) -> None:
+    child = Child("a", "nothing", {}, tmp_path / "a.log")
+    child.started_at = time.monotonic()
+    waits = [child.note_death() for _ in range(9)]
+    assert waits == sorted(waits)
+    assert waits[0] < 1
+    assert waits[-1] == MAX_BACK_OFF_S
+    child.started_at = time.monotonic() - 3600
+    assert child.note_death() < 1
+
+
+def test_an_address_that_is_taken_is_an_error_that_names_the_option() -> None:
+    with listen("127.0.0.1", 0) as taken, pytest.raises(ServiceError, match="--port"):
+        listen("127.0.0.1", taken.getsockname()[1])

@@ -1,0 +1,167 @@
+"""The product as a user meets it: real processes started by the real command, real HTTP, the CSV at the end."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+ABLATION = [sys.executable, "-m", "ablation.cli"]
+PATIENCE_S = 120.0
+JOB = [
+    "--model",
+    "digits_alexnet",
+    "--layer",
+    "fc2",
+    "--data",
+    "digits",
+    "--train",
+    "all",
+    "--test",
+    "9/class",
+    "--sites",
+    "512",
+]
+SPEC = {
+    "model": {"name": "digits_alexnet"},
+    "layer": "fc2",
+    "data": {"name": "digits", "train": "all", "test": {"per_class": 9}},
+    "sites": {"count": 512},
+}
+LONG = {**SPEC, "layer": "conv2", "sites": {"count": 4096}, "precision": "float64"}
+
+
+@dataclass(frozen=True)
+class Server:
+    process: "subprocess.Popen[str]"
+    url: str
+    directions: str
+
+    def family(self) -> list[psutil.Process]:
+        """Every process of the server, itself first."""
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+
+def environment(home: Path) -> dict[str, str]:
+    ours = {"ABLATION_THREADS": "1", "ABLATION_CACHE_DIR": str(home / "cache"), "PYTHONUNBUFFERED": "1"}
+    return {**{name: value for name, value in os.environ.items() if name != "REDIS_URL"}, **ours}
+
+
+@contextmanager
+def serving(folder: Path, home: Path, *options: str) -> Iterator[Server]:
+    command = [*ABLATION, "serve", "--port", "0", "--home", str(folder), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(home)) as process:
+        try:
+            assert process.stdout
+            lines: list[str] = []
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("Ctrl-C"):
+                    break
+            directions = "".join(lines)
+            found = re.search(r"ready at (http://\S+)", directions)
+            assert found, directions
+            yield Server(process, found[1], directions)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("served"), home, "--workers", "2") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def run_csv(tmp_path_factory: pytest.TempPathFactory, home: Path) -> bytes:
+    """The CSV of the same job by `ablation run`, without a service."""
+    out = tmp_path_factory.mktemp("run")
+    subprocess.run(
+        [*ABLATION, "run", *JOB, "--out", str(out)], check=True, env=environment(home), stdout=subprocess.PIPE
+    )
+    return (out / "utility.csv").read_bytes()
+
+
+def poll(client: httpx.Client, url: str) -> httpx.Response:
+    """The first answer to the poll endpoint that is not: come back later."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (answer := client.get(url)).status_code == 202:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.1)
+    return answer
+
+
+def test_from_post_to_csv(server: Server, run_csv: bytes) -> None:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+        posted = client.post("/v1/jobs", json=SPEC)
+        assert posted.status_code == 202, posted.text
+        results = poll(client, posted.headers["location"] + "/results")
+        assert results.status_code == 200, results.text
+        assert results.json()["total_rows"] == 512
+        job = client.get(posted.headers["location"]).json()
+        assert (job["status"], job["progress"]["done"]) == ("succeeded", job["progress"]["total"])
+        served = client.get(posted.headers["location"] + "/results.csv")
+    assert served.content == run_csv
+
+
+def test_submit_downloads_the_same_bytes(server: Server, run_csv: bytes, tmp_path: Path, home: Path) -> None:
+    command = [*ABLATION, "submit", "--server", server.url, *JOB, "--out", str(tmp_path)]
+    subprocess.run(command, check=True, env=environment(home), stdout=subprocess.PIPE)
+    assert (tmp_path / "utility.csv").read_bytes() == run_csv
+    assert {path.name for path in tmp_path.iterdir()} == {"utility.csv", "utility.parquet", "summary.json"}
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl on this machine; the lines that serve prints need it")
+def test_the_printed_curl_lines_work_when_pasted(server: Server, tmp_path: Path) -> None:
+    lines = [line for line in server.directions.splitlines() if line.startswith(("JOB=", "while ", "curl "))]
+    assert len(lines) == 3
+    pasted = subprocess.run(
+        ["bash", "-e"], input="\n".join(lines), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert pasted.returncode == 0, pasted.stderr
+    rows = (tmp_path / "utility.csv").read_text().splitlines()
+    assert rows[0].startswith("index,out,in,weight,magnitude,utility_train")
+    assert len(rows) == 1 + 4096
+
+
+def test_sigint_in_mid_shard_stops_all_and_the_next_start_goes_on(tmp_path: Path, home: Path) -> None:
+    with serving(tmp_path, home) as server, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+        url = client.post("/v1/jobs", json=LONG).headers["location"]
+        wait_until_in_mid_shard(client, url)
+        family = server.family()
+        assert len(family) >= 5  # the supervisor, Redis, the API, the worker, its child
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(15) in (0, 130)
+        assert time.monotonic() - started < 10
+        assert psutil.wait_procs(family, timeout=0)[1] == []
+    with serving(tmp_path, home) as server, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+        wait_until_in_mid_shard(client, url)
+        assert client.post(f"{url}/cancel").json()["status"] in ("cancelling", "cancelled")
+        assert poll(client, f"{url}/results").status_code == 409
+
+
+def wait_until_in_mid_shard(client: httpx.Client, url: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    job: dict[str, Any] = {}
+    while not (job and job["status"] == "running" and job["progress"]["done"] % 1 > 0):
+        assert time.monotonic() < deadline, job
+        time.sleep(0.05)
+        job = client.get(url).json()
+        assert job["status"] in ("queued", "running"), job

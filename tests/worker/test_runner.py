@@ -1,0 +1,212 @@
+import json
+import logging
+from collections.abc import Callable
+
+import pytest
+from celery import Celery
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from ablation.errors import Cancelled, DataError, ProofError
+from ablation.run import finish_job, load_job
+from ablation.spec import make_spec
+from ablation.statistics import make_summary
+from tests.worker.conftest import make_partial
+from tests.worker.real_jobs import encode, plan_real, run_undisturbed
+from tests.worker.test_queue import messages
+from worker import codec, keys, runner
+from worker.queue import make_celery
+from worker.settings import Settings
+from worker.states import State
+from worker.store import JobRecord, JobStore
+
+MakeJob = Callable[..., JobRecord]
+SITES = {"count": 5, "seed": 0}
+
+
+@pytest.fixture
+def celery(settings: Settings) -> Celery:
+    return make_celery(settings)
+
+
+@pytest.fixture
+def quick_job(store: JobStore, settings: Settings) -> JobRecord:
+    """A real job of a few shards that take a blink."""
+    spec, plan = plan_real(settings, 0.05, sites=SITES)
+    assert len(plan.shards) >= 4
+    return store.create(spec, plan)
+
+
+def reload(store: JobStore, job: JobRecord) -> JobRecord:
+    record = store.get(job.id)
+    assert record
+    return record
+
+
+def test_shards_in_any_order_give_the_table_of_one_process(
+    store: JobStore, celery: Celery, settings: Settings, quick_job: JobRecord
+) -> None:
+    ids = [shard.id for shard in quick_job.plan.shards]
+    for shard_id in [ids[2], ids[0], ids[2], *ids[:0:-1]]:
+        runner.run_shard(store, celery, settings, "a", quick_job.id, shard_id)
+    assert reload(store, quick_job).status is State.FINALIZING
+    assert messages(store.client, keys.FINALIZE_QUEUE) == [("worker.finalize", [quick_job.id])]
+    runner.finalize(store, celery, settings, "b", quick_job.id)
+    runner.finalize(store, celery, settings, "b", quick_job.id)
+
+    assert reload(store, quick_job).status is State.SUCCEEDED
+    expected = run_undisturbed(settings, quick_job.spec, quick_job.plan)
+    assert b"".join(store.table_blocks(quick_job.id)) == encode(expected)
+    told, about = store.table_about(quick_job.id), dict(expected.about)
+    assert 0 < told.pop("seconds") < 60
+    about.pop("seconds")
+    assert told == json.loads(codec.encode_json(about))
+    summary = make_summary(expected)
+    assert store.summary(quick_job.id)["splits"] == json.loads(codec.encode_json(summary["splits"]))
+    assert [*store.leases_of("a"), *store.leases_of("b")] == []
+
+
+def test_the_model_is_loaded_once_for_shards_of_one_job(
+    settings: Settings, quick_job: JobRecord, store: JobStore
+) -> None:
+    other = store.create(quick_job.spec, quick_job.plan)
+    first = runner.load(quick_job, settings)
+    assert runner.load(quick_job, settings) is first
+    assert runner.load(other, settings) is not first
+    assert len(runner._loaded) == 1
+    runner._loaded.clear()
+
+
+def test_a_task_that_is_not_wanted_does_nothing(
+    store: JobStore, celery: Celery, settings: Settings, quick_job: JobRecord
+) -> None:
+    shard_id = quick_job.plan.shards[0].id
+    store.claim(quick_job.id, shard_id, "somebody else")
+    before = reload(store, quick_job)
+    runner.run_shard(store, celery, settings, "a", quick_job.id, shard_id)
+    runner.run_shard(store, celery, settings, "a", quick_job.id, "no-such-shard")
+    runner.run_shard(store, celery, settings, "a", "no-such-job", shard_id)
+    runner.finalize(store, celery, settings, "a", quick_job.id)
+    assert reload(store, quick_job) == before
+
+
+def test_cancelling_takes_effect_within_one_batch(
+    store: JobStore, celery: Celery, settings: Settings, quick_job: JobRecord
+) -> None:
+    shard_id = quick_job.plan.shards[0].id
+    store.claim(quick_job.id, shard_id, "a")
+    batches = []
+    with runner.settled(store, celery, settings, "a", quick_job.id, shard_id) as heart:
+        for batch in range(10):
+            if batch == 3:
+                assert store.cancel(quick_job.id) is State.CANCELLING
+            heart.on_batch(batch / 10)
+            batches.append(batch)
+    assert batches == [0, 1, 2]
+    assert reload(store, quick_job).status is State.CANCELLED
+
+
+def test_a_lease_that_is_taken_away_stops_the_shard(
+    store: JobStore, celery: Celery, settings: Settings, quick_job: JobRecord
+) -> None:
+    shard_id = quick_job.plan.shards[0].id
+    store.claim(quick_job.id, shard_id, "a")
+    stopped = True
+    with runner.settled(store, celery, settings, "a", quick_job.id, shard_id) as heart:
+        assert store.release(quick_job.id, shard_id, "a")
+        heart.on_batch(0.5)
+        stopped = False
+    assert stopped
+    assert store.claim(quick_job.id, shard_id, "b"), "it waits for another"
+
+
+def test_an_error_of_ours_fails_the_job_with_its_words(store: JobStore, celery: Celery, settings: Settings) -> None:
+    """The data were there when the job was planned and are gone now."""
+    spec, plan = plan_real(settings, 60, sites=SITES)
+    gone = spec.model_dump() | {"data": {"name": "imagefolder", "root": "gone", "test": "all"}}
+    job = store.create(make_spec(gone), plan)
+    runner.run_shard(store, celery, settings, "a", job.id, plan.shards[0].id)
+    record = reload(store, job)
+    assert record.status is State.FAILED
+    assert record.error
+    assert set(record.error) == {"type", "title", "detail"}
+    assert record.error["type"] in ("data-error", "spec-error")
+    assert "gone" in record.error["detail"]
+    assert str(settings.home) not in str(record.error)
+    assert "Traceback" not in str(record.error)
+
+
+def test_an_unexpected_error_is_tried_again_then_fails_the_job(
+    store: JobStore,
+    celery: Celery,
+    settings: Settings,
+    quick_job: JobRecord,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One partial has been damaged in Redis."""
+    for shard in quick_job.plan.shards:
+        store.claim(quick_job.id, shard.id, "a")
+        store.complete(quick_job.id, shard.id, "a", b"not a partial, but a /secret/path")
+    with caplog.at_level(logging.ERROR):
+        for _ in range(settings.max_attempts):
+            assert reload(store, quick_job).status is State.FINALIZING
+            runner.finalize(store, celery, settings, "a", quick_job.id)
+    assert messages(store.client, keys.FINALIZE_QUEUE) == [("worker.finalize", [quick_job.id])] * 2
+    record = reload(store, quick_job)
+    assert record.status is State.FAILED
+    assert record.error
+    assert record.error["type"] == "unexpected-error"
+    assert "the merge" in record.error["detail"]
+    assert "secret" not in str(record.error)
+    assert "Traceback" in caplog.text, "the log has what the job does not show"
+
+
+def test_a_table_that_fails_its_proof_fails_the_job(
+    store: JobStore, celery: Celery, settings: Settings, quick_job: JobRecord
+) -> None:
+    """The partials are some other job's: the reference knows better."""
+    partials = [make_partial(n, s.sites[1] - s.sites[0]) for n, s in enumerate(quick_job.plan.shards)]
+    with pytest.raises(ProofError):
+        finish_job(load_job(quick_job.spec, quick_job.plan, settings.folders), partials, seconds=1.0)
+    for shard, partial in zip(quick_job.plan.shards, partials, strict=True):
+        store.claim(quick_job.id, shard.id, "a")
+        store.complete(quick_job.id, shard.id, "a", codec.encode_partial(partial))
+    runner.finalize(store, celery, settings, "a", quick_job.id)
+    record = reload(store, quick_job)
+    assert record.status is State.FAILED
+    assert record.error
+    assert record.error["type"] == "proof-error"
+    assert record.error["title"] == ProofError.__doc__
+
+
+def test_the_heart_beats_on_while_redis_is_away(caplog: pytest.LogCaptureFixture) -> None:
+    away = JobStore(Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0)))
+    heart = runner.Heartbeat(away, "job", "shard", "a")
+    heart.on_batch(0.5)
+    assert heart.wanted
+    assert "no beat" in caplog.text
+
+
+def test_the_heart_keeps_the_lease_between_batches(store: JobStore, settings: Settings, toy_job: MakeJob) -> None:
+    job = toy_job(1)
+    shard_id = job.plan.shards[0].id
+    store.claim(job.id, shard_id, "a")
+    quick = settings.model_copy(update={"beat_s": 0.05})
+    with runner.beating(store, quick, job.id, shard_id, "a") as heart:
+        heart.stopping.wait(0.5)
+        assert [*store.stale_leases(0.3)] == []
+    heart.stopping.wait(0.5)
+    store.cancel(job.id)
+    with pytest.raises(Cancelled):
+        heart.on_batch(1.0)
+
+
+def test_host_paths_are_hidden(settings: Settings) -> None:
+    text = f"{settings.data_dir}/imagenet/train/n01/x.JPEG: broken; see '/etc/a/b.conf' or https://pytorch.org/docs/x"
+    assert runner.hide_paths(text, settings) == (
+        "data/imagenet/train/n01/x.JPEG: broken; see 'b.conf' or https://pytorch.org/docs/x"
+    )
+    error = runner.make_error(DataError("1/2 of (N, C) / 3"), settings)
+    assert error["detail"] == "1/2 of (N, C) / 3"
+    assert error["title"] == DataError.__doc__

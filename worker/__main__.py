@@ -1,0 +1,42 @@
+"""`python -m worker`: one worker, until SIGTERM or SIGINT. Its options are `settings.py`, from the environment."""
+
+import re
+import secrets
+import warnings
+
+from celery.platforms import SecurityWarning
+
+from worker import keys
+from worker.settings import Settings
+from worker.store import connect
+
+ARGUMENTS = ["--pool=prefork", "--concurrency=1", "--without-gossip", "--without-mingle", "--loglevel=WARNING"]
+
+
+def describe(settings: Settings) -> str:
+    """What this worker found, in two lines."""
+    redis = connect(settings).info("server")
+    return (
+        f"worker: Redis {redis['redis_version']} at {hide_password(settings.redis_url)}, {settings.threads} threads, "
+        f"device {settings.device or 'CUDA if there, else CPU'}\n"
+        f"worker: data {settings.data_dir}, checkpoints {settings.checkpoint_dir}, cache {settings.cache_dir}"
+    )
+
+
+def hide_password(url: str) -> str:
+    """A Redis URL as it may be shown."""
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
+def main() -> None:
+    """Run a worker in this process."""
+    from worker.tasks import app, settings
+
+    warnings.simplefilter("ignore", SecurityWarning)  # of root, as in a container: it is about pickle, and we take JSON
+    print(describe(settings), flush=True)
+    queues = f"--queues={keys.FINALIZE_QUEUE},{keys.SHARD_QUEUE}"
+    app.worker_main(["--quiet", "worker", *ARGUMENTS, queues, f"--hostname=worker-{secrets.token_hex(4)}@%h"])
+
+
+if __name__ == "__main__":
+    main()

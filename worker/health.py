@@ -1,0 +1,25 @@
+"""`python -m worker.health`: does a worker run on this host? Exit status 0 or 1, for a container's health check.
+
+A worker says that it is alive at every sweep, also while it computes. Celery's own ping would have to know the worker's
+name, which is drawn at every start.
+"""
+
+import socket
+import sys
+
+from worker import keys
+from worker.settings import load_settings
+from worker.store import JobStore, connect
+
+SILENT_S = 30.0  # a worker that is waiting for Redis to come back is no reason to restart it
+
+
+def has_worker(store: JobStore, host: str) -> bool:
+    """Whether a worker on `host` has been heard of lately."""
+    seen = store.client.zrangebyscore(keys.WORKERS, store.now() - SILENT_S, "+inf")
+    return any(worker.decode().startswith(f"{host}:") for worker in seen)
+
+
+if __name__ == "__main__":
+    with connect(load_settings()) as client:
+        sys.exit(not has_worker(JobStore(client), socket.gethostname()))

@@ -1,0 +1,76 @@
+"""Which keys are there in Redis? All of them, on this page.
+
+Times are Unix seconds by Redis' own clock (`TIME`), so that workers on several machines agree.
+"""
+
+# Celery's queues are Redis lists of these names. Finalizing has its own: it never waits behind other jobs' shards.
+SHARD_QUEUE = "ablation:queue:shards"
+FINALIZE_QUEUE = "ablation:queue:finalize"
+
+SEQUENCE = "ablation:sequence"  # counter: one number a job, in the order of creation
+JOBS = "ablation:jobs"  # zset: job id by sequence number, expired ones left out
+FINISHED = "ablation:finished"  # zset: job id by the time it came to an end (of expired ones: expired)
+WORKERS = "ablation:workers"  # zset: worker by the time it was last seen
+SWEEP_LOCK = "ablation:sweep-lock"  # string: the worker that sweeps right now
+
+FINALIZE = "@finalize"  # stands for the merge wherever a shard id is expected: it is leased and retried like a shard
+
+
+def in_state(state: str) -> str:
+    """Zset: ids of the jobs in this state, by sequence number."""
+    return f"ablation:jobs:{state}"
+
+
+def job(job_id: str) -> str:
+    """Hash: status, seq, created_at, started_at, finished_at, n_shards, spec, plan, error."""
+    return f"ablation:job:{job_id}"
+
+
+def waiting(job_id: str) -> str:
+    """Zset: shards nobody works on, by the time they were last sent to the queue."""
+    return f"ablation:job:{job_id}:waiting"
+
+
+def leases(job_id: str) -> str:
+    """Zset: shards being worked on, by the time of the last beat."""
+    return f"ablation:job:{job_id}:leases"
+
+
+def owners(job_id: str) -> str:
+    """Hash: shard -> the worker that holds its lease."""
+    return f"ablation:job:{job_id}:owners"
+
+
+def fractions(job_id: str) -> str:
+    """Hash: shard -> the fraction of it that is done, for shards being worked on."""
+    return f"ablation:job:{job_id}:fractions"
+
+
+def attempts(job_id: str) -> str:
+    """Hash: shard -> how often it failed or lost its worker."""
+    return f"ablation:job:{job_id}:attempts"
+
+
+def done(job_id: str) -> str:
+    """Set: shards whose partial is stored."""
+    return f"ablation:job:{job_id}:done"
+
+
+def partial(job_id: str, shard_id: str) -> str:
+    """List: the chunks of a shard's partial."""
+    return f"ablation:job:{job_id}:partial:{shard_id}"
+
+
+def result(job_id: str) -> str:
+    """Hash: about, summary, block_rows (JSON list: rows per block of the table)."""
+    return f"ablation:job:{job_id}:result"
+
+
+def table(job_id: str) -> str:
+    """List: the blocks of the table."""
+    return f"ablation:job:{job_id}:table"
+
+
+def draft(job_id: str, shard_id: str, owner: str) -> str:
+    """List: a partial (or table) on its way in; renamed when complete, else gone after a while."""
+    return f"ablation:job:{job_id}:draft:{shard_id}:{owner}"

@@ -1,0 +1,180 @@
+"""What does a worker do with one shard, and with the merge? Plain functions with everything they need handed to them.
+
+In: a store, Celery (to send what follows), settings, an owner's token, ids. Out: a partial or a table in the store.
+Not here: signals and Celery's wrappers (`tasks.py`), recovery (`sweeper.py`), the computation (`ablation.run`).
+"""
+
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from celery import Celery
+from redis.exceptions import RedisError
+
+from ablation.errors import AblationError, Cancelled
+from worker import codec, keys
+from worker.queue import enqueue_finalize, enqueue_shard
+from worker.settings import Settings
+from worker.states import State
+from worker.store import JobRecord, JobStore
+
+if TYPE_CHECKING:
+    from ablation.run import Job
+
+log = logging.getLogger(__name__)
+
+_loaded: dict[str, "Job"] = {}  # the last job's model and data, by job id: at most one
+
+
+class Heartbeat:
+    """Keeps one lease alive while a shard runs, from a thread and after every batch; learns whether to go on."""
+
+    def __init__(self, store: JobStore, job_id: str, shard_id: str, owner: str) -> None:
+        self.store, self.lease = store, (job_id, shard_id, owner)
+        self.fraction = 0.0
+        self.wanted = True
+        self.stopping = threading.Event()
+
+    def beat(self) -> None:
+        """One beat; a Redis that is away for a moment is no reason to stop."""
+        try:
+            state = self.store.beat(*self.lease, self.fraction)
+        except (RedisError, OSError) as error:
+            log.warning("job %s, shard %s: no beat (%s)", *self.lease[:2], error)
+        else:
+            self.wanted = state in (State.RUNNING, State.FINALIZING)
+
+    def on_batch(self, fraction: float) -> None:
+        """Note the fraction done.
+
+        Raises:
+            Cancelled: the job is cancelled or has ended, or the lease was taken away.
+        """
+        self.fraction = fraction
+        self.beat()
+        if not self.wanted:
+            raise Cancelled(f"job {self.lease[0]} does not want shard {self.lease[1]} any more")
+
+    def run(self, beat_s: float) -> None:
+        """Beat every `beat_s` until stopped."""
+        while not self.stopping.wait(beat_s):
+            self.beat()
+
+
+@contextmanager
+def beating(store: JobStore, settings: Settings, job_id: str, shard_id: str, owner: str) -> Iterator[Heartbeat]:
+    """A heartbeat in a thread of its own; torch and our kernels let go of the interpreter while they compute."""
+    heart = Heartbeat(store, job_id, shard_id, owner)
+    thread = threading.Thread(target=heart.run, args=(settings.beat_s,), name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield heart
+    finally:
+        heart.stopping.set()
+        thread.join()
+
+
+def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str, shard_id: str) -> None:
+    """Compute one shard and store its partial; whoever stores the last one sends the merge. Twice is once."""
+    if not store.claim(job_id, shard_id, owner):
+        return
+    with settled(store, celery, settings, owner, job_id, shard_id) as heart:
+        from ablation.run import run_shard as compute
+
+        record = get_record(store, job_id)
+        shard = next(shard for shard in record.plan.shards if shard.id == shard_id)
+        job = load(record, settings)
+        heart.on_batch(0.0)
+        partial = compute(job, shard, on_batch=heart.on_batch)
+        if store.complete(job_id, shard_id, owner, codec.encode_partial(partial)):
+            enqueue_finalize(celery, job_id)
+
+
+def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> None:
+    """Merge the partials, prove the table and store it. Twice is once."""
+    if not store.claim_finalize(job_id, owner):
+        return
+    with settled(store, celery, settings, owner, job_id, keys.FINALIZE):
+        from ablation.statistics import make_summary
+
+        from ablation.run import finish_job
+
+        record = get_record(store, job_id)
+        partials = [codec.decode_partial(payload) for payload in store.partials(job_id, record.plan)]
+        seconds = store.now() - (record.started_at or record.created_at).timestamp()
+        table = finish_job(load(record, settings), partials, seconds=seconds)
+        store.save_table(job_id, owner, table.about, make_summary(table), codec.encode_blocks(table))
+        _loaded.clear()
+
+
+@contextmanager
+def settled(
+    store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str, shard_id: str
+) -> Iterator[Heartbeat]:
+    """However the work inside ends, the store knows: cancelled, failed for a reason of ours, or to be tried again."""
+    try:
+        with beating(store, settings, job_id, shard_id, owner) as heart:
+            yield heart
+    except Cancelled:
+        if store.release(job_id, shard_id, owner):
+            enqueue_shard(celery, job_id, shard_id)
+    except AblationError as error:
+        log.warning("job %s, shard %s: %s", job_id, shard_id, error)
+        store.fail(job_id, make_error(error, settings))
+    except Exception as error:
+        log.exception("job %s, shard %s: unexpected", job_id, shard_id)
+        if store.retry(job_id, shard_id, owner, settings.max_attempts, make_unexpected_error(error, shard_id)):
+            enqueue_shard(celery, job_id, shard_id)
+
+
+def get_record(store: JobStore, job_id: str) -> JobRecord:
+    """The job.
+
+    Raises:
+        Cancelled: it has been dropped meanwhile.
+    """
+    record = store.get(job_id)
+    if record is None:
+        raise Cancelled(f"job {job_id} is gone")
+    return record
+
+
+def load(record: JobRecord, settings: Settings) -> "Job":
+    """The job's model and data; kept until another job comes."""
+    from ablation.run import load_job
+
+    if record.id not in _loaded:
+        _loaded.clear()
+        _loaded[record.id] = load_job(record.spec, record.plan, settings.folders, device=settings.device)
+    return _loaded[record.id]
+
+
+def make_error(error: AblationError, settings: Settings) -> dict[str, str]:
+    """An error of ours as the job shows it: what it is, what it means, and its own words without host paths."""
+    title = (type(error).__doc__ or type(error).__name__).splitlines()[0]
+    return {"type": _kebab(type(error).__name__), "title": title, "detail": hide_paths(str(error), settings)}
+
+
+def make_unexpected_error(error: Exception, shard_id: str) -> dict[str, str]:
+    """An error that nobody foresaw: its words may say anything, so the job shows its kind only."""
+    what = "the merge" if shard_id == keys.FINALIZE else f"shard {shard_id}"
+    return {
+        "type": "unexpected-error",
+        "title": "The worker ran into an error that it was not made for.",
+        "detail": f"{what} ended with {type(error).__name__} each time it was tried. The worker's log has the details.",
+    }
+
+
+def hide_paths(text: str, settings: Settings) -> str:
+    """`text` with our folders called by their names, and of any other absolute path only the last part."""
+    folders = settings.folders
+    for name, folder in (("data", folders.data), ("checkpoints", folders.checkpoints), ("cache", folders.cache)):
+        text = text.replace(str(folder), name)
+    return re.sub(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+", "", text)
+
+
+def _kebab(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()

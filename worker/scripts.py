@@ -1,0 +1,219 @@
+"""What changes in Redis when a job moves? Each change is one of these Lua scripts, so it happens whole or not at all.
+
+In: the keys of one job (`KEYS`, in `keys_of`'s order) and arguments. Out: script texts for `store.py`.
+A shard is always in exactly one of three places: `waiting`, `leases` or `done`; that is why a task that runs twice, or
+late, changes nothing.
+"""
+
+from worker import keys
+from worker.states import MOVES, TERMINAL
+
+
+def keys_of(job_id: str) -> list[str]:
+    """What scripts find in `KEYS`; the last two are the beginnings of keys (we don't run on Redis Cluster)."""
+    per_job = (keys.job, keys.waiting, keys.leases, keys.owners, keys.fractions, keys.attempts, keys.done)
+    shared = [keys.JOBS, keys.FINISHED, keys.SEQUENCE]
+    results = [keys.result(job_id), keys.table(job_id)]
+    return [key(job_id) for key in per_job] + results + shared + [keys.partial(job_id, ""), keys.in_state("")]
+
+
+_NAMES = "job waiting leases owners fractions attempts done result tbl jobs finished sequence partial_of in_state"
+
+
+def _lua_set(names: list[str]) -> str:
+    return "{" + ", ".join(f"{name} = true" for name in sorted(names)) + "}"
+
+
+_MOVES = ", ".join(f"{origin} = {_lua_set(list(targets))}" for origin, targets in MOVES.items())
+
+_PREAMBLE = (
+    f"""
+local {", ".join(_NAMES.split())} = unpack(KEYS)
+local MOVES = {{{_MOVES}}}
+local TERMINAL = {_lua_set(list(TERMINAL))}
+local FINALIZE = '{keys.FINALIZE}'
+"""
+    + """
+local id = ARGV[1]
+local clock = redis.call('TIME')
+local now = clock[1] + clock[2] / 1e6
+local status = redis.call('HGET', job, 'status') or 'unknown'
+
+local function drop_work()
+  for _, shard in ipairs(redis.call('SMEMBERS', done)) do redis.call('UNLINK', partial_of .. shard) end
+  redis.call('UNLINK', waiting, leases, owners, fractions, attempts, done)
+end
+
+local function move(to)
+  if not (MOVES[status] and MOVES[status][to]) then return false end
+  redis.call('ZREM', in_state .. status, id)
+  redis.call('ZADD', in_state .. to, redis.call('HGET', job, 'seq'), id)
+  redis.call('HSET', job, 'status', to)
+  status = to
+  if TERMINAL[to] then
+    redis.call('ZADD', finished, now, id)
+    if to ~= 'expired' then
+      redis.call('HSET', job, 'finished_at', now, 'n_done', redis.call('SCARD', done))
+    end
+    drop_work()
+  end
+  return true
+end
+
+local function wants(shard)
+  if shard == FINALIZE then return status == 'finalizing' end
+  return status == 'queued' or status == 'running'
+end
+
+local function let_go(shard)
+  redis.call('ZREM', leases, shard)
+  redis.call('HDEL', owners, shard)
+  redis.call('HDEL', fractions, shard)
+  if status == 'cancelling' and redis.call('ZCARD', leases) == 0 then move('cancelled') end
+end
+"""
+)
+
+
+def _script(body: str) -> str:
+    return _PREAMBLE + body
+
+
+# spec, plan, shards... -> nothing. Twice is once: the connection may have broken before the answer came.
+CREATE = _script("""
+if status ~= 'unknown' then return end
+local seq = redis.call('INCR', sequence)
+redis.call('HSET', job, 'status', 'queued', 'seq', seq, 'created_at', now, 'n_shards', #ARGV - 3,
+           'spec', ARGV[2], 'plan', ARGV[3])
+redis.call('ZADD', jobs, seq, id)
+redis.call('ZADD', in_state .. 'queued', seq, id)
+for i = 4, #ARGV do redis.call('ZADD', waiting, now, ARGV[i]) end
+""")
+
+# shard, owner -> 1 where the lease was taken. Refused where the shard is done, leased (also if stale: the sweeper puts
+# it back) or not wanted.
+CLAIM = _script("""
+local shard, owner = ARGV[2], ARGV[3]
+if not wants(shard) or redis.call('ZREM', waiting, shard) == 0 then return 0 end
+redis.call('ZADD', leases, now, shard)
+redis.call('HSET', owners, shard, owner)
+if status == 'queued' then
+  redis.call('HSET', job, 'started_at', now)
+  move('running')
+end
+return 1
+""")
+
+# shard, owner, fraction -> the job's state; nothing where the lease is another's by now
+BEAT = _script("""
+local shard, owner, fraction = ARGV[2], ARGV[3], ARGV[4]
+if redis.call('HGET', owners, shard) ~= owner then return false end
+redis.call('ZADD', leases, now, shard)
+if shard ~= FINALIZE then redis.call('HSET', fractions, shard, fraction) end
+return status
+""")
+
+# shard, owner -> 1 where the shard waits again
+RELEASE = _script("""
+local shard, owner = ARGV[2], ARGV[3]
+if redis.call('HGET', owners, shard) ~= owner then return 0 end
+let_go(shard)
+if not wants(shard) then return 0 end
+redis.call('ZADD', waiting, now, shard)
+return 1
+""")
+
+# shard, owner ('' for: whoever let the lease go stale), lease_s, max_attempts, error -> 1 where the shard waits again
+RETRY = _script("""
+local shard, owner, lease_s, max_attempts, problem = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local beat = redis.call('ZSCORE', leases, shard)
+if not beat then return 0 end
+if owner == '' and tonumber(beat) > now - lease_s then return 0 end
+if owner ~= '' and redis.call('HGET', owners, shard) ~= owner then return 0 end
+let_go(shard)
+if not wants(shard) then return 0 end
+if redis.call('HINCRBY', attempts, shard, 1) >= max_attempts then
+  redis.call('HSET', job, 'error', problem)
+  move('failed')
+  return 0
+end
+redis.call('ZADD', waiting, now, shard)
+return 1
+""")
+
+# shard, draft, n_chunks, owner -> 1 where this was the last shard. The partial counts whoever brings it: its bytes are
+# the same.
+COMPLETE = _script("""
+local shard, draft, n_chunks, owner = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+if status ~= 'running' or redis.call('SISMEMBER', done, shard) == 1 then
+  redis.call('UNLINK', draft)
+  if redis.call('HGET', owners, shard) == owner then let_go(shard) end
+  return 0
+end
+if redis.call('LLEN', draft) ~= n_chunks then
+  return redis.error_reply('ERR the partial of ' .. shard .. ' came in incomplete')
+end
+redis.call('RENAME', draft, partial_of .. shard)
+redis.call('PERSIST', partial_of .. shard)
+redis.call('ZREM', waiting, shard)
+redis.call('SADD', done, shard)
+let_go(shard)
+if redis.call('SCARD', done) < tonumber(redis.call('HGET', job, 'n_shards')) then return 0 end
+move('finalizing')
+redis.call('ZADD', waiting, now, FINALIZE)
+return 1
+""")
+
+# draft, n_blocks, about, summary, block_rows, owner -> 1 where the job succeeded by this call
+SAVE_TABLE = _script("""
+local draft, n_blocks, owner = ARGV[2], tonumber(ARGV[3]), ARGV[7]
+if status ~= 'finalizing' then
+  redis.call('UNLINK', draft)
+  if redis.call('HGET', owners, FINALIZE) == owner then let_go(FINALIZE) end
+  return 0
+end
+if redis.call('LLEN', draft) ~= n_blocks then return redis.error_reply('ERR the table came in incomplete') end
+redis.call('RENAME', draft, tbl)
+redis.call('PERSIST', tbl)
+redis.call('HSET', result, 'about', ARGV[4], 'summary', ARGV[5], 'block_rows', ARGV[6])
+move('succeeded')
+return 1
+""")
+
+# error -> 1 where the job failed by this call
+FAIL = _script("""
+if not move('failed') then return 0 end
+redis.call('HSET', job, 'error', ARGV[2])
+return 1
+""")
+
+# -> the state after the call. Also how the sweeper finishes a `cancelling` job that nobody works on any more.
+CANCEL = _script("""
+move('cancelling')
+if status == 'cancelling' and redis.call('ZCARD', leases) == 0 then move('cancelled') end
+return status
+""")
+
+# -> the state after the call: what is terminal becomes a tombstone
+EXPIRE = _script("""
+if move('expired') then
+  redis.call('UNLINK', result, tbl)
+  redis.call('ZREM', jobs, id)
+end
+return status
+""")
+
+# -> nothing: a tombstone goes
+FORGET = _script("""
+if status ~= 'expired' and status ~= 'unknown' then return end
+redis.call('UNLINK', job)
+redis.call('ZREM', finished, id)
+redis.call('ZREM', in_state .. 'expired', id)
+""")
+
+# lost_s -> the shards that have been waiting for longer; from now on they count as sent just now
+RESEND = _script("""
+local lost = redis.call('ZRANGEBYSCORE', waiting, '-inf', now - tonumber(ARGV[2]))
+for _, shard in ipairs(lost) do redis.call('ZADD', waiting, now, shard) end
+return lost
+""")

@@ -1,0 +1,325 @@
+"""What is known of every job, and who works on what? The one door to Redis for the API and the workers.
+
+In: specs, plans, partials, tables. Out: `JobRecord`s and the bytes back. Every change is a script of `scripts.py`.
+Not here: what a shard computes (`ablation/`), when to look after lost ones (`sweeper.py`), messages (`queue.py`).
+"""
+
+import json
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import accumulate
+from typing import Any, cast
+
+import numpy as np
+from redis import Redis
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
+from redis.retry import Retry
+
+from ablation.errors import ServiceError, SpecError
+from ablation.plan import Plan
+from ablation.spec import JobSpec, Record
+from worker import codec, keys, scripts
+from worker.settings import Settings
+from worker.states import TERMINAL, State
+
+DRAFT_S = 3600  # what a dead worker had half written goes away after this
+
+
+class Progress(Record):
+    """How far a job is, in shards; `done` counts the fractions of those in flight."""
+
+    done: float
+    total: int
+
+
+class JobRecord(Record):
+    """One job as it is right now."""
+
+    id: str
+    status: State
+    progress: Progress
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    spec: JobSpec
+    plan: Plan
+    error: dict[str, Any] | None = None
+
+
+Page = tuple[list[JobRecord], str | None]  # jobs, and the cursor of the next page
+
+
+def connect(settings: Settings) -> Redis:
+    """A client for the store; it outlives a restart of Redis that takes a second or two.
+
+    Raises:
+        ServiceError: no Redis is configured.
+    """
+    if not settings.redis_url:
+        raise ServiceError(
+            "REDIS_URL: got nothing; allowed: redis://host:6379/0 or unix:///path. "
+            "Set it, or use `ablation serve`, which brings its own Redis."
+        )
+    return Redis.from_url(
+        settings.redis_url,
+        retry=Retry(ExponentialBackoff(cap=1, base=0.05), 5),
+        retry_on_error=[BusyLoadingError, ConnectionError, TimeoutError],
+        socket_connect_timeout=5,
+        socket_timeout=30,
+    )
+
+
+class JobStore:
+    """Jobs in Redis. `client` must give bytes (`decode_responses=False`, the default)."""
+
+    def __init__(self, client: Redis) -> None:
+        self.client: Any = client  # redis-py types its answers for two worlds at once, which helps nobody
+        self._scripts: dict[str, Any] = {}
+
+    def _run(self, script: str, job_id: str, *arguments: str | bytes | float) -> Any:
+        if script not in self._scripts:
+            self._scripts[script] = self.client.register_script(script)
+        return self._scripts[script](keys=scripts.keys_of(job_id), args=[job_id, *arguments])
+
+    # The counter: what the API and the command line need
+
+    def create(self, spec: JobSpec, plan: Plan) -> JobRecord:
+        """A new job in state `queued`; its shards are still to be sent to the queue."""
+        job_id = secrets.token_hex(8)
+        shards = [shard.id for shard in plan.shards]
+        self._run(scripts.CREATE, job_id, spec.model_dump_json(), plan.model_dump_json(), *shards)
+        return cast(JobRecord, self.get(job_id))
+
+    def get(self, job_id: str) -> JobRecord | None:
+        """The job, in every state; None if there is none (any more)."""
+        return self._load([job_id])[0]
+
+    def list(self, status: State | None = None, limit: int = 20, cursor: str | None = None) -> Page:
+        """At most `limit` jobs, newest first, and the cursor of the next page (None: that was all).
+
+        Raises:
+            SpecError: the cursor is not one of ours.
+        """
+        if cursor is not None and not (cursor.isascii() and cursor.isdigit()):
+            raise SpecError("cursor", cursor, "the next_cursor of an earlier answer", "Leave it out to begin.")
+        key = keys.in_state(status) if status else keys.JOBS
+        newest = f"({cursor}" if cursor else "+inf"
+        found = self.client.zrevrangebyscore(key, newest, "-inf", start=0, num=limit + 1, withscores=True)
+        records = self._load([job_id.decode() for job_id, _ in found[:limit]])
+        next_cursor = str(int(found[limit - 1][1])) if len(found) > limit else None
+        return [record for record in records if record], next_cursor
+
+    def cancel(self, job_id: str) -> State | None:
+        """The state after the call: `cancelling` while a worker is in mid-shard, else `cancelled`; None if unknown."""
+        return _state(self._run(scripts.CANCEL, job_id))
+
+    def delete(self, job_id: str) -> State | None:
+        """The state after dropping what is kept: `expired`, or the state that forbade it; None if unknown."""
+        return _state(self._run(scripts.EXPIRE, job_id))
+
+    def table_blocks(self, job_id: str) -> Iterator[bytes]:
+        """The table, block by block (`codec.decode_block`).
+
+        Raises:
+            ServiceError: there is no table (any more).
+        """
+        for i in range(len(self._block_rows(job_id))):
+            yield self._block(job_id, i)
+
+    def table_about(self, job_id: str) -> dict[str, Any]:
+        """What the job was and what it found as a whole."""
+        return json.loads(self._result(job_id, "about"))
+
+    def summary(self, job_id: str) -> dict[str, Any]:
+        """The statistics of the table."""
+        return json.loads(self._result(job_id, "summary"))
+
+    def n_rows(self, job_id: str) -> int:
+        """Number of rows of the table."""
+        return sum(self._block_rows(job_id))
+
+    def read_rows(self, job_id: str, offset: int, limit: int) -> dict[str, np.ndarray]:
+        """At most `limit` rows from `offset` on; reads only the blocks they are in."""
+        rows = self._block_rows(job_id)
+        starts = [0, *accumulate(rows)]
+        touched = [i for i, n in enumerate(rows) if starts[i] < offset + limit and starts[i] + n > offset] or [0]
+        blocks = [codec.decode_block(self._block(job_id, i)) for i in touched]
+        first = max(0, offset - starts[touched[0]])
+        columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        return {name: values[first : first + limit] for name, values in columns.items()}
+
+    # The back room: what workers need
+
+    def claim(self, job_id: str, shard_id: str, owner: str) -> bool:
+        """Whether `owner` may work on the shard; refused where it is done, leased or not wanted any more."""
+        return bool(self._run(scripts.CLAIM, job_id, shard_id, owner))
+
+    def claim_finalize(self, job_id: str, owner: str) -> bool:
+        """Whether `owner` may merge and write the table."""
+        return self.claim(job_id, keys.FINALIZE, owner)
+
+    def beat(self, job_id: str, shard_id: str, owner: str, fraction: float) -> State | None:
+        """Keep the lease; the job's state, or None where the lease has been taken away."""
+        return _state(self._run(scripts.BEAT, job_id, shard_id, owner, fraction))
+
+    def release(self, job_id: str, shard_id: str, owner: str) -> bool:
+        """Give the lease back unused; True where the shard waits again and must be sent to the queue."""
+        return bool(self._run(scripts.RELEASE, job_id, shard_id, owner))
+
+    def retry(self, job_id: str, shard_id: str, owner: str, max_attempts: int, error: Mapping[str, Any]) -> bool:
+        """Count a failed attempt of `owner`; True where the shard waits again, else the job has failed with `error`."""
+        return bool(self._run(scripts.RETRY, job_id, shard_id, owner, 0, max_attempts, json.dumps(error)))
+
+    def retry_stale(
+        self, job_id: str, shard_id: str, lease_s: float, max_attempts: int, error: Mapping[str, Any]
+    ) -> bool:
+        """The same where the worker has not been heard of for `lease_s`; nothing happens if it has."""
+        return bool(self._run(scripts.RETRY, job_id, shard_id, "", lease_s, max_attempts, json.dumps(error)))
+
+    def complete(self, job_id: str, shard_id: str, owner: str, payload: bytes) -> bool:
+        """Store a partial and mark its shard done; True where it was the last and the merge is to be sent."""
+        draft, n_chunks = self._write_draft(job_id, shard_id, codec.split_chunks(payload))
+        return bool(self._run(scripts.COMPLETE, job_id, shard_id, draft, n_chunks, owner))
+
+    def partials(self, job_id: str, plan: Plan) -> Iterator[bytes]:
+        """The partials of every shard, in plan order."""
+        for shard in plan.shards:
+            yield b"".join(self.client.lrange(keys.partial(job_id, shard.id), 0, -1))
+
+    def save_table(
+        self,
+        job_id: str,
+        owner: str,
+        about: Mapping[str, Any],
+        summary: Mapping[str, Any],
+        blocks: Iterable[bytes],
+    ) -> bool:
+        """Store the result and drop the partials; True where the job has succeeded by this call."""
+        texts = [codec.encode_json(about), codec.encode_json(summary)]
+        n_rows: list[int] = []
+        draft, n_blocks = self._write_draft(job_id, keys.FINALIZE, _counted(blocks, n_rows))
+        return bool(self._run(scripts.SAVE_TABLE, job_id, draft, n_blocks, *texts, json.dumps(n_rows), owner))
+
+    def fail(self, job_id: str, error: Mapping[str, Any]) -> bool:
+        """Whether the job has failed by this call (it can't once it has ended)."""
+        return bool(self._run(scripts.FAIL, job_id, json.dumps(error)))
+
+    # The sweep
+
+    def now(self) -> float:
+        """Redis' own time, in Unix seconds."""
+        seconds, microseconds = self.client.time()
+        return seconds + microseconds / 1e6
+
+    def jobs_in(self, *states: State) -> Iterator[str]:
+        """The ids of all jobs in these states, oldest first."""
+        for state in states:
+            yield from (job_id.decode() for job_id in self.client.zrange(keys.in_state(state), 0, -1))
+
+    def stale_leases(self, lease_s: float) -> Iterator[tuple[str, str]]:
+        """(job, shard) of every lease that has had no beat for `lease_s`."""
+        for job_id in self.jobs_in(State.RUNNING, State.FINALIZING, State.CANCELLING):
+            stale = self.client.zrangebyscore(keys.leases(job_id), "-inf", self.now() - lease_s)
+            yield from ((job_id, shard_id.decode()) for shard_id in stale)
+
+    def leases_of(self, owner: str) -> Iterator[tuple[str, str]]:
+        """(job, shard) of every lease that `owner` holds."""
+        for job_id in self.jobs_in(State.RUNNING, State.FINALIZING, State.CANCELLING):
+            held = self.client.hgetall(keys.owners(job_id))
+            yield from ((job_id, shard_id.decode()) for shard_id, by in held.items() if by.decode() == owner)
+
+    def resend(self, job_id: str, lost_s: float) -> Sequence[str]:
+        """The shards that have been waiting for more than `lost_s`; they count as sent just now."""
+        return [shard_id.decode() for shard_id in self._run(scripts.RESEND, job_id, lost_s)]
+
+    def expire_due(self, result_s: float, tombstone_s: float) -> None:
+        """Make tombstones of what ended more than `result_s` ago, and drop tombstones older than `tombstone_s`."""
+        for job_id in self._finished_before(self.now() - min(result_s, tombstone_s)):
+            ended = self.client.zscore(keys.FINISHED, job_id) or 0.0
+            is_tombstone = self.client.hget(keys.job(job_id), "status") == State.EXPIRED.encode()
+            if ended < self.now() - (tombstone_s if is_tombstone else result_s):
+                self._run(scripts.FORGET if is_tombstone else scripts.EXPIRE, job_id)
+
+    def note_worker(self, worker: str) -> None:
+        """This worker is alive."""
+        now = self.now()
+        self.client.zadd(keys.WORKERS, {worker: now})
+        self.client.zremrangebyscore(keys.WORKERS, "-inf", now - 24 * 3600)
+
+    def drop_worker(self, worker: str) -> None:
+        """This worker has stopped."""
+        self.client.zrem(keys.WORKERS, worker)
+
+    def n_workers(self, within_s: float = 10) -> int:
+        """How many workers were seen within the last seconds."""
+        return self.client.zcount(keys.WORKERS, self.now() - within_s, "+inf")
+
+    # Within
+
+    def _finished_before(self, time: float) -> Iterator[str]:
+        yield from (job_id.decode() for job_id in self.client.zrangebyscore(keys.FINISHED, "-inf", time))
+
+    def _load(self, job_ids: Iterable[str]) -> Sequence[JobRecord | None]:
+        job_ids = [*job_ids]
+        with self.client.pipeline() as pipeline:
+            for job_id in job_ids:
+                pipeline.hgetall(keys.job(job_id)).scard(keys.done(job_id)).hvals(keys.fractions(job_id))
+            answers = iter(pipeline.execute())
+        return [_make_record(job_id, *parts) for job_id, *parts in zip(job_ids, answers, answers, answers, strict=True)]
+
+    def _write_draft(self, job_id: str, shard_id: str, chunks: Iterable[bytes]) -> tuple[str, int]:
+        draft, n_chunks = keys.draft(job_id, shard_id, secrets.token_hex(4)), 0
+        for n_chunks, chunk in enumerate(chunks, 1):  # noqa: B007  # counts
+            self.client.rpush(draft, chunk)
+            self.client.expire(draft, DRAFT_S)
+        return draft, n_chunks
+
+    def _result(self, job_id: str, field: str) -> bytes:
+        return self._there(job_id, self.client.hget(keys.result(job_id), field))
+
+    def _block_rows(self, job_id: str) -> Sequence[int]:
+        return json.loads(self._result(job_id, "block_rows"))
+
+    def _block(self, job_id: str, i: int) -> bytes:
+        return self._there(job_id, self.client.lindex(keys.table(job_id), i))
+
+    def _there(self, job_id: str, answer: bytes | None) -> bytes:
+        if answer is None:
+            raise ServiceError(f"the table of job {job_id} is not there: the job has not succeeded, or it has expired.")
+        return answer
+
+
+def _state(answer: bytes | None) -> State | None:
+    return None if answer is None or answer == b"unknown" else State(answer.decode())
+
+
+def _counted(blocks: Iterable[bytes], n_rows: list[int]) -> Iterator[bytes]:
+    for block in blocks:
+        n_rows.append(len(codec.decode_block(block)["index"]))
+        yield block
+
+
+def _make_record(job_id: str, raw: dict[bytes, bytes], n_done: int, fractions: list[bytes]) -> JobRecord | None:
+    if not raw:
+        return None
+    fields = {name.decode(): value for name, value in raw.items()}
+    status = State(fields["status"].decode())
+    total = int(fields["n_shards"])
+    done = float(fields["n_done"]) if status in TERMINAL else n_done + sum(map(float, fractions))
+    return JobRecord(
+        id=job_id,
+        status=status,
+        progress=Progress(done=min(done, total), total=total),
+        created_at=_time(fields["created_at"]),
+        started_at=_time(fields["started_at"]) if "started_at" in fields else None,
+        finished_at=_time(fields["finished_at"]) if "finished_at" in fields else None,
+        spec=JobSpec.model_validate_json(fields["spec"]),
+        plan=Plan.model_validate_json(fields["plan"]),
+        error=json.loads(fields["error"]) if "error" in fields else None,
+    )
+
+
+def _time(seconds: bytes) -> datetime:
+    return datetime.fromtimestamp(float(seconds), UTC)

@@ -1,0 +1,105 @@
+"""Who picks up what a dead worker, a broken connection or a restart of Redis has left lying?
+
+In: a store, Celery, settings. Out: shards of stale leases sent again (or their job failed, after too many attempts),
+lost messages sent again, jobs cancelled that nobody works on any more, old results dropped. Runs in the parent process
+of every worker, one at a time; every change is a compare-and-set of the store, so that two at once would do no harm.
+"""
+
+import logging
+import threading
+
+from celery import Celery
+from redis.exceptions import LockError, RedisError
+
+from worker import keys
+from worker.queue import enqueue_shard
+from worker.settings import Settings
+from worker.states import State
+from worker.store import JobStore
+
+LOCK_S = 5.0  # a sweeper that was killed holds the others up for this long
+DAY_S = 24 * 3600.0
+
+log = logging.getLogger(__name__)
+
+
+def sweep(store: JobStore, celery: Celery, settings: Settings) -> None:
+    """Put everything right that needs it, once."""
+    retry_stale_shards(store, celery, settings)
+    for job_id in store.jobs_in(State.CANCELLING):
+        store.cancel(job_id)
+    resend_lost_shards(store, celery, settings)
+    store.expire_due(settings.result_days * DAY_S, settings.tombstone_days * DAY_S)
+
+
+def retry_stale_shards(store: JobStore, celery: Celery, settings: Settings) -> None:
+    """Send shards again whose worker has not been heard of for `lease_s`; fail their job after `max_attempts`."""
+    for job_id, shard_id in [*store.stale_leases(settings.lease_s)]:
+        error = make_lost_error(shard_id, settings.max_attempts)
+        if store.retry_stale(job_id, shard_id, settings.lease_s, settings.max_attempts, error):
+            log.warning("job %s, shard %s: its worker is gone; sent again", job_id, shard_id)
+            enqueue_shard(celery, job_id, shard_id)
+
+
+def resend_lost_shards(store: JobStore, celery: Celery, settings: Settings) -> None:
+    """Send shards again that wait although no message does.
+
+    Only while the queue is empty: then whatever waits longer than it takes a worker to begin has no message. A message
+    too many is refused by `claim`.
+    """
+    waiting = {State.QUEUED: keys.SHARD_QUEUE, State.RUNNING: keys.SHARD_QUEUE, State.FINALIZING: keys.FINALIZE_QUEUE}
+    empty = [state for state, queue in waiting.items() if not store.client.llen(queue)]
+    for job_id in [*store.jobs_in(*empty)]:
+        for shard_id in store.resend(job_id, settings.lost_s):
+            log.warning("job %s, shard %s: its message was lost; sent again", job_id, shard_id)
+            enqueue_shard(celery, job_id, shard_id)
+
+
+def make_lost_error(shard_id: str, max_attempts: int) -> dict[str, str]:
+    """Why a job fails whose shard lost its worker each time."""
+    what = "the merge" if shard_id == keys.FINALIZE else f"shard {shard_id}"
+    return {
+        "type": "worker-lost",
+        "title": "A part of the job could not be finished.",
+        "detail": f"{what} was given up after {max_attempts} attempts: its worker stopped each time, most often "
+        "because memory ran out. Ask for fewer sites or examples, or give the worker more memory.",
+    }
+
+
+class Sweeper(threading.Thread):
+    """Sweeps every `sweep_s` until it is stopped, and says that this worker is alive."""
+
+    def __init__(self, store: JobStore, celery: Celery, settings: Settings, worker: str) -> None:
+        super().__init__(name="sweeper", daemon=True)
+        self.store, self.celery, self.settings, self.worker = store, celery, settings, worker
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        """Sweep, wait, and so on; a Redis that is away is waited for."""
+        while True:
+            try:
+                self.store.note_worker(self.worker)
+                self.sweep_alone()
+            except (RedisError, OSError) as error:
+                log.warning("sweep: Redis is away (%s); trying again", error)
+            except Exception:
+                log.exception("sweep: failed; trying again")
+            if self.stopping.wait(self.settings.sweep_s):
+                return
+
+    def sweep_alone(self) -> None:
+        """Sweep unless another worker is at it."""
+        lock = self.store.client.lock(keys.SWEEP_LOCK, timeout=LOCK_S, blocking=False)
+        if lock.acquire():
+            try:
+                sweep(self.store, self.celery, self.settings)
+            finally:
+                release_quietly(lock)
+
+
+def release_quietly(lock: object) -> None:
+    """Release a lock that may have run out meanwhile."""
+    try:
+        lock.release()  # type: ignore[attr-defined]
+    except LockError:
+        log.warning("sweep: took longer than its lock")

@@ -1,0 +1,89 @@
+"""Celery's side of a worker: which function runs for which task name, and what happens when it starts and stops.
+
+The parent process receives messages and computes nothing: it imports neither torch nor Numba (no fork survives those),
+sweeps, and on SIGTERM or SIGINT puts its shards back. The child computes, and dies with its parent.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from functools import cache
+from typing import Any
+
+from celery.signals import worker_process_init, worker_ready, worker_shutting_down
+
+from worker import runner
+from worker.queue import FINALIZE, RUN_SHARD, enqueue_shard, make_celery
+from worker.settings import load_settings
+from worker.store import JobStore, connect
+from worker.sweeper import Sweeper
+from worker.tether import tether
+
+GRACE_S = 4.0  # a shard in flight has this long to notice that it is not wanted; then the process ends anyway
+
+log = logging.getLogger(__name__)
+settings = load_settings()
+app = make_celery(settings)
+PARENT_PID = os.getpid()
+OWNER = (
+    f"{socket.gethostname()}:{PARENT_PID}:{secrets.token_hex(4)}"  # made before the fork: parent and child agree on it
+)
+
+
+@cache
+def child_store() -> JobStore:
+    """The child's own connection: one must not be shared across a fork."""
+    return JobStore(connect(settings))
+
+
+@app.task(name=RUN_SHARD)
+def run_shard(job_id: str, shard_id: str) -> None:
+    """Compute one shard."""
+    runner.run_shard(child_store(), app, settings, OWNER, job_id, shard_id)
+
+
+@app.task(name=FINALIZE)
+def finalize(job_id: str) -> None:
+    """Merge, prove, store the table."""
+    runner.finalize(child_store(), app, settings, OWNER, job_id)
+
+
+@worker_process_init.connect
+def start_child(**_: Any) -> None:
+    """Tie the child to its parent, and load torch now rather than in the first job."""
+    tether(signal.SIGKILL, PARENT_PID)
+    import ablation.run  # noqa: F401
+
+
+@worker_ready.connect
+def start_parent(**_: Any) -> None:
+    """Begin to sweep."""
+    Sweeper(JobStore(connect(settings)), app, settings, OWNER).start()
+
+
+@worker_shutting_down.connect
+def stop_parent(**_: Any) -> None:
+    """Put back what the child works on, from a thread: this is a signal handler."""
+    threading.Thread(target=leave, name="leave", daemon=True).start()
+
+
+def leave() -> None:
+    """Take the child's leases away, so that it stops within one batch; after `GRACE_S` end the process in any case."""
+    store = JobStore(connect(settings))
+    store.drop_worker(OWNER)
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline:
+        put_back(store)
+        time.sleep(0.2)
+    os._exit(0)
+
+
+def put_back(store: JobStore) -> None:
+    """Release every lease of this worker and send its shards to the others."""
+    for job_id, shard_id in [*store.leases_of(OWNER)]:
+        if store.release(job_id, shard_id, OWNER):
+            enqueue_shard(app, job_id, shard_id)
