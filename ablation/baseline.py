@@ -28,8 +28,8 @@ def check_model(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ModelError(
-                f"{name} ({type(module).__name__}) has no running statistics, so the loss on one example depends on its "
-                "batch mates; train it with track_running_stats=True, or replace it by a normalisation per example."
+                f"{name} ({type(module).__name__}) has no running statistics, so the loss on one example depends on "
+                "its batch mates; train it with track_running_stats=True, or replace it by a normalisation per example."
             )
 
 
@@ -92,8 +92,8 @@ def check_composition(model: torch.nn.Module, inputs: Tensor) -> None:
         worst = (other - logits).abs().max().item()
         if not worst <= tolerance:
             raise ModelError(
-                f"the model's logits differ by {worst:.3g} when {reason} (allowed: {tolerance:.3g}). Each example's loss "
-                "must be a fixed function of that example; look for randomness or for statistics over the batch."
+                f"the model's logits differ by {worst:.3g} when {reason} (allowed: {tolerance:.3g}). Each example's "
+                "loss must be a fixed function of that example; look for randomness or for statistics over the batch."
             )
 
 
@@ -114,8 +114,8 @@ def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor) -> None:
         spoiled.get_parameter(parameter).fill_(float("nan"))
         if not torch.equal(intact_logits(spoiled, inputs), intact_logits(model, inputs)):
             raise ModelError(
-                f"{parameter} is used in a way that can't be replaced from outside (a copy of it kept by a recurrent or "
-                "compiled module); allowed: parameters that forward reads from the module. Choose another layer."
+                f"{parameter} is used in a way that can't be replaced from outside (a copy of it kept by a compiled or "
+                "caching module); allowed: parameters that forward reads from the module. Choose another layer."
             )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,12 @@ class Digits(Dataset):
 
 @cache
 def _read_digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # a second to import, and only this data set wants it
-
-    bundled = load_digits()
-    return np.rint(bundled.images * (255 / 16)).astype(np.uint8), bundled.target.astype(np.int64)
+    """Pictures and labels, from the file that scikit-learn's `load_digits` reads; to import that takes seconds."""
+    package = find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise DataError("digits come with scikit-learn, which is not installed; `pip install scikit-learn`.")
+    table = np.loadtxt(Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz"), delimiter=",")
+    return np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), table[:, -1].astype(np.int64)
 
 
 def load_data(

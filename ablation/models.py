@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-import torchvision
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -70,7 +69,7 @@ def load_model(
         _load_checkpoint(module, checkpoint or ensure_demo_model(folders))
         return module.eval(), prepare_digit
     if weights is not None and checkpoint is None:
-        member = torchvision.models.get_model_weights(name)[weights]
+        member = _torchvision().get_model_weights(name)[weights]
         return _pretrained(name, member), AsRGB(member.transforms())
     module = build_model(name, seed)
     if checkpoint is not None:
@@ -87,7 +86,7 @@ def build_model(name: str, seed: int) -> nn.Module:
         options["image_size"] = _default(name).meta["min_size"][0]  # built for the size that the transform makes
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # and not torch.manual_seed: that would reseed the GPUs
-        return _without_auxiliary(torchvision.models.get_model(name, weights=None, **options))
+        return _without_auxiliary(_torchvision().get_model(name, weights=None, **options))
 
 
 def build_demo_model(seed: int) -> DigitsAlexNet:
@@ -104,7 +103,14 @@ def default_transform(name: str) -> Transform:
 
 def classifier_weights(name: str) -> tuple[str, ...]:
     """The weights that torchvision has for a model; not those without a classifier (VGG's `IMAGENET1K_FEATURES`)."""
-    return tuple(member.name for member in torchvision.models.get_model_weights(name) if member.meta["categories"])
+    return tuple(member.name for member in _torchvision().get_model_weights(name) if member.meta["categories"])
+
+
+def _torchvision() -> Any:
+    """torchvision's models; four seconds to import, so only where one of them is wanted."""
+    import torchvision.models
+
+    return torchvision.models
 
 
 def _own_folders() -> Folders:
@@ -113,7 +119,7 @@ def _own_folders() -> Folders:
 
 
 def _default(name: str) -> Any:
-    return torchvision.models.get_model_weights(name).DEFAULT
+    return _torchvision().get_model_weights(name).DEFAULT
 
 
 def _without_auxiliary(module: nn.Module) -> nn.Module:
@@ -128,7 +134,7 @@ def _pretrained(name: str, member: Any) -> nn.Module:
     """The model with torchvision's own weights, by torchvision's own loading (which checks the file's hash)."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            module = torchvision.models.get_model(name, weights=member)
+            module = _torchvision().get_model(name, weights=member)
     except _UNREADABLE as error:
         raise CheckpointError(_what_to_place(name, member, error)) from error
     return _without_auxiliary(module).eval()

@@ -41,7 +41,7 @@ _COUNTS = ("touched", "broken", "fixed")
 def zero(n_sites: int) -> PartialSums:
     """The sums over no examples."""
     arrays = {name: np.zeros(n_sites, np.int64 if name in _COUNTS else np.float64) for name in PER_SITE}
-    return PartialSums(n_examples=0, n_correct=0, loss=0.0, **arrays)  # type: ignore[arg-type]
+    return PartialSums(n_examples=0, n_correct=0, loss=0.0, **arrays)
 
 
 def add(a: PartialSums, b: PartialSums) -> PartialSums:
@@ -59,5 +59,8 @@ def merge(partials: list[PartialSums]) -> PartialSums:
 def join(partials: list[PartialSums]) -> PartialSums:
     """Disjoint sites, same examples: concatenate, in the order given."""
     first = partials[0]
+    intact = {tuple(getattr(part, name) for name in TOTALS) for part in partials}
+    if len(intact) > 1:
+        raise ValueError(f"join takes partials of the same examples: got {TOTALS} of {sorted(intact)}")
     arrays = {name: np.concatenate([getattr(part, name) for part in partials]) for name in PER_SITE}
     return PartialSums(n_examples=first.n_examples, n_correct=first.n_correct, loss=first.loss, **arrays)

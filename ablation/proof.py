@@ -114,7 +114,7 @@ def _require(proof: dict[str, Any], name: str, what: str) -> None:
 
 
 def _arithmetic_errors(split: Compared, precision: str) -> Float64[np.ndarray, " sites"]:
-    """Mean per-example difference, in units of the utility (mixed) or of the mean |delta| (float64); 0 against 0 is 0."""
+    """Mean per-example difference, in units of the utility, or in float64 of the mean |delta|; 0 against 0 is 0."""
     floor = ROUNDING * (1 + split.loss)
     difference = np.maximum(np.abs(split.engine - split.continued) - floor, 0).mean(axis=1)
     if precision == "float64":

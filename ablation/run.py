@@ -227,14 +227,14 @@ def run_job(job: Job, *, on_progress: Callable[[float], None] = lambda fraction:
     started = time.monotonic()
     shards = job.plan.shards
     sizes = [float(np.diff(shard.examples)[0] * np.diff(shard.sites)[0]) for shard in shards]
-    partials = []
-    for k, shard in enumerate(shards):
-        done = sum(sizes[:k])
-        partials.append(
-            run_shard(
-                job, shard, on_batch=lambda part, k=k, done=done: on_progress((done + part * sizes[k]) / sum(sizes))
-            )
-        )
+    partials: list[PartialSums] = []
+
+    def on_batch(part: float) -> None:
+        k = len(partials)
+        on_progress((sum(sizes[:k]) + part * sizes[k]) / sum(sizes))
+
+    for shard in shards:
+        partials.append(run_shard(job, shard, on_batch=on_batch))
     return finish_job(job, partials, seconds=time.monotonic() - started)
 
 

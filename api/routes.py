@@ -5,11 +5,13 @@ do their work in blocks, so a poll is answered in milliseconds whatever else is 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from kombu.exceptions import OperationalError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ablation.catalog import dataset_facts, dataset_names, model_facts, model_names
@@ -52,8 +54,9 @@ def post_job(spec: JobSpec, plan_of: PlannerDep, desk: DeskDep, response: Respon
     """Ask for the utilities of some weights; the answer says where they will be."""
     job = desk.store.create(spec, plan_of(spec))
     assert job.plan is not None
-    for shard in job.plan.shards:
-        enqueue_shard(desk.celery, job.id, shard.id)
+    with suppress(OperationalError):  # Redis went away just now: the sweeper sends what waits without a message
+        for shard in job.plan.shards:
+            enqueue_shard(desk.celery, job.id, shard.id)
     view = job_view(job)
     response.headers["Location"] = view.urls.self
     response.headers["Retry-After"] = str(retry_after_s(job))

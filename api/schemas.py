@@ -201,13 +201,15 @@ def _progress(job: JobRecord) -> Progress:
 
 
 def eta_s(job: JobRecord) -> float | None:
-    """Seconds that are left, by the job's own pace once it has one, by the plan before; None once it is over."""
+    """Seconds that are left: by the plan at first, more and more by the job's own pace; None once it is over."""
     if job.status in TERMINAL or job.plan is None:
         return None
-    if job.started_at is None or job.progress.done <= 0:
-        return job.plan.estimate.seconds
-    elapsed = (datetime.now(UTC) - job.started_at).total_seconds()
-    return max(0.0, elapsed * (job.progress.total - job.progress.done) / job.progress.done)
+    planned_s, done = job.plan.estimate.seconds, job.progress.done / job.progress.total
+    if job.started_at is None or done <= 0:
+        return planned_s
+    elapsed_s = max(0.0, (datetime.now(UTC) - job.started_at).total_seconds())
+    by_pace = min(1.0, elapsed_s / planned_s)  # a job's first seconds go into reading its model and data
+    return (1 - done) * (by_pace * elapsed_s / done + (1 - by_pace) * planned_s)
 
 
 def retry_after_s(job: JobRecord) -> int:

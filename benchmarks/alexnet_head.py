@@ -1,7 +1,8 @@
 """AlexNet's fc2, 4,096 sampled weights, 2,000 examples: the direct path against float32 brute force.
 
 Head 4096 -> 4096 -> ReLU -> 1000, 20 % of the inputs and 25 % of the units active, seeded random numbers.
-Brute force is what everybody writes: set the weight to 0, run the head in float32 on cached layer inputs, take the loss.
+Brute force is what everybody writes: set the weight to 0, run the head in float32 on cached layer inputs, take the
+loss.
 The prefix (AlexNet up to classifier.4) is out on both sides. Error: against float64 brute force from the same inputs.
 
     python -m benchmarks.alexnet_head

@@ -98,6 +98,10 @@ def run_csv(tmp_path_factory: pytest.TempPathFactory, home: Path) -> bytes:
     return (out / "utility.csv").read_bytes()
 
 
+def connect(server: Server) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=PATIENCE_S, trust_env=False)
+
+
 def poll(client: httpx.Client, url: str) -> httpx.Response:
     """The first answer to the poll endpoint that is not: come back later."""
     deadline = time.monotonic() + PATIENCE_S
@@ -108,7 +112,7 @@ def poll(client: httpx.Client, url: str) -> httpx.Response:
 
 
 def test_from_post_to_csv(server: Server, run_csv: bytes) -> None:
-    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+    with connect(server) as client:
         posted = client.post("/v1/jobs", json=SPEC)
         assert posted.status_code == 202, posted.text
         results = poll(client, posted.headers["location"] + "/results")
@@ -132,7 +136,13 @@ def test_the_printed_curl_lines_work_when_pasted(server: Server, tmp_path: Path)
     lines = [line for line in server.directions.splitlines() if line.startswith(("JOB=", "while ", "curl "))]
     assert len(lines) == 3
     pasted = subprocess.run(
-        ["bash", "-e"], input="\n".join(lines), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
+        ["bash", "-e"],
+        input="\n".join(lines),
+        cwd=tmp_path,
+        env={**os.environ, "no_proxy": "*"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert pasted.returncode == 0, pasted.stderr
     rows = (tmp_path / "utility.csv").read_text().splitlines()
@@ -141,7 +151,7 @@ def test_the_printed_curl_lines_work_when_pasted(server: Server, tmp_path: Path)
 
 
 def test_sigint_in_mid_shard_stops_all_and_the_next_start_goes_on(tmp_path: Path, home: Path) -> None:
-    with serving(tmp_path, home) as server, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+    with serving(tmp_path, home) as server, connect(server) as client:
         url = client.post("/v1/jobs", json=LONG).headers["location"]
         wait_until_in_mid_shard(client, url)
         family = server.family()
@@ -151,7 +161,7 @@ def test_sigint_in_mid_shard_stops_all_and_the_next_start_goes_on(tmp_path: Path
         assert server.process.wait(15) in (0, 130)
         assert time.monotonic() - started < 10
         assert psutil.wait_procs(family, timeout=0)[1] == []
-    with serving(tmp_path, home) as server, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+    with serving(tmp_path, home) as server, connect(server) as client:
         wait_until_in_mid_shard(client, url)
         assert client.post(f"{url}/cancel").json()["status"] in ("cancelling", "cancelled")
         assert poll(client, f"{url}/results").status_code == 409

@@ -7,6 +7,7 @@ of every worker, one at a time; every change is a compare-and-set of the store, 
 
 import logging
 import threading
+from collections.abc import Callable
 
 from celery import Celery
 from redis.exceptions import LockError, RedisError
@@ -67,28 +68,33 @@ def make_lost_error(shard_id: str, max_attempts: int) -> dict[str, str]:
 
 
 class Sweeper(threading.Thread):
-    """Sweeps every `sweep_s` until it is stopped, and says that this worker is alive."""
+    """Sweeps every `sweep_s` until `stopping` is set, and says meanwhile that this worker is alive."""
 
-    def __init__(self, store: JobStore, celery: Celery, settings: Settings, worker: str) -> None:
+    def __init__(
+        self, store: JobStore, celery: Celery, settings: Settings, worker: str, stopping: threading.Event
+    ) -> None:
         super().__init__(name="sweeper", daemon=True)
-        self.store, self.celery, self.settings, self.worker = store, celery, settings, worker
-        self.stopping = threading.Event()
+        self.store, self.celery, self.settings, self.worker, self.stopping = store, celery, settings, worker, stopping
 
     def run(self) -> None:
         """Sweep, wait, and so on; a Redis that is away is waited for."""
-        while True:
-            try:
-                self.store.note_worker(self.worker)
-                self.sweep_alone()
-            except (RedisError, OSError) as error:
-                log.warning("sweep: Redis is away (%s); trying again", error)
-            except Exception:
-                log.exception("sweep: failed; trying again")
-            if self.stopping.wait(self.settings.sweep_s):
-                return
+        while not self.stopping.is_set():
+            self.attempt(self.sweep_alone)
+            self.stopping.wait(self.settings.sweep_s)
+        self.attempt(lambda: self.store.drop_worker(self.worker))
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        """Do this; where it fails, the next sweep does it again."""
+        try:
+            step()
+        except (RedisError, OSError) as error:
+            log.warning("sweep: Redis is away (%s); trying again", error)
+        except Exception:
+            log.exception("sweep: failed; trying again")
 
     def sweep_alone(self) -> None:
-        """Sweep unless another worker is at it."""
+        """Say that this worker is alive, and sweep unless another one is at it."""
+        self.store.note_worker(self.worker)
         lock = self.store.client.lock(keys.SWEEP_LOCK, timeout=LOCK_S, blocking=False)
         if lock.acquire():
             try:

@@ -33,6 +33,8 @@ OWNER = (
     f"{socket.gethostname()}:{PARENT_PID}:{secrets.token_hex(4)}"  # made before the fork: parent and child agree on it
 )
 
+stopping = threading.Event()
+
 
 @cache
 def child_store() -> JobStore:
@@ -62,19 +64,19 @@ def start_child(**_: Any) -> None:
 @worker_ready.connect
 def start_parent(**_: Any) -> None:
     """Begin to sweep."""
-    Sweeper(JobStore(connect(settings)), app, settings, OWNER).start()
+    Sweeper(JobStore(connect(settings)), app, settings, OWNER, stopping).start()
 
 
 @worker_shutting_down.connect
 def stop_parent(**_: Any) -> None:
-    """Put back what the child works on, from a thread: this is a signal handler."""
+    """Stop sweeping, and put back what the child works on: from a thread, because this is a signal handler."""
+    stopping.set()
     threading.Thread(target=leave, name="leave", daemon=True).start()
 
 
 def leave() -> None:
     """Take the child's leases away, so that it stops within one batch; after `GRACE_S` end the process in any case."""
     store = JobStore(connect(settings))
-    store.drop_worker(OWNER)
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline:
         put_back(store)

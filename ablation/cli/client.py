@@ -22,9 +22,10 @@ AWAY_S = 60.0  # how long a server may be away (it is being restarted) before po
 class Client:
     """A connection to one server."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, *, trust_env: bool = True) -> None:
+        """`trust_env`: go through the proxy that the environment names, if any."""
         self.server = server.rstrip("/")
-        self._http = httpx.Client(base_url=self.server, timeout=TIMEOUT_S)
+        self._http = httpx.Client(base_url=self.server, timeout=TIMEOUT_S, trust_env=trust_env)
 
     def __enter__(self) -> "Client":
         return self

@@ -51,11 +51,10 @@ def demo(out: Path, home: Path) -> None:
 def run_demo(services: Services, out: Path) -> dict[str, object]:
     """Everything from training to the downloaded files; returns the summary."""
     services.start()
-    click.echo("digits_alexnet: training it, or reading it back where that was done before ...")
+    click.echo(f"Redis, one worker and the API are starting on {services.url}")
     train(services.settings.cache_dir)
-    click.echo(f"Redis, one worker and the API: starting on {services.url} ...")
     services.wait_ready()
-    with Client(services.url) as client:
+    with Client(services.url, trust_env=False) as client:
         start = time.monotonic()
         job = client.post(make_spec(EXAMPLE))
         click.echo(f"POST {services.url}/v1/jobs: 4,096 weights of fc2, every train and test example; job {job['id']}")

@@ -74,6 +74,8 @@ def raise_on_signals() -> None:
     """Make SIGTERM do what SIGINT does: end the block that runs, so that what it started is stopped."""
 
     def stop(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # until `Services.stop` listens: nothing may break off its beginning
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):

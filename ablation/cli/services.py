@@ -27,6 +27,7 @@ from worker.tether import tether
 
 READY_S = 120.0  # a cold import of torch on a slow disk is the longest part of this
 STOP_S = 5.0  # who is still there after this is killed; with the 5 s that Redis may take, all is over within 10 s
+SAME_SIGNAL_S = 0.5  # `timeout` and others send a signal to a process and to its group: that is one signal, not two
 STEADY_S = 60.0  # who lived this long starts again at once when it dies
 MAX_BACK_OFF_S = 30.0
 
@@ -57,7 +58,8 @@ class Child:
                 stderr=subprocess.STDOUT,
                 pass_fds=self.fds,
                 start_new_session=True,
-                preexec_fn=functools.partial(tether, signal.SIGKILL, os.getpid()),  # our Redis goes too: nothing left to be gentle for
+                # SIGKILL: our Redis goes at the same moment, and a gentle end would wait for it.
+                preexec_fn=functools.partial(tether, signal.SIGKILL, os.getpid()),
             )
 
     def send(self, number: int) -> None:
@@ -88,6 +90,7 @@ class Services:
     listener: socket.socket | None = None
     redis: RedisServer | None = None
     children: list[Child] = field(default_factory=list)
+    stopping_at: float = 0.0
 
     @property
     def home(self) -> Path:
@@ -99,6 +102,7 @@ class Services:
         """The address of the API."""
         assert self.listener is not None
         host, port = self.listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # every address: this machine's own is one of them
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def start(self) -> None:
@@ -137,7 +141,7 @@ class Services:
             ServiceError: it takes too long; the message shows the end of the logs.
         """
         deadline = time.monotonic() + READY_S
-        with Client(self.url) as client:
+        with Client(self.url, trust_env=False) as client:
             while not client.is_ready():
                 self.tend()
                 if time.monotonic() > deadline:
@@ -146,6 +150,7 @@ class Services:
 
     def stop(self) -> None:
         """Stop everything that was started, workers and API first, Redis last; a second signal kills."""
+        self.stopping_at = time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._kill_now)
         self._signal_all(signal.SIGTERM)
@@ -165,6 +170,8 @@ class Services:
             child.send(number)
 
     def _kill_now(self, number: int, frame: object) -> None:
+        if time.monotonic() - self.stopping_at < SAME_SIGNAL_S:
+            return
         self._signal_all(signal.SIGKILL)
         if self.redis:
             self.redis.process.kill()

@@ -1,11 +1,10 @@
-"""Whether a parameter's way to the loss is a classifier head: Linear -> elementwise functions -> at most one more Linear.
+"""Whether a parameter's way to the loss is a classifier head: Linear -> elementwise f -> at most one more Linear.
 
 In: the recorded calls of a forward pass. Out: a `Head`, or None where the way is any other; then a slower path runs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F

@@ -4,7 +4,7 @@ While `remember` is on, every module whose whole forward pass happens before the
 while `replay` is on, it returns that output instead of computing it again. So a run for one more ablation costs only
 what comes after the target, in any model, without knowing how it is built.
 
-A prefix that is written outside of modules (functional code in a parent's forward) is computed again: slower, not wrong.
+A prefix that is written outside of modules (functional code in a parent's forward) is run again: slower, not wrong.
 """
 
 from collections.abc import Callable, Iterator

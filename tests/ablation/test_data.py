@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import (
     ConcatDataset,
@@ -88,15 +89,11 @@ def test_digits_are_split_once_and_for_all() -> None:
     for name, part in (("train", train), ("test", test)):
         assert len(part) == facts.n_examples[name]
         assert tuple(np.bincount(part.targets)) == facts.n_per_class[name]
-    everything = np.concatenate([train.pixels, test.pixels]).reshape(1797, -1)
-    assert sorted(everything.sum(1)) == sorted(np.rint(_bundled().data * 255 / 16).sum(1))  # each exactly once
+    ours = [(*pixels.ravel(), label) for part in (train, test) for pixels, label in zip(part.pixels, part.targets)]
+    bundled = load_digits()
+    theirs = [(*np.rint(row * 255 / 16), label) for row, label in zip(bundled.data, bundled.target)]
+    assert sorted(ours) == sorted(theirs)  # each exactly once
     assert test.targets[:12].tolist() == [1, 2, 4, 5, 6, 9, 4, 7, 8, 9, 2, 7]  # frozen: reports quote this split
-
-
-def _bundled() -> Any:
-    from sklearn.datasets import load_digits
-
-    return load_digits()
 
 
 def test_digits_are_pictures_until_transformed() -> None:

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,24 +10,31 @@ from ablation.demo import DigitsAlexNet, ensure_demo_model, measure_accuracy, pr
 from ablation.folders import Folders
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> Folders:
-    return Folders(data=tmp_path / "data", checkpoints=tmp_path / "checkpoints", cache=tmp_path / "home" / "cache")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folders, list[str]]:
+    """A cache that two processes asked for the demo model at once, and what they printed."""
+    cache = tmp_path_factory.mktemp("home") / "new" / "cache"
+    command = [sys.executable, "-m", "ablation.demo", "--cache", str(cache)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return Folders(data=cache, checkpoints=cache, cache=cache), outputs
 
 
-def test_the_demo_model_is_trained_once_and_good(folders: Folders) -> None:
-    seen: list[float] = []
-    path = ensure_demo_model(folders, seen.append)
-    assert seen == sorted(set(seen))
-    assert (seen[0] > 0, seen[-1]) == (True, 1.0)
-    model = DigitsAlexNet()
-    model.load_state_dict(load_file(path))
-    assert measure_accuracy(model.eval()) >= 0.95
+def test_two_processes_at_once_train_one_model(trained: tuple[Folders, list[str]]) -> None:
+    folders, outputs = trained
+    assert sum("100%" in output for output in outputs) == 1
+    assert all("digits_alexnet is trained" in output for output in outputs)
     assert sorted(file.suffix for file in folders.cache.iterdir()) == [".lock", ".safetensors"]
 
-    seen.clear()
-    assert ensure_demo_model(folders, seen.append) == path
-    assert seen == []
+
+def test_the_demo_model_is_good_and_kept(trained: tuple[Folders, list[str]]) -> None:
+    folders, _ = trained
+    seen: list[float] = []
+    model = DigitsAlexNet()
+    model.load_state_dict(load_file(ensure_demo_model(folders, seen.append)))
+    assert measure_accuracy(model.eval()) >= 0.95
+    assert seen == []  # it was there already
 
 
 def test_an_untrained_net_is_not_good() -> None:
@@ -38,8 +44,10 @@ def test_an_untrained_net_is_not_good() -> None:
 def test_training_gives_the_same_bits_and_leaves_the_caller_as_it_was() -> None:
     torch.manual_seed(12)
     state, n_threads = torch.get_rng_state(), torch.get_num_threads()
+    seen: list[float] = []
     with torch.no_grad():  # as a worker may have it
-        first = train_demo_model(n_epochs=2).state_dict()
+        first = train_demo_model(n_epochs=2, on_progress=seen.append).state_dict()
+    assert seen == [0.5, 1.0]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == n_threads
 
@@ -47,17 +55,6 @@ def test_training_gives_the_same_bits_and_leaves_the_caller_as_it_was() -> None:
     second = train_demo_model(n_epochs=2).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["fc2.weight"], train_demo_model(n_epochs=3).state_dict()["fc2.weight"])
-
-
-def test_two_processes_at_once_train_one_model(folders: Folders) -> None:
-    command = [sys.executable, "-m", "ablation.demo", "--cache", str(folders.cache)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sum("100%" in output for output in outputs) == 1
-    assert all("is trained" in output for output in outputs)
-    assert [*load_file(next(folders.cache.glob("*.safetensors")))]
-    assert len(list(folders.cache.iterdir())) == 2
 
 
 def test_its_layers_are_those_of_a_small_alexnet() -> None:

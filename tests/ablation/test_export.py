@@ -157,7 +157,7 @@ def test_memory_does_not_grow_with_the_rows(kind: str) -> None:
 def test_a_whole_file_replaces_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "utility.csv"
     path.write_bytes(b"old")
-    write_whole(path, lambda stream: stream.write(b"new") and None)
+    write_whole(path, lambda stream: stream.writelines([b"n", b"ew"]))
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
     plain = tmp_path / "plain"

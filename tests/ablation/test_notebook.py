@@ -100,9 +100,7 @@ def test_everything_is_left_as_it_was_found() -> None:
     randomness = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     threads = torch.get_num_threads()
     for engine in ("auto", "rerun", "reference"):
-        ablation.ablate(
-            model, "fc1", {"test": (case.inputs, case.labels)}, sites=3, engine=engine, progress=False
-        )
+        ablation.ablate(model, "fc1", {"test": (case.inputs, case.labels)}, sites=3, engine=engine, progress=False)
     assert torch.equal(randomness[0], torch.get_rng_state())
     assert randomness[1:] == (np.random.get_state()[1].tolist(), random.getstate())
     assert modes == [module.training for module in model.modules()]
@@ -186,7 +184,8 @@ X, Y = torch.randn(6, 11), torch.tensor([0, 1, 2, 3, 4, 0])
         ((relu_mlp(), "3", {"test": (X, torch.rand(6, 5))}), {}, DataError, "soft labels"),
         ((relu_mlp(), "3", {"test": (X, Y + 1)}), {}, DataError, "label 5; allowed: 0 to 4"),
         ((relu_mlp(), "3", {"test": (X * float("nan"), Y)}), {}, DataError, "NaN or infinite"),
-        ((nn.Sequential(nn.Unflatten(1, (11, 1)), nn.Linear(1, 5)), "1", {"test": (X, Y)}), {}, ModelError, r"\(2, 11, 5\)"),
+        ((nn.Sequential(nn.Unflatten(1, (11, 1)), nn.Linear(1, 5)), "1", {"test": (X, Y)}), {},
+         ModelError, r"\(2, 11, 5\)"),
         ((nn.Sequential(nn.BatchNorm1d(11, track_running_stats=False), nn.Linear(11, 5)), "1", {"test": (X, Y)}), {},
          ModelError, "running statistics"),
         ((nn.ReLU(), "0", {"test": (X, Y)}), {}, ModelError, "no parameters"),
@@ -201,30 +200,46 @@ def test_refusals(arguments, options, error, words) -> None:
 def test_one_bad_example_is_named() -> None:
     inputs = torch.randn(40, 11)
     inputs[33, 2] = float("inf")
+    splits = {"test": (inputs, torch.zeros(40, dtype=torch.int64))}
     with pytest.raises(DataError, match="example 33"):
-        ablation.ablate(
-            relu_mlp(), "3", {"test": (inputs, torch.zeros(40, dtype=torch.int64))}, sites=2, batch_size=16, progress=False
-        )
+        ablation.ablate(relu_mlp(), "3", splits, sites=2, batch_size=16, progress=False)
 
 
-def test_a_recurrent_weight_that_cannot_be_replaced_is_refused() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = nn.LSTM(4, 5, batch_first=True)
-            self.out = nn.Linear(5, 3)
+class Recurrent(nn.Module):
+    """Its LSTM hands its weights over as a list."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(self.rnn(x)[0][:, -1])
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(4, 5, batch_first=True)
+        self.out = nn.Linear(5, 3)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x)[0][:, -1])
+
+
+def test_recurrent_weights() -> None:
     model, inputs, labels = Recurrent(), torch.randn(8, 6, 4), torch.randint(3, (8,))
-    try:
-        table = ablation.ablate(model, "rnn.weight_hh_l0", {"test": (inputs, labels)}, sites=10, progress=False)
-    except ModelError as error:
-        assert "rnn.weight_hh_l0" in str(error)
-        return
+    table = ablation.ablate(model, "rnn.weight_hh_l0", {"test": (inputs, labels)}, sites=10, progress=False)
     truth = brute_force(model, "rnn.weight_hh_l0", table.columns["index"], inputs, labels)
+    assert np.abs(truth).max() > 0
     assert utility_error(table.columns["utility_test"], truth, "mixed") <= BOUND["mixed"]
+
+
+class Hoarder(nn.Module):
+    """Keeps its weight under another name, and reads it there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.kept = [self.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kept[0].T
+
+
+def test_a_weight_that_is_read_past_its_name_is_refused() -> None:
+    with pytest.raises(ModelError, match="can't be replaced from outside"):
+        ablation.ablate(Hoarder(), "weight", {"test": (torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))}, sites=2)
 
 
 def test_progress_goes_to_the_end(capsys) -> None:

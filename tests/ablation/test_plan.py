@@ -1,5 +1,7 @@
 """The cut: every (example, site) in exactly one shard, blocks of one class whole, a pure function of its arguments."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,7 +60,7 @@ def test_every_pair_is_in_exactly_one_shard(layer, sites, n, per_class, shard_s,
     for blocks in by_sites.values():
         assert blocks[0][0] == 0
         assert blocks[-1][1] == split.n_examples
-        assert all(a[1] == b[0] for a, b in zip(blocks, blocks[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(blocks))
         if split.per_class:
             assert all(start % split.per_class == 0 for start, _ in blocks)
 

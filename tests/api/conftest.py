@@ -51,7 +51,7 @@ def serving(settings: Settings) -> Iterator[httpx.Client]:
         thread.start()
         host, port = listener.getsockname()
         try:
-            with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
+            with httpx.Client(base_url=f"http://{host}:{port}", timeout=60, trust_env=False) as client:
                 yield client
         finally:
             server.should_exit = True

@@ -31,7 +31,9 @@ def test_it_serves_on_the_socket_of_its_supervisor_and_can_be_started_again(
                 COMMAND, env={**environment(settings), "ABLATION_FD": str(fd)}, pass_fds=[fd], stderr=subprocess.DEVNULL
             ) as process:
                 # The socket listens already: this request waits until the process is up.
-                assert httpx.get(f"http://{host}:{port}/v1/jobs", timeout=PATIENCE_S).json()["data"] == []
+                assert (
+                    httpx.get(f"http://{host}:{port}/v1/jobs", timeout=PATIENCE_S, trust_env=False).json()["data"] == []
+                )
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM)
 
@@ -41,7 +43,7 @@ def test_port_0_is_a_free_one_and_the_log_says_which(settings: Settings, store: 
     with subprocess.Popen(COMMAND, env=port_0, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         address = next(found[1] for line in process.stderr if (found := re.search(r"running on (http://\S+)", line)))
-        assert httpx.get(f"{address}/healthz", timeout=PATIENCE_S).status_code == 200
+        assert httpx.get(f"{address}/healthz", timeout=PATIENCE_S, trust_env=False).status_code == 200
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=PATIENCE_S)
 

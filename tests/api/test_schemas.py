@@ -40,5 +40,11 @@ def test_then_its_own_pace_says(spec: JobSpec, settings: Settings) -> None:
     assert retry_after_s(make_job(spec, settings, State.RUNNING, 7.9, 100)) == 1
 
 
+def test_the_first_seconds_of_a_job_say_little_of_its_pace(spec: JobSpec, settings: Settings) -> None:
+    job = make_job(spec, settings, State.RUNNING, 8e-6, 0.001)
+    assert job.plan
+    assert eta_s(job) == pytest.approx(job.plan.estimate.seconds, rel=0.6)
+
+
 def test_when_it_is_over_there_is_nothing_to_wait_for(spec: JobSpec, settings: Settings) -> None:
     assert eta_s(make_job(spec, settings, State.FAILED, 2, 100)) is None

@@ -1,5 +1,6 @@
 import time
 from collections.abc import Callable
+from threading import Event
 
 import pytest
 from celery import Celery
@@ -127,7 +128,7 @@ def test_old_results_become_tombstones(store: JobStore, toy_job: MakeJob, celery
 def test_one_sweeps_at_a_time(store: JobStore, toy_job: MakeJob, celery: Celery, stale: Settings) -> None:
     toy_job(1)
     time.sleep(0.01)
-    sweeper = Sweeper(store, celery, stale, "a")
+    sweeper = Sweeper(store, celery, stale, "a", Event())
     with store.client.lock(keys.SWEEP_LOCK, timeout=5):
         sweeper.sweep_alone()
         assert messages(store.client, keys.SHARD_QUEUE) == []
@@ -141,7 +142,8 @@ def test_the_thread_sweeps_and_says_that_the_worker_lives(
     job = toy_job(1)
     store.claim(job.id, job.plan.shards[0].id, "dead")
     with connect(settings) as client:
-        sweeper = Sweeper(JobStore(client), celery, settings.model_copy(update={"lease_s": 0.1, "sweep_s": 0.05}), "a")
+        quick = settings.model_copy(update={"lease_s": 0.1, "sweep_s": 0.05})
+        sweeper = Sweeper(JobStore(client), celery, quick, "a", Event())
         sweeper.start()
         try:
             wait_for(lambda: messages(store.client, keys.SHARD_QUEUE), 5)
@@ -149,3 +151,4 @@ def test_the_thread_sweeps_and_says_that_the_worker_lives(
         finally:
             sweeper.stopping.set()
             sweeper.join()
+        assert store.n_workers() == 0
