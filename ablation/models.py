@@ -63,7 +63,7 @@ def load_model(
         ModelError: the demo model can't be trained.
     """
     folders = folders or _own_folders()
-    checkpoint = find_checkpoint(ModelSpec(name=name, weights=weights, seed=seed), folders)
+    checkpoint = find_checkpoint(ModelSpec.model_construct(name=name, weights=weights, seed=seed), folders)
     if name == DEMO_MODEL:
         module: nn.Module = build_demo_model(seed)
         _load_checkpoint(module, checkpoint or ensure_demo_model(folders))

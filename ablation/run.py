@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ablation import baseline, catalog
 from ablation.data import draw_examples, labels_of, load_batches, load_data
 from ablation.engine import open_path, run_batches
+from ablation.errors import ModelError
 from ablation.folders import Folders
 from ablation.models import load_model
 from ablation.partial import PartialSums, join, merge
@@ -66,9 +67,9 @@ def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None 
     """Read the model and the data that a spec names."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, transform = load_model(spec.model.name, spec.model.weights, spec.model.seed, folders=folders)
+    root = catalog.find_root(spec.data, folders)
     splits = {}
     for name, asked in spec.data.splits.items():
-        root = None if spec.data.root is None else str(folders.data / spec.data.root)
         dataset = load_data(spec.data.name, root, name, transform)
         labels = labels_of(dataset) if plan_of(plan, name).per_class else None
         splits[name] = Split(dataset, draw_examples(asked, labels, len(dataset)))  # type: ignore[arg-type]
@@ -79,9 +80,12 @@ def make_job(spec: JobSpec, plan: Plan, model: torch.nn.Module, splits: dict[str
     """A job on a model and data that are there already; in `float64` precision the model is copied.
 
     Raises:
-        ModelError: the model can't be measured exactly.
+        ModelError: the model can't be measured exactly, or its layer is not the one that was planned.
     """
     baseline.check_model(model)
+    shape = tuple(model.get_parameter(plan.parameter).shape)
+    if shape != plan.shape:
+        raise ModelError(f"{plan.parameter} has shape {shape} with these weights; the plan was made for {plan.shape}.")
     model = in_float64(model) if spec.precision == "float64" else model
     return Job(spec, plan, model, splits, model.get_parameter(plan.parameter).device)
 

@@ -131,6 +131,24 @@ def test_submit_downloads_the_same_bytes(server: Server, run_csv: bytes, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"utility.csv", "utility.parquet", "summary.json"}
 
 
+def test_submit_leaves_the_job_running_at_ctrl_c_and_says_so(server: Server, tmp_path: Path, home: Path) -> None:
+    long = ["--model", "digits_alexnet", "--layer", "conv2", "--data", "digits", "--train", "all", "--sites", "4096"]
+    command = [*ABLATION, "submit", "--server", server.url, *long, "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, env=environment(home), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        found = next(found for line in process.stderr if (found := re.search(r"Job (\w+): (http\S+)", line)))
+        next(line for line in process.stderr if "%" in line)  # it polls
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(15) == 130
+    assert f"Job {found[1]} goes on" in said
+    assert f"{found[2]}/cancel" in said
+    assert not (tmp_path / "out").exists()
+    with connect(server) as client:
+        assert client.get(found[2]).json()["status"] in ("queued", "running")
+        assert client.post(f"{found[2]}/cancel").status_code == 202
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl on this machine; the lines that serve prints need it")
 def test_the_printed_curl_lines_work_when_pasted(server: Server, tmp_path: Path) -> None:
     lines = [line for line in server.directions.splitlines() if line.startswith(("JOB=", "while ", "curl "))]

@@ -2,10 +2,13 @@
 
 import re
 import secrets
+import sys
 import warnings
 
 from celery.platforms import SecurityWarning
+from redis.exceptions import RedisError
 
+from ablation.errors import ServiceError
 from worker import keys
 from worker.settings import Settings
 from worker.store import connect
@@ -33,7 +36,10 @@ def main() -> None:
     from worker.tasks import app, settings
 
     warnings.simplefilter("ignore", SecurityWarning)  # of root, as in a container: it is about pickle, and we take JSON
-    print(describe(settings), flush=True)
+    try:
+        print(describe(settings), flush=True)
+    except (ServiceError, RedisError) as error:
+        sys.exit(f"Error: {error}")
     queues = f"--queues={keys.FINALIZE_QUEUE},{keys.SHARD_QUEUE}"
     app.worker_main(["--quiet", "worker", *ARGUMENTS, queues, f"--hostname=worker-{secrets.token_hex(4)}@%h"])
 

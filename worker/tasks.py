@@ -28,11 +28,8 @@ GRACE_S = 4.0  # a shard in flight has this long to notice that it is not wanted
 log = logging.getLogger(__name__)
 settings = load_settings()
 app = make_celery(settings)
-PARENT_PID = os.getpid()
-OWNER = (
-    f"{socket.gethostname()}:{PARENT_PID}:{secrets.token_hex(4)}"  # made before the fork: parent and child agree on it
-)
-
+PARENT_PID = os.getpid()  # this and the next are made before the fork: parent and child agree on them
+OWNER = f"{socket.gethostname()}:{PARENT_PID}:{secrets.token_hex(4)}"
 stopping = threading.Event()
 
 
@@ -69,19 +66,22 @@ def start_parent(**_: Any) -> None:
 
 @worker_shutting_down.connect
 def stop_parent(**_: Any) -> None:
-    """Stop sweeping, and put back what the child works on: from a thread, because this is a signal handler."""
+    """Stop sweeping and put back what the child works on, from threads: this is a signal handler."""
     stopping.set()
-    threading.Thread(target=leave, name="leave", daemon=True).start()
+    for thread in (threading.Thread(target=leave), threading.Timer(GRACE_S, os._exit, [0])):
+        thread.daemon = True
+        thread.start()
 
 
 def leave() -> None:
-    """Take the child's leases away, so that it stops within one batch; after `GRACE_S` end the process in any case."""
+    """Take the child's leases away, until it has stopped: it does so within one batch."""
     store = JobStore(connect(settings))
-    deadline = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline:
-        put_back(store)
+    while True:
+        try:
+            put_back(store)
+        except Exception as error:  # the sweeper of another worker finds the leases stale
+            log.warning("stopping: could not put the shard back (%s)", error)
         time.sleep(0.2)
-    os._exit(0)
 
 
 def put_back(store: JobStore) -> None:

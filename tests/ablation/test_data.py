@@ -89,9 +89,13 @@ def test_digits_are_split_once_and_for_all() -> None:
     for name, part in (("train", train), ("test", test)):
         assert len(part) == facts.n_examples[name]
         assert tuple(np.bincount(part.targets)) == facts.n_per_class[name]
-    ours = [(*pixels.ravel(), label) for part in (train, test) for pixels, label in zip(part.pixels, part.targets)]
+    ours = [
+        (*pixels.ravel(), label)
+        for part in (train, test)
+        for pixels, label in zip(part.pixels, part.targets, strict=True)
+    ]
     bundled = load_digits()
-    theirs = [(*np.rint(row * 255 / 16), label) for row, label in zip(bundled.data, bundled.target)]
+    theirs = [(*np.rint(row * 255 / 16), label) for row, label in zip(bundled.data, bundled.target, strict=True)]
     assert sorted(ours) == sorted(theirs)  # each exactly once
     assert test.targets[:12].tolist() == [1, 2, 4, 5, 6, 9, 4, 7, 8, 9, 2, 7]  # frozen: reports quote this split
 

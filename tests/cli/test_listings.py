@@ -1,6 +1,7 @@
 """The commands that compute nothing say what there is and what it would cost; all end with the right code."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -79,3 +80,12 @@ def test_the_command_line_starts_without_torch_and_without_the_api() -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("command", ["api", "worker"])
+def test_a_service_without_redis_says_what_to_set(command: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("REDIS_URL", "ABLATION_REDIS_URL")}
+    started = [sys.executable, "-m", "ablation.cli", command]
+    ended = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: REDIS_URL")

@@ -28,6 +28,13 @@ def wait_until(is_so: Callable[[], bool], meanwhile: Callable[[], None] = lambda
         time.sleep(0.05)
 
 
+def family_of(services: Services) -> list[psutil.Process]:
+    """Redis, the API, the worker, and theirs."""
+    assert services.redis
+    pids = [services.redis.pid, *(child.process.pid for child in services.children if child.process)]
+    return [each for pid in pids for each in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+
+
 @pytest.fixture
 def said() -> list[str]:
     return []
@@ -67,12 +74,12 @@ def test_what_dies_is_started_again_and_stop_leaves_nothing(services: Services, 
     with Client(address) as client:
         assert client.is_ready()
     assert any("worker-1 ended with code -9" in line for line in said)
-    family = psutil.Process().children(recursive=True)
+    family = family_of(services)
     assert len(family) >= 3
     started = time.monotonic()
     services.stop()
     assert time.monotonic() - started < 10
-    assert [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+    assert psutil.wait_procs(family, timeout=0)[1] == []
 
 
 def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:

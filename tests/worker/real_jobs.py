@@ -21,7 +21,7 @@ def plan_real(settings: Settings, shard_s: float, **asked: Any) -> tuple[JobSpec
         "model": {"name": "digits_alexnet"},
         "layer": "conv2",
         "data": {"name": "digits", "train": {"per_class": 50, "seed": 1}, "test": {"per_class": 20, "seed": 2}},
-        "sites": {"count": 150, "seed": 3},
+        "sites": {"count": 60, "seed": 3},
     }
     spec = make_spec(fields | asked)
     facts, counts = catalog.model_facts(spec.model.name), catalog.split_counts(spec.data, settings.folders)

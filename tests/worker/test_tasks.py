@@ -23,7 +23,7 @@ from worker.states import TERMINAL, State
 from worker.store import JobRecord, JobStore
 
 Worker = subprocess.Popen[bytes]
-StartWorker = Callable[[], Worker]
+GetWorkers = Callable[[int], list[Worker]]
 
 START_S = 60.0
 JOB_S = 60.0
@@ -38,7 +38,7 @@ def celery(settings: Settings) -> Celery:
 @pytest.fixture(scope="module")
 def planned(home: Path) -> tuple[JobSpec, Plan]:
     """A job of several shards of about a second each."""
-    spec, plan = plan_real(Settings(home=home), 0.7)
+    spec, plan = plan_real(Settings(home=home), 0.4)
     assert len(plan.shards) >= 4
     return spec, plan
 
@@ -49,23 +49,39 @@ def undisturbed(home: Path, planned: tuple[JobSpec, Plan]) -> bytes:
     return encode(run_undisturbed(Settings(home=home), *planned))
 
 
-@pytest.fixture
-def start_worker(settings: Settings, store: JobStore, undisturbed: bytes) -> Iterator[StartWorker]:
-    """Starts workers; what is left of them is killed at the end. (`undisturbed` has trained the model by then.)"""
-    names = ("redis_url", "home", "threads", "lease_s", "beat_s", "sweep_s", "lost_s")
-    environment = {f"ABLATION_{name.upper()}": str(getattr(settings, name)) for name in names}
+@pytest.fixture(scope="module")
+def pool() -> Iterator[list[Worker]]:
+    """Workers that earlier tests have left alive: a start takes seconds. They are killed at the end."""
     workers: list[Worker] = []
-
-    def start() -> Worker:
-        worker = subprocess.Popen([sys.executable, "-m", "worker"], env=os.environ | environment)
-        workers.append(worker)
-        wait_for(lambda: f":{worker.pid}:" in str(store.client.zrange(keys.WORKERS, 0, -1)), START_S)
-        return worker
-
-    yield start
+    yield workers
     for worker in workers:
         worker.kill()
         worker.wait()
+
+
+@pytest.fixture
+def get_workers(pool: list[Worker], settings: Settings, store: JobStore, undisturbed: bytes) -> GetWorkers:
+    """Gives that many idle workers. (`undisturbed` has trained the model by then.)"""
+    names = ("redis_url", "home", "threads", "lease_s", "beat_s", "sweep_s", "lost_s")
+    environment = {f"ABLATION_{name.upper()}": str(getattr(settings, name)) for name in names}
+
+    def get(n: int) -> list[Worker]:
+        alive = [worker for worker in pool if worker.poll() is None]
+        for worker in alive[n:]:
+            worker.kill()
+            worker.wait()
+        missing = range(n - len(alive))
+        pool.extend(subprocess.Popen([sys.executable, "-m", "worker"], env=os.environ | environment) for _ in missing)
+        workers = [worker for worker in pool if worker.poll() is None]
+        wait_for(lambda: all(is_seen(store, worker) for worker in workers), START_S)
+        return workers
+
+    return get
+
+
+def is_seen(store: JobStore, worker: Worker) -> bool:
+    """Whether a worker has said that it is alive since Redis was emptied for this test."""
+    return f":{worker.pid}:" in str(store.client.zrange(keys.WORKERS, 0, -1))
 
 
 def child_of(worker: Worker) -> int:
@@ -107,59 +123,63 @@ def finish(store: JobStore, job: JobRecord) -> bytes:
     return b"".join(store.table_blocks(job.id))
 
 
-def test_a_worker_killed_in_mid_shard_changes_no_byte(
-    store: JobStore, celery: Celery, start_worker: StartWorker, planned: tuple[JobSpec, Plan], undisturbed: bytes
-) -> None:
-    first = start_worker()
-    child = child_of(first)
-    job = submit(store, celery, *planned)
-    wait_until_in_mid_shard(store, job)
-    assert "libtorch_cpu" in libraries_of(child)
-    assert not {name for name in libraries_of(first.pid) if "torch" in name or "llvmlite" in name}
-    first.kill()
-    wait_for(lambda: is_gone(child), 2)
-    assert reload(store, job).status is State.RUNNING
-    assert len([*store.stale_leases(0)]) == 1, "nobody could release the lease"
-
-    start_worker()
-    assert finish(store, job) == undisturbed
-
-
 def test_two_workers_on_one_job_change_no_byte(
-    store: JobStore, celery: Celery, start_worker: StartWorker, planned: tuple[JobSpec, Plan], undisturbed: bytes
+    store: JobStore, celery: Celery, get_workers: GetWorkers, planned: tuple[JobSpec, Plan], undisturbed: bytes
 ) -> None:
-    start_worker()
-    start_worker()
+    get_workers(2)
     job = submit(store, celery, *planned)
-    owners: set[bytes] = set()
-
-    def both_have_worked() -> bool:
-        owners.update(store.client.hvals(keys.owners(job.id)))
-        return len(owners) == 2
-
-    wait_for(both_have_worked, JOB_S)
+    wait_for(lambda: store.client.zcard(keys.leases(job.id)) == 2, JOB_S)
+    assert len(set(store.client.hvals(keys.owners(job.id)))) == 2
     assert finish(store, job) == undisturbed
 
 
-def test_a_child_that_dies_is_replaced_and_its_shard_run_again(
-    store: JobStore, celery: Celery, start_worker: StartWorker, planned: tuple[JobSpec, Plan], undisturbed: bytes
+def test_a_worker_killed_in_mid_shard_changes_no_byte(
+    store: JobStore, celery: Celery, get_workers: GetWorkers, planned: tuple[JobSpec, Plan], undisturbed: bytes
 ) -> None:
-    """As when the kernel ends the process that takes most memory."""
-    worker = start_worker()
+    victim, second = get_workers(2)
+    child = child_of(victim)
+    second.send_signal(signal.SIGSTOP)  # it takes no shard until the victim is dead
+    try:
+        job = submit(store, celery, *planned)
+        wait_until_in_mid_shard(store, job)
+        assert "libtorch_cpu" in libraries_of(child)
+        assert not {name for name in libraries_of(victim.pid) if "torch" in name or "llvmlite" in name}
+        victim.kill()
+        wait_for(lambda: is_gone(child), 2)
+        record = reload(store, job)
+        assert (record.status, len([*store.stale_leases(0)])) == (State.RUNNING, 1), "nobody could release the lease"
+    finally:
+        second.send_signal(signal.SIGCONT)
+    assert finish(store, job) == undisturbed
+
+
+def test_cancelling_stops_a_shard_at_once(
+    store: JobStore, celery: Celery, get_workers: GetWorkers, planned: tuple[JobSpec, Plan]
+) -> None:
+    get_workers(1)
     job = submit(store, celery, *planned)
     wait_until_in_mid_shard(store, job)
-    os.kill(child_of(worker), signal.SIGKILL)
+    started = time.monotonic()
+    store.cancel(job.id)
+    wait_for(lambda: reload(store, job).status is State.CANCELLED, 2)
+    assert time.monotonic() - started < 1.0
+    assert [key.decode() for key in store.client.scan_iter(f"{keys.job(job.id)}*")] == [keys.job(job.id)]
+
+
+def test_a_worker_that_lost_every_message_is_sent_new_ones(
+    store: JobStore, celery: Celery, get_workers: GetWorkers, planned: tuple[JobSpec, Plan], undisturbed: bytes
+) -> None:
+    """The job is stored, but what was sent to the queue is gone, as after a crash of Redis."""
+    job = store.create(*planned)
+    get_workers(1)
     assert finish(store, job) == undisturbed
-    replacement = child_of(worker)
-    worker.kill()
-    wait_for(lambda: is_gone(replacement), 2)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_told_to_stop_puts_its_shard_back(
-    store: JobStore, celery: Celery, start_worker: StartWorker, planned: tuple[JobSpec, Plan], how: signal.Signals
+    store: JobStore, celery: Celery, get_workers: GetWorkers, planned: tuple[JobSpec, Plan], how: signal.Signals
 ) -> None:
-    worker = start_worker()
+    (worker,) = get_workers(1)
     child = child_of(worker)
     job = submit(store, celery, *planned)
     wait_until_in_mid_shard(store, job)
@@ -176,23 +196,16 @@ def test_a_worker_told_to_stop_puts_its_shard_back(
     assert store.n_workers() == 0
 
 
-def test_cancelling_stops_a_shard_at_once(
-    store: JobStore, celery: Celery, start_worker: StartWorker, planned: tuple[JobSpec, Plan]
+def test_a_child_that_dies_is_replaced_and_its_shard_run_again(
+    store: JobStore, celery: Celery, get_workers: GetWorkers, planned: tuple[JobSpec, Plan], undisturbed: bytes
 ) -> None:
-    start_worker()
+    """As when the kernel ends the process that takes most memory."""
+    (worker,) = get_workers(1)
     job = submit(store, celery, *planned)
     wait_until_in_mid_shard(store, job)
-    started = time.monotonic()
-    store.cancel(job.id)
-    wait_for(lambda: reload(store, job).status is State.CANCELLED, 2)
-    assert time.monotonic() - started < 1.0
-    assert [key.decode() for key in store.client.scan_iter(f"{keys.job(job.id)}*")] == [keys.job(job.id)]
-
-
-def test_a_worker_that_lost_every_message_is_sent_new_ones(
-    store: JobStore, celery: Celery, start_worker: StartWorker, planned: tuple[JobSpec, Plan], undisturbed: bytes
-) -> None:
-    """The job is stored, but what was sent to the queue is gone, as after a crash of Redis."""
-    job = store.create(*planned)
-    start_worker()
+    os.kill(child_of(worker), signal.SIGKILL)
     assert finish(store, job) == undisturbed
+    replacement = child_of(worker)
+    worker.kill()
+    worker.wait()
+    wait_for(lambda: is_gone(replacement), 2)
