@@ -59,8 +59,8 @@ def merge(partials: list[PartialSums]) -> PartialSums:
 def join(partials: list[PartialSums]) -> PartialSums:
     """Disjoint sites, same examples: concatenate, in the order given."""
     first = partials[0]
-    intact = {tuple(getattr(part, name) for name in TOTALS) for part in partials}
-    if len(intact) > 1:
-        raise ValueError(f"join takes partials of the same examples: got {TOTALS} of {sorted(intact)}")
+    if any(part.n_examples != first.n_examples for part in partials):
+        counts = [part.n_examples for part in partials]
+        raise ValueError(f"join takes partials of the same examples: got {counts} of them")
     arrays = {name: np.concatenate([getattr(part, name) for part in partials]) for name in PER_SITE}
     return PartialSums(n_examples=first.n_examples, n_correct=first.n_correct, loss=first.loss, **arrays)

@@ -18,7 +18,8 @@ ARGUMENTS = ["--pool=prefork", "--concurrency=1", "--without-gossip", "--without
 
 def describe(settings: Settings) -> str:
     """What this worker found, in two lines."""
-    redis = connect(settings).info("server")
+    with connect(settings) as client:
+        redis = client.info("server")
     return (
         f"worker: Redis {redis['redis_version']} at {hide_password(settings.redis_url)}, {settings.threads} threads, "
         f"device {settings.device or 'CUDA if there, else CPU'}\n"

@@ -23,6 +23,7 @@ def make_celery(settings: Settings) -> Celery:
     celery = Celery("ablation", broker=broker_url(settings.redis_url), set_as_current=False)
     celery.conf.update(
         accept_content=["json"],
+        broker_connection_max_retries=None,  # a Redis that is away is waited for
         broker_connection_retry_on_startup=True,
         broker_transport_options={"visibility_timeout": VISIBILITY_S},
         enable_utc=True,

@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     redis_password_file: Path | None = Field(
         default=None, description="the password of redis_url, where it is kept in a file (a container's secret)"
     )
-    home: Path = Field(default=Path.home() / ".ablation", description="everything below is kept here")
+    home: Path = Field(default=Path("~/.ablation"), description="everything below is kept here")
     data_dir: Path = Field(default=Path(), description="data sets; default: data/ below home")
     checkpoint_dir: Path = Field(default=Path(), description="checkpoint files; default: checkpoints/ below home")
     cache_dir: Path = Field(default=Path(), description="activations, demo model; default: cache/ below home")
@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _below_home(cls, given: dict[str, object]) -> dict[str, object]:
-        home = Path(str(given.get("home") or Path.home() / ".ablation")).expanduser().absolute()
+        home = Path(str(given.get("home") or "~/.ablation")).expanduser().absolute()
         below = {"data_dir": home / "data", "checkpoint_dir": home / "checkpoints", "cache_dir": home / "cache"}
         chosen = {name: Path(str(given[name])).expanduser().absolute() for name in below if given.get(name)}
         return {**given, "home": home, **below, **chosen}

@@ -98,3 +98,9 @@ def test_the_order_of_a_merge_decides_its_bytes() -> None:
 def test_partials_of_other_sites_are_refused() -> None:
     with pytest.raises(ValueError, match="got 6 and 7"):
         merge([zero(6), zero(7)])
+
+
+def test_joins_of_other_examples_are_refused() -> None:
+    few, many = sums_of(heavy_deltas(3, 20)), sums_of(heavy_deltas(3, 21))
+    with pytest.raises(ValueError, match=r"got \[20, 21\]"):
+        join([few, many])

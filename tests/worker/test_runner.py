@@ -9,10 +9,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ablation.errors import Cancelled, DataError, ProofError
-from ablation.run import finish_job, load_job
+from ablation.run import finish_job, load_job, run_shard
 from ablation.spec import make_spec
 from ablation.statistics import make_summary
-from tests.worker.conftest import make_partial
 from tests.worker.real_jobs import encode, plan_real, run_undisturbed
 from tests.worker.test_queue import messages
 from worker import codec, keys, runner
@@ -165,10 +164,13 @@ def test_an_unexpected_error_is_tried_again_then_fails_the_job(
 def test_a_table_that_fails_its_proof_fails_the_job(
     store: JobStore, celery: Celery, settings: Settings, quick_job: JobRecord
 ) -> None:
-    """The partials are some other job's: the reference knows better."""
-    partials = [make_partial(n, s.sites[1] - s.sites[0]) for n, s in enumerate(quick_job.plan.shards)]
+    """One number of one partial is off: the reference knows better."""
+    job = load_job(quick_job.spec, quick_job.plan, settings.folders)
+    partials = [run_shard(job, shard) for shard in quick_job.plan.shards]
+    finish_job(job, partials, seconds=1.0)
+    partials[0].proof[0] += 1e-3
     with pytest.raises(ProofError):
-        finish_job(load_job(quick_job.spec, quick_job.plan, settings.folders), partials, seconds=1.0)
+        finish_job(job, partials, seconds=1.0)
     for shard, partial in zip(quick_job.plan.shards, partials, strict=True):
         store.claim(quick_job.id, shard.id, "a")
         store.complete(quick_job.id, shard.id, "a", codec.encode_partial(partial))
