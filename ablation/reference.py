@@ -28,14 +28,15 @@ def reference_deltas(
     Numerics: a difference of two float64 losses, so right to about 2e-16 of the loss, absolutely.
     Source: Elsayed & Mahmood, arXiv 2404.00781, Eq. 1 (true utility); SNIP, arXiv 1810.02340, Eq. 4.
     """
-    intact = model.get_parameter(parameter).detach().double()
+    weights = model.get_parameter(parameter).detach().double().clone()
     with as_found(model):
-        loss = F.cross_entropy(run_with(model, parameter, intact, inputs), labels, reduction="none")
+        loss = F.cross_entropy(run_with(model, parameter, weights, inputs), labels, reduction="none")
         rows = []
-        for index, replacement in zip(sites.indices, sites.replacements, strict=True):
-            ablated = intact.clone()
-            ablated.view(-1)[index] = replacement
-            ablated_loss = F.cross_entropy(run_with(model, parameter, ablated, inputs), labels, reduction="none")
+        for index, replacement in zip(sites.indices.tolist(), sites.replacements.tolist(), strict=True):
+            weight = weights.view(-1)[index].item()
+            weights.view(-1)[index] = replacement
+            ablated_loss = F.cross_entropy(run_with(model, parameter, weights, inputs), labels, reduction="none")
+            weights.view(-1)[index] = weight
             rows.append(ablated_loss - loss)
     return torch.stack(rows) if rows else loss.new_zeros(0, len(labels))
 

@@ -130,7 +130,7 @@ class Direct:
     ) -> Float[Tensor, "pairs classes"]:
         """dz = t V[:, i]; where the target is the last Linear, only logit i moves."""
         if self.last_weight is not None:
-            return self.columns[unit].mul_(t[:, None])
+            return self.columns.index_select(0, unit).mul_(t[:, None])
         dz = torch.zeros(len(t), intact.logits.shape[1], dtype=t.dtype, device=t.device)
         return dz.scatter_(1, unit[:, None], t[:, None])
 

@@ -27,14 +27,14 @@ class Rerun:
         self.sites = sites
         self.top1 = top1
         intact = model.get_parameter(parameter).detach()
-        self.intact = intact if precision == "float32" else intact.double()
+        self.weights = (intact if precision == "float32" else intact.double()).clone()
         self.prefix = Prefix(model)
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of one site after the other."""
-        mode = FromTargetOn(self.intact)
+        mode = FromTargetOn(self.weights)
         with as_found(self.model), self.prefix.remember(mode):
-            logits = run_with(self.model, self.parameter, self.intact, inputs, mode=mode)
+            logits = run_with(self.model, self.parameter, self.weights, inputs, mode=mode)
         intact = make_intact(logits, labels)
         return intact, self._deltas(intact, inputs)
 
@@ -48,7 +48,12 @@ class Rerun:
             yield Deltas(slice(row, row + 1), delta[None], touched[None], correct[None])
 
     def _logits(self, row: int, inputs: Tensor) -> Float[Tensor, "examples classes"]:
-        ablated = self.intact.clone()
-        ablated.view(-1)[self.sites.indices[row]] = self.sites.replacements[row].to(ablated.dtype)
-        with as_found(self.model), self.prefix.replay():
-            return run_with(self.model, self.parameter, ablated, inputs)
+        """The logits with one weight replaced; afterwards the weights are what they were, also if the run broke off."""
+        flat, index = self.weights.view(-1), int(self.sites.indices[row])
+        weight = flat[index].item()
+        try:
+            flat[index] = self.sites.replacements[row]
+            with as_found(self.model), self.prefix.replay():
+                return run_with(self.model, self.parameter, self.weights, inputs)
+        finally:
+            flat[index] = weight
