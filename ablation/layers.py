@@ -18,7 +18,7 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
 
     A parameter that no call has used still is a layer: its path is `rerun`, its utility 0.
     """
-    calls = record_calls(model, example)
+    calls = record_calls(model, example, count_flops=True)
     owners = {
         f"{prefix}.{local}" if prefix else local: type(module).__name__
         for prefix, module in model.named_modules()

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -163,7 +163,7 @@ def finish_job(job: Job, partials: Sequence[PartialSums], *, seconds: float) -> 
         "n_not_finite": 0,
         "seconds": seconds,
         "versions": {
-            "torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()
+            "torch": torch.__version__, "torchvision": version("torchvision"), "python": platform.python_version()
         },
     }  # fmt: skip
     return make_table(

@@ -68,13 +68,20 @@ def make_lost_error(shard_id: str, max_attempts: int) -> dict[str, str]:
 
 
 class Sweeper(threading.Thread):
-    """Sweeps every `sweep_s` until `stopping` is set, and says meanwhile that this worker is alive."""
+    """Sweeps every `sweep_s` until `stopping` is set, and says meanwhile that a worker that `is_ready` is alive."""
 
     def __init__(
-        self, store: JobStore, celery: Celery, settings: Settings, worker: str, stopping: threading.Event
+        self,
+        store: JobStore,
+        celery: Celery,
+        settings: Settings,
+        worker: str,
+        stopping: threading.Event,
+        is_ready: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(name="sweeper", daemon=True)
         self.store, self.celery, self.settings, self.worker, self.stopping = store, celery, settings, worker, stopping
+        self.is_ready = is_ready
 
     def run(self) -> None:
         """Sweep, wait, and so on; a Redis that is away is waited for."""
@@ -94,7 +101,8 @@ class Sweeper(threading.Thread):
 
     def sweep_alone(self) -> None:
         """Say that this worker is alive, and sweep unless another one is at it."""
-        self.store.note_worker(self.worker)
+        if self.is_ready():
+            self.store.note_worker(self.worker)
         lock = self.store.client.lock(keys.SWEEP_LOCK, timeout=LOCK_S, blocking=False)
         if lock.acquire():
             try:

@@ -5,6 +5,7 @@ sweeps, and on SIGTERM or SIGINT puts its shards back. The child computes, and d
 """
 
 import logging
+import multiprocessing
 import os
 import secrets
 import signal
@@ -31,6 +32,7 @@ app = make_celery(settings)
 PARENT_PID = os.getpid()  # this and the next are made before the fork: parent and child agree on them
 OWNER = f"{socket.gethostname()}:{PARENT_PID}:{secrets.token_hex(4)}"
 stopping = threading.Event()
+loaded = multiprocessing.Event()  # set by the child: a worker counts as seen once it could begin a shard at once
 
 
 @cache
@@ -55,13 +57,17 @@ def finalize(job_id: str) -> None:
 def start_child(**_: Any) -> None:
     """Tie the child to its parent, and load torch now rather than in the first job."""
     tether(signal.SIGKILL, PARENT_PID)
-    import ablation.run  # noqa: F401
+    import ablation.run
+    import ablation.statistics  # noqa: F401
+
+    loaded.set()
+    child_store().note_worker(OWNER)
 
 
 @worker_ready.connect
 def start_parent(**_: Any) -> None:
     """Begin to sweep."""
-    Sweeper(JobStore(connect(settings)), app, settings, OWNER, stopping).start()
+    Sweeper(JobStore(connect(settings)), app, settings, OWNER, stopping, loaded.is_set).start()
 
 
 @worker_shutting_down.connect

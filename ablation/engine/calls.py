@@ -74,8 +74,9 @@ class Calls:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, parameters: dict[str, Tensor], count_flops: bool) -> None:
         super().__init__()
+        self._count_flops = count_flops
         self.record = Calls()
         self._values: dict[int, int] = {}
         self._alive: list[Tensor] = []  # an id is only good while its tensor lives
@@ -99,7 +100,12 @@ class _Recorder(TorchFunctionMode):
         name = getattr(call, "__name__", "")
         taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         inputs = tuple(self.value(tensor) for tensor in taken)
-        with FlopCounterMode(display=False) as counter:
+        flops = 0.0
+        if self._count_flops:
+            with FlopCounterMode(display=False) as counter:
+                result = call(*args, **kwargs)
+            flops = float(counter.get_total_flops())
+        else:
             result = call(*args, **kwargs)
         given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not given and (name == "__get__" or name in _LOOKS):
@@ -113,16 +119,16 @@ class _Recorder(TorchFunctionMode):
                 tuple(self._new_value(tensor) for tensor in given),
                 tuple(tuple(tensor.shape) for tensor in taken),
                 tuple(tuple(tensor.shape) for tensor in given),
-                float(counter.get_total_flops()),
+                flops,
             )
         )
         return result
 
 
-def record_calls(model: torch.nn.Module, inputs: Any) -> Calls:
-    """Run the model once on `inputs` and write down every call, with its flops."""
+def record_calls(model: torch.nn.Module, inputs: Any, *, count_flops: bool = False) -> Calls:
+    """Run the model once on `inputs` and write down every call; with its flops where asked (slow at first use)."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    recorder = _Recorder(tensors)
+    recorder = _Recorder(tensors, count_flops)
     with as_found(model):
         with in_own_precision(model), recorder:
             output = model(inputs)
