@@ -72,6 +72,21 @@ def check_logits(logits: Any, n_examples: int, first_example: int = 0) -> None:
         )
 
 
+def check_repeatable(first: Tensor, again: Tensor) -> None:
+    """Refuse data that is different each time it is read, such as randomly augmented images.
+
+    `first` are the first examples of a split, `again` its first batch, read later.
+
+    Raises:
+        DataError: they differ.
+    """
+    if not torch.equal(first, again[: len(first)]):
+        raise DataError(
+            "the first examples differ between two readings; every example must be the same each time. Leave out "
+            "random augmentation (use the transform of evaluation)."
+        )
+
+
 def check_composition(model: torch.nn.Module, inputs: Tensor) -> None:
     """Run one batch as it is and again in another composition: reversed, in two unequal parts.
 

@@ -108,6 +108,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
             inputs = next(read(job, shard.split, positions[: job.plan.batch_size]))[0]
+            baseline.check_repeatable(example, inputs)
             baseline.check_composition(job.model, inputs)
             if job.plan.path != "direct":  # whose own look at the model has found the parameter
                 baseline.check_used(job.model, job.plan.parameter, inputs)

@@ -254,3 +254,41 @@ def test_import_is_light() -> None:
 
     code = "import ablation, sys; assert 'torch' not in sys.modules; assert callable(ablation.ablate)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Augmented(Numbers):
+    """Its examples differ each time they are read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        inputs, label = super().__getitem__(index)
+        return inputs + 1e-4 * torch.rand(()), label
+
+
+def test_random_augmentation_is_refused() -> None:
+    with pytest.raises(DataError, match="differ between two readings"):
+        ablation.ablate(relu_mlp(), "3", {"test": Augmented(20)}, sites=2, progress=False)
+
+
+STREAMED = """
+import resource, sys, torch, ablation
+class Endless(torch.utils.data.Dataset):
+    def __init__(self, n): self.n = n
+    def __len__(self): return self.n
+    def __getitem__(self, index):
+        return torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(index)), index % 5
+layers = torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 50), torch.nn.ReLU(), torch.nn.Linear(50, 5)
+model = torch.nn.Sequential(*layers)
+ablation.ablate(model, "1", {"test": Endless(300)}, sites=200, progress=False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ablation.ablate(model, "1", {"test": Endless(6000)}, sites=200, progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_examples() -> None:
+    """6,000 examples are 295 MB of inputs; what is kept is one batch."""
+    import subprocess
+    import sys
+
+    grown_kb = int(subprocess.run([sys.executable, "-c", STREAMED], check=True, capture_output=True, text=True).stdout)
+    assert grown_kb < 60_000
