@@ -27,7 +27,7 @@ N, INPUTS, UNITS, CLASSES, SITES, BATCH = 2000, 4096, 4096, 1000, 4096, 256
 ROUNDS = 3
 
 
-def make_head() -> tuple[nn.Sequential, Tensor, Tensor]:
+def make_head(device: str = "cpu") -> tuple[nn.Sequential, Tensor, Tensor]:
     """The head and its inputs, with the shares of active inputs and units that AlexNet has on real images."""
     torch.manual_seed(0)
     x = torch.rand(N, INPUTS) * (torch.rand(N, INPUTS) < 0.2)
@@ -38,7 +38,7 @@ def make_head() -> tuple[nn.Sequential, Tensor, Tensor]:
         model[0].bias.zero_()
         y = model[0](x[:500])
         model[0].bias -= torch.quantile(y, 0.75, dim=0)
-    return model, x, torch.randint(CLASSES, (N,))
+    return model.to(device), x.to(device), torch.randint(CLASSES, (N,)).to(device)
 
 
 def brute_s(model: nn.Sequential, x: Tensor, labels: Tensor, n_weights: int = 3) -> float:
@@ -60,7 +60,7 @@ def float64_truth(model: nn.Sequential, x: Tensor, labels: Tensor, indices: np.n
     """Utilities by float64 brute force; what does not change (other units, other logits' parts) is reused exactly."""
     wide = nn.Sequential(nn.Linear(INPUTS, UNITS), nn.ReLU(), nn.Linear(UNITS, CLASSES))
     wide.load_state_dict(model.state_dict())
-    wide.double()
+    wide.to(x.device).double()
     x = x.double()
     utilities = []
     with torch.no_grad():
@@ -85,6 +85,13 @@ def median_s(run: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def now(device: torch.device) -> float:
+    """Seconds, after the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def score(model: nn.Sequential, sites: Sites, x: Tensor, labels: Tensor) -> tuple[float, float]:
     """Seconds from layer input to sums, and of these the part after the intact head: the scoring alone."""
     scoring = 0.0
@@ -96,17 +103,17 @@ def score(model: nn.Sequential, sites: Sites, x: Tensor, labels: Tensor) -> tupl
 
         def counted():  # type: ignore[no-untyped-def]
             nonlocal scoring
-            started = time.perf_counter()
+            started = now(x.device)
             for piece in pieces:
-                scoring += time.perf_counter() - started
+                scoring += now(x.device) - started
                 yield piece
-                started = time.perf_counter()
-            scoring += time.perf_counter() - started
+                started = now(x.device)
+            scoring += now(x.device) - started
 
         return intact, counted()
 
     path.run = timed  # type: ignore[method-assign]
-    started = time.perf_counter()
+    started = now(x.device)
     run_batches(
         path,
         zip(x.split(BATCH), labels.split(BATCH), strict=True),
@@ -117,12 +124,12 @@ def score(model: nn.Sequential, sites: Sites, x: Tensor, labels: Tensor) -> tupl
         device=x.device,
         on_step=lambda examples, sites: None,
     )
-    return time.perf_counter() - started, scoring
+    return now(x.device) - started, scoring
 
 
-def main() -> None:
+def main(device: str = "cpu", name: str = "alexnet_head") -> None:
     """Measure, print and store."""
-    model, x, labels = make_head()
+    model, x, labels = make_head(device)
     with torch.no_grad():
         active = (model[0](x[:500]) > 0).float().mean().item()
     indices = draw_indices(CountOfSites(count=SITES, seed=0), INPUTS * UNITS)
@@ -140,7 +147,7 @@ def main() -> None:
     brute_again = brute_s(model, x, labels)
     per_weight = statistics.mean([brute, brute_again])
     write_result(
-        "alexnet_head",
+        name,
         {
             "claim": "AlexNet fc2 head, 4,096 sampled weights, N = 2,000, against float32 brute force, prefix out",
             "active_inputs": 0.2,
