@@ -31,7 +31,6 @@ def test_exact_on_a_gpu(case: Case, precision: str) -> None:
 def test_same_bytes_on_a_gpu() -> None:
     case = next(case for case in make_cases() if case.parameter == "fc1.weight")
     splits = {"test": (case.inputs, case.labels)}
-    first, again = (
-        ablation.ablate(case.model, "fc1", splits, sites=40, device="cuda", progress=False) for _ in range(2)
-    )
+    options = {"sites": 40, "device": "cuda", "progress": False}
+    first, again = (ablation.ablate(case.model, "fc1", splits, **options) for _ in range(2))
     np.testing.assert_array_equal(first.columns["utility_test"], again.columns["utility_test"])
