@@ -337,7 +337,7 @@ def load_batches(
 
 
 def _batches(
-    dataset: Dataset, blocks: Sequence[Int64[np.ndarray, " batch"]], n_threads: int, collate: Collate | None
+    dataset: Dataset, blocks: Sequence[Int64[np.ndarray, " _"]], n_threads: int, collate: Collate | None
 ) -> Iterator[Any]:
     if type(dataset) is TensorDataset and collate is None:
         yield from (dataset[torch.from_numpy(block)] for block in blocks)  # one copy instead of one per example

@@ -9,7 +9,7 @@ Not here: which shards there are (`plan.py`), where batches come from (`data.py`
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int64
@@ -29,6 +29,7 @@ from ablation.reference import in_float64, intact_logits, reference_deltas
 from ablation.sites import Sites
 
 
+@runtime_checkable
 class EnginePath(Protocol):
     """One way to get the deltas; holds what does not change from batch to batch."""
 

@@ -61,12 +61,12 @@ def test_the_cut_changes_rounding_only_and_the_same_plan_nothing(folders: Folder
     spec = digits_spec()
     facts, counts = catalog.model_facts("digits_alexnet"), catalog.split_counts(spec.data, folders)
     tables = []
-    for shard_s, batch_size in ((60, 64), (60, 64), (1e-3, 64), (60, 50)):
+    for shard_s, batch_size in ((60.0, 64), (60.0, 64), (1e-3, 64), (60.0, 50)):
         plan = make_plan(spec, facts, counts, threads=1, shard_s=shard_s, batch_size=batch_size)
         job = load_job(spec, plan, folders, device="cpu")
         # Backwards: the order in which shards run is nobody's business.
         partials = {shard.id: run_shard(job, shard) for shard in reversed(plan.shards)}
-        tables.append((len(plan.shards), finish_job(job, [partials[shard.id] for shard in plan.shards], seconds=0)))
+        tables.append((len(plan.shards), finish_job(job, [partials[shard.id] for shard in plan.shards], seconds=0.0)))
     (n, first), (_, again), (n_many, cut), (_, other) = tables
     assert n_many > n
     for name in first.columns:
