@@ -93,7 +93,7 @@ def check_composition(model: torch.nn.Module, inputs: Tensor) -> None:
     Raises:
         ModelError: the logits differ by more than `COMPOSITION_TOLERANCE`.
     """
-    cut = len(inputs) // 3
+    cut = max(1, len(inputs) // 3)
     turned = inputs.flip(0)
     parts = [part for part in (turned[:cut], turned[cut:]) if len(part)]
     with as_found(model):  # restores the random state, which is set to differ from run to run
@@ -102,14 +102,28 @@ def check_composition(model: torch.nn.Module, inputs: Tensor) -> None:
         again = _logits(model, inputs)
         torch.manual_seed(2)
         composed = torch.cat([_logits(model, part) for part in parts]).flip(0)
-    tolerance = COMPOSITION_TOLERANCE[logits.dtype] * (1 + logits.abs().max().item())
-    for other, reason in ((again, "run twice on the same batch"), (composed, "run in another batch composition")):
-        worst = (other - logits).abs().max().item()
-        if not worst <= tolerance:
-            raise ModelError(
-                f"the model's logits differ by {worst:.3g} when {reason} (allowed: {tolerance:.3g}). Each example's "
-                "loss must be a fixed function of that example; look for randomness or for statistics over the batch."
-            )
+    advice = "Each example's loss must be a fixed function of it; look for randomness or for statistics over the batch."
+    tolerance = COMPOSITION_TOLERANCE[logits.dtype]
+    check_agreement(again, logits, "when run twice on the same batch", tolerance, advice)
+    check_agreement(composed, logits, "when run in another batch composition", tolerance, advice)
+
+
+def check_agreement(
+    logits: Float[Tensor, "examples classes"],
+    expected: Float[Tensor, "examples classes"],
+    when: str,
+    tolerance: float,
+    advice: str = "Such a model can't be measured; please report it.",
+) -> None:
+    """Compare two runs of the intact network that must be the same.
+
+    Raises:
+        ModelError: they differ by more than `tolerance` of 1 + the largest logit.
+    """
+    worst = (logits - expected).abs().max().item()
+    allowed = tolerance * (1 + expected.abs().max().item())
+    if not worst <= allowed:
+        raise ModelError(f"the model's logits differ by {worst:.3g} {when} (allowed: {allowed:.3g}). {advice}")
 
 
 def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor) -> None:
@@ -118,11 +132,18 @@ def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor) -> None:
     A parameter that is truly not used is fine: its utility is 0.
 
     Raises:
-        ModelError: no call of the forward pass was given the parameter, and yet its numbers change the logits.
+        ModelError: no call of the forward pass was given the parameter, and yet its numbers change the logits; or the
+            network can't be continued in float64 from the parameter on.
     """
     mode = FromTargetOn(model.get_parameter(parameter).detach().double())
     with as_found(model):
-        run_with(model, parameter, mode.target, inputs, mode=mode)
+        try:
+            run_with(model, parameter, mode.target, inputs, mode=mode)
+        except Exception as error:
+            raise ModelError(
+                f"the model can't be continued in float64 from {parameter} on ({type(error).__name__}: {error}). "
+                "Use precision='float64', which runs all of it in float64, or choose another layer."
+            ) from error
         if mode.seen:
             return
         spoiled = copy.deepcopy(model)
@@ -135,6 +156,12 @@ def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor) -> None:
 
 
 def _logits(model: torch.nn.Module, inputs: Tensor) -> Float[Tensor, "examples classes"]:
-    logits = intact_logits(model, inputs)
+    try:
+        logits = intact_logits(model, inputs)
+    except Exception as error:
+        raise ModelError(
+            f"the model fails on {len(inputs)} examples ({type(error).__name__}: {error}); it must take batches of any "
+            "size, of the split's examples as they come."
+        ) from error
     check_logits(logits, len(inputs))
     return logits

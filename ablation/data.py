@@ -5,6 +5,7 @@ the indices that were asked for, and batches of (inputs, labels). Nothing here d
 """
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -298,11 +299,14 @@ def _draw(random: np.random.Generator, members: np.ndarray, n: int, field: str) 
 
 
 def choose_readers(dataset: Dataset) -> int:
-    """How many threads to read examples with: as many as torch computes with where pictures are decoded, else none."""
+    """How many threads to read examples with: as many as torch computes with where pictures are decoded, else none.
+
+    Only for data sets known to bear it: one of the user's may read through a cursor that threads would share.
+    """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    reads_files = hasattr(dataset, "samples") or hasattr(dataset, "imgs")
-    return torch.get_num_threads() if reads_files else 0
+    folders = getattr(sys.modules.get("torchvision.datasets"), "DatasetFolder", ImageFiles)
+    return torch.get_num_threads() if isinstance(dataset, ImageFiles | folders) else 0
 
 
 def load_batches(
@@ -385,7 +389,8 @@ def _name_of(dataset: Dataset, index: int) -> tuple[str, str]:
     if isinstance(dataset, Subset):
         return _name_of(dataset.dataset, int(dataset.indices[index]))
     samples = getattr(dataset, "samples", None)
-    path = str(samples[index][0]) if isinstance(samples, list) else ""
+    sample = samples[index] if isinstance(samples, list) else None
+    path = sample[0] if isinstance(sample, tuple) and isinstance(sample[0], str) else ""
     return f"example {index}" + (f" ({'/'.join(Path(path).parts[-2:])})" if path else ""), path
 
 

@@ -13,6 +13,8 @@ AblationError
 import difflib
 from collections.abc import Iterable
 
+LONGEST_SHOWN = 200  # characters of what was given that a message repeats
+
 
 class AblationError(Exception):
     """Base of every error that this project raises on purpose."""
@@ -25,11 +27,12 @@ class SpecError(AblationError, ValueError):
     """
 
     def __init__(self, field: str, given: object, allowed: str, next_step: str = "") -> None:
+        shown = repr(given)
         self.field = field
-        self.given = given
+        self.given = given if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
         self.allowed = allowed
         self.next_step = next_step
-        super().__init__(f"{field}: got {given!r}; allowed: {allowed}." + (f" {next_step}" if next_step else ""))
+        super().__init__(f"{field}: got {self.given!r}; allowed: {allowed}." + (f" {next_step}" if next_step else ""))
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
         return (type(self), (self.field, self.given, self.allowed, self.next_step))

@@ -21,8 +21,8 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
     calls = record_calls(model, example, count_flops=True)
     owners = {
         f"{prefix}.{local}" if prefix else local: type(module).__name__
-        for prefix, module in model.named_modules()
-        for local, _ in module.named_parameters(recurse=False)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for local in module._parameters
     }
     layers = [
         LayerFacts(
@@ -32,7 +32,7 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
             path=find_path(calls, parameter),
             flops_after=sum(call.flops for call, _ in calls.dependents(parameter)) / calls.n_examples,
         )
-        for parameter, tensor in model.named_parameters()
+        for parameter, tensor in model.named_parameters(remove_duplicate=False)
         if tensor.is_floating_point()
     ]
     return ModelFacts(
@@ -41,7 +41,7 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
         n_classes=calls.n_classes,
         input_shape=tuple(example.shape[1:]),
         flops=calls.flops,
-        widest=max(_width(call, calls.n_examples) for call in calls.calls),
+        widest=max((_width(call, calls.n_examples) for call in calls.calls), default=0),
         layers=tuple(layers),
     )
 

@@ -4,6 +4,8 @@ In: any PyTorch model and data. Out: a `Table`, which is an `ImportanceTable` wi
 """
 
 import copy
+import numbers
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ablation import baseline
@@ -22,6 +25,7 @@ from ablation.export import write_csv, write_parquet, write_whole
 from ablation.layers import describe_model
 from ablation.plan import SplitCounts, make_plan
 from ablation.plots import make_figure
+from ablation.precision import fit, left_alone
 from ablation.reference import intact_logits
 from ablation.run import Job, Split, make_job, run_job
 from ablation.spec import SPLITS, JobSpec, make_spec
@@ -57,7 +61,7 @@ def ablate(
     model: torch.nn.Module,
     layer: str,
     splits: Mapping[str, Any],
-    sites: int | str | Sequence[int] = "all",
+    sites: int | str | Sequence[int] | np.ndarray | torch.Tensor = "all",
     *,
     seed: int = 0,
     value: str | float = "zero",
@@ -114,17 +118,19 @@ def ablate(
         >>> bool(abs(table.columns["utility_test"] - truth.columns["utility_test"]).max() < 1e-6)
         True
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module.")
     read = {name: _make_split(name, splits[name]) for name in _check_names(splits)}
     spec = _make_spec(layer, read, sites, seed, value, precision, verify, top1, criteria)
-    where = _home(model)
-    work = model if device is None or torch.device(device) == where else _copy_to(model, torch.device(device))
-    job = _plan_job(spec, work, read, engine, batch_size)
-    if not progress:
-        return _as_table(run_job(job))
-    columns = (TextColumn("ablating {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(f"{len(job.sites)} weights of {layer} ({job.plan.path})", total=1.0)
-        return _as_table(run_job(job, on_progress=lambda fraction: bar.update(task, completed=fraction)))
+    work = _on_device(model, device)
+    with left_alone(work):
+        job = _plan_job(spec, work, read, engine, batch_size)
+        if not progress:
+            return _as_table(run_job(job))
+        columns = (TextColumn("ablating {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"{job.plan.n_sites} weights of {layer} ({job.plan.path})", total=1.0)
+            return _as_table(run_job(job, on_progress=lambda fraction: bar.update(task, completed=fraction)))
 
 
 def _as_table(table: ImportanceTable) -> Table:
@@ -157,37 +163,71 @@ def _make_spec(
     top1: bool,
     criteria: Sequence[str],
 ) -> JobSpec:
-    if isinstance(sites, int) and not isinstance(sites, bool):
-        asked: Any = {"count": sites, "seed": seed}
-    elif isinstance(sites, str | bool):
-        asked = sites
-    else:
-        asked = {"indices": [int(index) for index in sites]}
     return make_spec(
         {
             "model": {"name": "in memory"},
             "layer": layer,
             "data": {"name": "in memory", **dict.fromkeys(splits, "all")},
-            "sites": asked,
-            "value": {"constant": value} if isinstance(value, int | float) else value,
+            "sites": _ask_sites(sites, _whole(seed)),
+            "value": {"constant": float(value)} if _is_number(value) else value,
             "precision": precision,
-            "verify": verify,
+            "verify": _whole(verify),
             "top1": top1,
             "criteria": tuple(criteria),
         }
     )
 
 
-def _home(model: torch.nn.Module) -> torch.device:
+def _ask_sites(sites: Any, seed: Any) -> Any:
+    """The form of the job spec for what was given: a count, a word, or flat indices."""
+    if isinstance(_whole(sites), int):
+        return {"count": _whole(sites), "seed": seed}
+    if isinstance(sites, str):
+        return sites
+    listed = np.asarray(sites.cpu() if isinstance(sites, torch.Tensor) else sites)
+    if listed.ndim != 1 or not np.issubdtype(listed.dtype, np.integer):
+        given = f"{type(sites).__name__} of type {listed.dtype} and shape {listed.shape}" if listed.ndim else sites
+        raise SpecError("sites", given, "a count, 'all', or a sequence of distinct flat indices (whole numbers)")
+    return {"indices": listed.tolist()}
+
+
+def _whole(number: Any) -> Any:
+    """A whole number of any library as an int; anything else, True and False among it, as it is."""
+    if isinstance(number, bool | np.bool_ | torch.Tensor):
+        return number
+    try:
+        return operator.index(number)
+    except TypeError:
+        return number
+
+
+def _is_number(value: Any) -> bool:
+    """Whether float() takes the value for what it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        raise SpecError("value", "a number beyond float64", "'zero', or a finite number") from None
+    return True
+
+
+def _on_device(model: torch.nn.Module, device: Any) -> torch.nn.Module:
+    """The model itself where it is on the device already (or none is asked for), else a copy there."""
     parameters = list(model.parameters())
     if not parameters:
         raise ModelError("the model has no parameters, so there is no weight to ablate.")
-    return parameters[0].device
-
-
-def _copy_to(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-
-    return copy.deepcopy(model).to(device)
+    if device is None:
+        return model
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise SpecError(
+            "device", str(device), "a device that torch finds here, such as 'cpu' or 'cuda'", reason
+        ) from None
+    return model if where == parameters[0].device else copy.deepcopy(model).to(where)
 
 
 def _plan_job(
@@ -196,9 +236,8 @@ def _plan_job(
     baseline.check_model(model)
     facts = _describe(model, next(iter(splits.values())))
     counts = {name: SplitCounts(n_examples=len(split.indices)) for name, split in splits.items()}
-    plan = make_plan(
-        spec, facts, counts, threads=torch.get_num_threads(), engine=engine, batch_size=_check_size(batch_size)
-    )
+    size = _check_size(_whole(batch_size))
+    plan = make_plan(spec, facts, counts, threads=torch.get_num_threads(), engine=engine, batch_size=size)
     return make_job(spec, plan, model, splits)
 
 
@@ -211,6 +250,6 @@ def _check_size(batch_size: int | None) -> int | None:
 def _describe(model: torch.nn.Module, split: Split) -> ModelFacts:
     """The facts of the caller's model, from a look at its first examples."""
     inputs, labels = next(load_batches(split.dataset, split.indices[:2], 2, collate=split.collate))
-    inputs = inputs.to(_home(model))
+    inputs = fit(inputs, model)
     baseline.check_logits(intact_logits(model, inputs), len(labels))
     return describe_model("in memory", model, inputs)

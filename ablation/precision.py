@@ -6,42 +6,29 @@ calls that don't, the prefix, stay as they are. So nothing needs to be traced or
 Not here: what is computed with it (`reference.py`, `engine/`).
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _NARROWING = {"float", "to", "type", "type_as", "half", "bfloat16"}  # methods that would throw float64 away again
-
-
-def _name(call: Callable[..., Any]) -> str:
-    return getattr(call, "__name__", "")
-
-
-def _writes_in_place(call: Callable[..., Any]) -> bool:
-    name = _name(call)
-    return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name != "__invert__")
 
 
 class Float64Spreads(TorchFunctionMode):
     """While active, whatever depends on a float64 tensor is computed in float64, whatever the model casts it to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # A float32 tensor that was written to in place lives on in float64: id -> (the tensor, what it is now).
-        self._successors: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, call: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one call, in float64 if one of its tensors is."""
         kwargs = kwargs or {}
-        if self._successors:
-            args, kwargs = tree_map_only(Tensor, self._now, (args, kwargs))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._look_at(tensors)
         if not any(tensor.dtype == torch.float64 for tensor in tensors):
@@ -49,19 +36,38 @@ class Float64Spreads(TorchFunctionMode):
         if _name(call) in _NARROWING and args and args[0].dtype == torch.float64:
             result = call(*args, **kwargs)
             return args[0].to(result.device) if result.is_floating_point() else result
-        if kwargs.get("dtype") in (torch.float32, torch.float16, torch.bfloat16):
-            kwargs = {**kwargs, "dtype": torch.float64}
-        lifted, lifted_kwargs = tree_map_only(Tensor, _lift, (args, kwargs))
-        result = call(*lifted, **lifted_kwargs)
-        if _writes_in_place(call) and args and lifted[0] is not args[0]:
-            self._successors[id(args[0])] = (args[0], lifted[0])
-        return result
+        for tensor in _written(call, args, kwargs):
+            self._widen(tensor)
+        args, kwargs = tree_map_only(
+            torch.dtype, lambda dtype: torch.float64 if dtype in _NARROW else dtype, (args, kwargs)
+        )
+        args, kwargs = tree_map_only(Tensor, _lift, (args, kwargs))
+        return call(*args, **kwargs)
 
     def _look_at(self, tensors: list[Tensor]) -> None:
         """What subclasses want to know of a call's tensors."""
 
-    def _now(self, tensor: Tensor) -> Tensor:
-        return self._successors[id(tensor)][1] if id(tensor) in self._successors else tensor
+    def _widen(self, tensor: Tensor) -> None:
+        """Make a tensor that is about to be written to float64, under all its names; of a view, its base too."""
+        base = tensor if tensor._base is None else tensor._base
+        if base.dtype not in _NARROW:
+            return
+        base.data = base.double()
+        if base is not tensor:
+            tensor.data = base.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def _name(call: Callable[..., Any]) -> str:
+    return getattr(call, "__name__", "")
+
+
+def _written(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes to: `out=`, and the first argument of in-place methods and assignments."""
+    name = _name(call)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    in_place = in_place or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+    places = [kwargs.get("out"), args[0] if in_place and args else None, args[0] if kwargs.get("inplace") else None]
+    return [leaf for leaf in tree_leaves(places) if isinstance(leaf, Tensor)]
 
 
 class FromTargetOn(Float64Spreads):
@@ -89,6 +95,12 @@ def _lift(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
+def fit(inputs: Any, model: torch.nn.Module) -> Any:
+    """The inputs in the precision and on the device of the model's first floating parameter; whole numbers stay."""
+    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return inputs.to(first.device, first.dtype) if inputs.is_floating_point() else inputs.to(first.device)
+
+
 @contextmanager
 def as_found(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The model in eval mode without gradients; afterwards its mode and torch's random state are as they were."""
@@ -104,14 +116,54 @@ def as_found(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def run_with(
-    model: torch.nn.Module, parameter: str, tensor: Tensor, inputs: Any, *, mode: FromTargetOn | None = None
-) -> Tensor:
-    """The logits of `model` with `parameter` replaced by `tensor` for this one call, float64 from there on."""
-    with mode or FromTargetOn(tensor):
-        output = torch.func.functional_call(model, {parameter: tensor}, (inputs,))
-        return logits_of(output)
+    model: torch.nn.Module, parameter: str, tensor: Tensor, inputs: Tensor, *, mode: FromTargetOn | None = None
+) -> Any:
+    """The logits of `model` with `parameter` replaced by `tensor` for this one run, float64 from there on."""
+    with _replaced(model, parameter, tensor), mode or FromTargetOn(tensor):
+        return run(model, inputs)
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: the tensor itself, or its `.logits`."""
-    return output if isinstance(output, Tensor) else output.logits
+def run(model: torch.nn.Module, inputs: Tensor) -> Any:
+    """The model's output for a copy of the inputs (it may write to them): the logits, where it has any."""
+    output = model(inputs.clone())
+    return getattr(output, "logits", output)
+
+
+@contextmanager
+def _replaced(model: torch.nn.Module, parameter: str, tensor: Tensor) -> Iterator[None]:
+    """Put `tensor` wherever the model holds the parameter, under every name, and put the parameter back."""
+    own = model.get_parameter(parameter)
+    modules = dict.fromkeys(
+        module for module in model.modules() if any(held is own for held in module._parameters.values())
+    )
+    places = [(module, name) for module in modules for name, held in module._parameters.items() if held is own]
+    flat = {module: module._flat_weights for module in modules if isinstance(module, torch.nn.RNNBase)}
+    try:
+        for module, name in places:
+            module._parameters[name] = tensor  # type: ignore[assignment]
+        for module, weights in flat.items():  # recurrent modules keep a list of their own
+            module._flat_weights = [tensor if weight is own else weight for weight in weights]
+        yield
+    finally:
+        for module, name in places:
+            module._parameters[name] = own
+        for module, weights in flat.items():
+            module._flat_weights = weights
+
+
+@contextmanager
+def left_alone(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards the model's buffers are what they were, though its forward may count in them, and Python's and numpy's
+    random states too, which imports and data sets draw from."""
+    drawn = random.getstate(), np.random.get_state()
+    places = [(module, name, held) for module in model.modules() for name, held in module._buffers.items()]
+    values = [None if held is None else held.detach().clone() for _, _, held in places]
+    try:
+        yield
+    finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+        for (module, name, held), value in zip(places, values, strict=True):
+            module._buffers[name] = held
+            if held is not None and value is not None:
+                held.data = value

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from ablation.precision import as_found, in_own_precision, logits_of, run_with
+from ablation.errors import ModelError
+from ablation.precision import as_found, in_own_precision, run, run_with
 from ablation.sites import Sites
 
 
@@ -28,25 +29,36 @@ def reference_deltas(
     Numerics: a difference of two float64 losses, so right to about 2e-16 of the loss, absolutely.
     Source: Elsayed & Mahmood, arXiv 2404.00781, Eq. 1 (true utility); SNIP, arXiv 1810.02340, Eq. 4.
     """
-    weights = model.get_parameter(parameter).detach().double().clone()
+    weights = model.get_parameter(parameter).detach().double().clone(memory_format=torch.contiguous_format)
     with as_found(model):
-        loss = F.cross_entropy(run_with(model, parameter, weights, inputs), labels, reduction="none")
+        loss = _loss(run_with(model, parameter, weights, inputs), labels)
         rows = []
         for index, replacement in zip(sites.indices.tolist(), sites.replacements.tolist(), strict=True):
             weight = weights.view(-1)[index].item()
             weights.view(-1)[index] = replacement
-            ablated_loss = F.cross_entropy(run_with(model, parameter, weights, inputs), labels, reduction="none")
+            ablated_loss = _loss(run_with(model, parameter, weights, inputs), labels)
             weights.view(-1)[index] = weight
             rows.append(ablated_loss - loss)
     return torch.stack(rows) if rows else loss.new_zeros(0, len(labels))
 
 
+def _loss(logits: Tensor, labels: Int64[Tensor, " examples"]) -> Float64[Tensor, " examples"]:
+    """Each example's cross-entropy; logits that do not depend on the target may still be float32."""
+    return F.cross_entropy(logits.double(), labels, reduction="none")
+
+
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     """A float64 copy of the model; the caller's own stays as it is."""
-    return copy.deepcopy(model).double()
+    try:
+        return copy.deepcopy(model).double()
+    except Exception as error:
+        raise ModelError(
+            f"the model can't be copied ({type(error).__name__}: {error}), which a float64 reference needs; allowed: "
+            "models that copy.deepcopy takes, or verify=0 in precision='mixed'."
+        ) from error
 
 
-def intact_logits(model: torch.nn.Module, inputs: Any) -> Tensor:
-    """The logits of the network as it is, in its own precision."""
+def intact_logits(model: torch.nn.Module, inputs: Tensor) -> Any:
+    """The logits of the network as it is, in its own precision (or whatever else it returns)."""
     with as_found(model), in_own_precision(model):
-        return logits_of(model(inputs))
+        return run(model, inputs)

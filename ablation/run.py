@@ -27,6 +27,7 @@ from ablation.folders import Folders
 from ablation.models import load_model
 from ablation.partial import PartialSums, join, merge
 from ablation.plan import Plan, Shard, make_plan
+from ablation.precision import fit
 from ablation.proof import choose_rows, compare, make_proof
 from ablation.reference import in_float64
 from ablation.sites import Sites, draw_indices, make_sites
@@ -114,6 +115,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
                 baseline.check_used(job.model, job.plan.parameter, inputs)
         return run_batches(
             open_engine(job, job.sites[rows], example),
+            job.model,
             read(job, shard.split, positions),
             n_sites=n_sites,
             first_example=first,
@@ -135,15 +137,17 @@ def open_engine(job: Job, sites: Sites, example: Tensor) -> Any:
 def read(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of a split's examples by their positions in its fixed order, on the job's device, labels checked."""
     part = job.splits[split]
-    dtype = job.model.get_parameter(job.plan.parameter).dtype
     done = 0
     for inputs, labels in load_batches(
-        part.dataset, part.indices[positions], job.plan.batch_size, collate=part.collate
+        part.dataset,
+        part.indices[positions],
+        job.plan.batch_size,
+        collate=part.collate,
+        pin_memory=job.device.type == "cuda",
     ):
         baseline.check_labels(labels, job.plan.n_classes, int(positions[done]))
         done += len(labels)
-        inputs = inputs.to(job.device)
-        yield (inputs.to(dtype) if inputs.is_floating_point() else inputs), labels.to(job.device, torch.int64)
+        yield fit(inputs, job.model), labels.to(job.device, torch.int64)
 
 
 def finish_job(job: Job, partials: Sequence[PartialSums], *, seconds: float) -> ImportanceTable:

@@ -136,8 +136,14 @@ class JobSpec(Record):
     @classmethod
     def _known_criteria(cls, criteria: tuple[str, ...]) -> tuple[str, ...]:
         if criteria:
-            raise ValueError(f"got {list(criteria)}; this version computes none: leave criteria empty")
+            raise ValueError("none in this version: leave it empty")
         return criteria
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _number_is_constant(cls, value: object) -> object:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return {"constant": value} if is_number else value
 
 
 def make_spec(fields: dict[str, Any]) -> JobSpec:
@@ -156,7 +162,7 @@ def make_spec(fields: dict[str, Any]) -> JobSpec:
 _SPLIT_FORMS = "'all', {'per_class': k, 'seed': s} or {'count': k, 'seed': s}"
 FORMS = {
     "sites": "'all', {'count': k, 'seed': s} or {'indices': [...]}",
-    "value": "'zero' or {'constant': number}",
+    "value": "'zero', a number, or {'constant': number}",
     "data.train": _SPLIT_FORMS,
     "data.test": _SPLIT_FORMS,
 }

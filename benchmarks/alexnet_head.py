@@ -116,6 +116,7 @@ def score(model: nn.Sequential, sites: Sites, x: Tensor, labels: Tensor) -> tupl
     started = now(x.device)
     run_batches(
         path,
+        model,
         zip(x.split(BATCH), labels.split(BATCH), strict=True),
         n_sites=len(sites),
         first_example=0,

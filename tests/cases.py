@@ -127,8 +127,59 @@ class SideOutput(nn.Module):
         return self.Output(self.out(F.silu(self.body(x))))
 
 
-def _mlp(*layers: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(*layers)
+class WritesInto(nn.Module):
+    """Writes the target's result into a tensor of the prefix, in one of the ways that people do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem = nn.Linear(7, 8)
+        self.target = nn.Linear(7, 8)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, t = torch.relu(self.stem(x)), self.target(x)
+        if self.how == "slice":
+            h[:, :3] = t[:, :3]
+        elif self.how == "mask":
+            h = x.new_zeros(len(x), 8)
+            h[x[:, 0] > 0] = self.target(x[x[:, 0] > 0])
+        elif self.how == "view":
+            h[:, :3].add_(t[:, :3])
+        elif self.how == "out":
+            torch.mul(h, t, out=h)
+        elif self.how == "result":
+            z = self.out(h)
+            z.add_(torch.tanh(t[:, :4]))
+            return z
+        return self.out(h)
+
+
+class InPlaceResidual(nn.Module):
+    """An in-place ReLU module changes the tensor that the skip connection keeps; eval dropout gives its input back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.relu = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout()
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        kept = self.dropout(x)
+        kept.mul_(1.5)
+        y = self.conv2(self.relu(self.conv1(self.relu(x))))
+        return self.out((y + x).mean(dim=(2, 3)))
+
+
+def _same_module_twice() -> nn.Module:
+    """One Linear registered under two names."""
+    linear = nn.Linear(6, 6)
+    return nn.Sequential(linear, nn.ReLU(), linear, nn.ReLU(), nn.Linear(6, 4))
 
 
 def _seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
@@ -187,6 +238,9 @@ def make_cases() -> tuple[Case, ...]:
         dead[0].bias.fill_(-100.0)  # all-zero activations everywhere behind
         mlp[3].weight[2, 5] = 0.0  # a weight that is exactly 0 already
     two = _seeded(6, lambda: nn.Sequential(nn.Linear(11, 7), nn.ReLU(), nn.Linear(7, 2)))
+    in_place = _seeded(13, InPlaceResidual)
+    in_place(images)
+    channels_last = _seeded(14, ConvNet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     side, attention = _seeded(7, SideOutput), _seeded(8, Attention)
     return (
         Case("relu-mlp", mlp, "5.weight", x, y, "direct"),
@@ -207,6 +261,16 @@ def make_cases() -> tuple[Case, ...]:
         Case("convnet", convnet, "conv2.weight", images, image_labels, "rerun"),
         Case("convnet", convnet, "norm1.weight", images, image_labels, "rerun"),
         Case("late-write", _seeded(10, LateWrite), "target.weight", seven, seven_y, "rerun"),
+        *(
+            Case(
+                f"writes-{how}", _seeded(15, lambda how=how: WritesInto(how)), "target.weight", seven, seven_y, "rerun"
+            )
+            for how in ("slice", "mask", "view", "out", "result")
+        ),
+        Case("in-place-residual", in_place, "conv2.weight", images, image_labels, "rerun"),
+        Case("in-place-residual", in_place, "conv1.weight", images, image_labels, "rerun"),
+        Case("channels-last", channels_last, "conv1.weight", images, image_labels, "rerun"),
+        Case("module-twice", _seeded(16, _same_module_twice), "0.weight", six, six_y, "rerun"),
         Case("twice", _seeded(11, Twice), "loop.weight", eight, eight_y, "rerun"),
         Case("tied", _seeded(12, Tied), "first.weight", six, six_y, "rerun"),
         Case("attention", attention, "attention.in_proj_weight", tokens, token_labels, "rerun"),

@@ -17,15 +17,16 @@ def brute_force(
 ) -> np.ndarray:
     """Per-example loss deltas (sites, examples) of a float64 copy of the model, weight by weight."""
     model = copy.deepcopy(model).double().eval()
-    weights = model.get_parameter(parameter).data.view(-1)
+    weights = model.get_parameter(parameter).data
     rows = []
     with torch.no_grad():
         loss = _losses(model, inputs, labels)
         for index in indices:
-            kept = weights[index].item()
-            weights[index] = value
+            place = np.unravel_index(index, weights.shape)
+            kept = weights[place].item()
+            weights[place] = value
             rows.append(_losses(model, inputs, labels) - loss)
-            weights[index] = kept
+            weights[place] = kept
     return torch.stack(rows).numpy()
 
 

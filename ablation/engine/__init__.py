@@ -84,6 +84,7 @@ def open_path(
 
 def run_batches(
     path: EnginePath,
+    model: torch.nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     n_sites: int,
@@ -103,6 +104,10 @@ def run_batches(
     for inputs, labels in batches:
         intact, pieces = path.run(inputs, labels)
         baseline.check_logits(intact.logits, len(labels), position)
+        if position == first_example:  # the path's intact network is the model's own, up to the model's rounding
+            own = intact_logits(model, inputs)
+            tolerance = baseline.COMPOSITION_TOLERANCE[own.dtype]
+            baseline.check_agreement(intact.logits, own, "from what this path computes", tolerance)
         in_proof = torch.tensor([position + k in proof_examples for k in range(len(labels))], device=device)
         for deltas in pieces:
             sums.add(deltas, intact, in_proof)

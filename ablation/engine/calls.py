@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ablation.precision import as_found, in_own_precision, logits_of
+from ablation.precision import as_found, in_own_precision, run
 
 # Calls that look at a tensor's form and not at its numbers.
 _LOOKS = {
@@ -129,10 +129,8 @@ def record_calls(model: torch.nn.Module, inputs: Any, *, count_flops: bool = Fal
     """Run the model once on `inputs` and write down every call; with its flops where asked (slow at first use)."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     recorder = _Recorder(tensors, count_flops)
-    with as_found(model):
-        with in_own_precision(model), recorder:
-            output = model(inputs)
-        logits = logits_of(output)
+    with as_found(model), in_own_precision(model), recorder:
+        logits = run(model, inputs)
     recorder.record.logits = recorder.value(logits)
     recorder.record.n_examples, recorder.record.n_classes = logits.shape[0], logits.shape[-1]
     return recorder.record

@@ -22,11 +22,12 @@ from torch.overrides import TorchFunctionMode
 from ablation.engine.deltas import Deltas
 from ablation.engine.head import Head, activate, relu_delta
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
-from ablation.precision import as_found, in_own_precision
+from ablation.precision import as_found, in_own_precision, run
 from ablation.sites import Sites
 
 PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs looked at together: 8 MB a float64 matrix
-VALUES_AT_ONCE = 1 << 20  # (pair, class) numbers scored together: stays in the cache
+HUGE_STEP = 1e12  # replacement minus weight: beyond it float32 deltas could overflow
+VALUES_AT_ONCE = 1 << 19  # (pair, class) numbers scored together: stays in the cache
 
 
 class _Caught(BaseException):
@@ -61,15 +62,14 @@ class Direct:
         self.top1 = top1
         self.target = model.get_parameter(head.weight)
         base = torch.float32 if precision == "float32" else torch.float64
-        self.delta_dtype = torch.float64 if precision == "float64" else torch.float32
+        huge = len(sites) > 0 and bool((sites.replacements - sites.weights).abs().max() > HUGE_STEP)
+        self.delta_dtype = torch.float64 if precision == "float64" or huge else torch.float32
         self.weight = self.target.detach().to(base)
         self.bias = _get(model, head.bias, base)
         self.last_weight = _get(model, head.last[0], base) if head.last else None
         self.last_bias = _get(model, head.last[1], base) if head.last else None
         if self.last_weight is not None:
-            # The same shift of every logit changes no loss; without it, float32 keeps what tells classes apart.
-            centred = self.last_weight.T - self.last_weight.T.mean(dim=1, keepdim=True)
-            self.columns = centred.to(self.delta_dtype).contiguous()
+            self.columns = self.last_weight.T.contiguous()
             self.live = (self.last_weight != 0).any(dim=0)
         n_inputs = self.weight.shape[1]
         self.unit = sites.indices if head.is_bias else sites.indices // n_inputs
@@ -90,7 +90,7 @@ class Direct:
         """What the model feeds to the target layer."""
         mode = _InputOf(self.target)
         with as_found(self.model), in_own_precision(self.model), suppress(_Caught), mode:
-            self.model(inputs)
+            run(self.model, inputs)
         assert mode.input is not None, "the head was found by a forward pass that used the target"
         return mode.input
 
@@ -108,7 +108,7 @@ class Direct:
             n_pairs = max(1, VALUES_AT_ONCE // intact.logits.shape[1])
             for pairs in moved.nonzero().split(n_pairs):
                 row, example = pairs.unbind(1)
-                dz = self._logit_deltas(t[row, example].to(self.delta_dtype), self.unit[rows][row], intact)
+                dz = self._logit_deltas(t[row, example], self.unit[rows][row], intact)
                 delta[row, example] = loss_delta(intact, example, dz)
                 if self.top1:
                     correct[row, example] = is_correct(intact, example, dz)

@@ -1,11 +1,13 @@
-"""The change of cross-entropy from a change of logits, without cancellation (DESIGN.md 3.1).
+"""The change of cross-entropy from a change of logits, without cancellation.
 
-With p = softmax(z), m = argmax z, y the label, and q = p with entry m set to 0 (never 1 - p_m):
+With p = softmax(z), y the label, and q = p with entry y set to 0 (never 1 - p_y):
 
-    delta_l = log1p( sum_c q_c expm1(dz_c - dz_m) ) + (dz_m - dz_y)
+    delta_l = log1p( sum_c q_c expm1(dz_c - dz_y) )
 
-The last term is exactly 0 where m = y. The uncentred form log1p(sum_c p_c expm1(dz_c)) - dz_y loses everything for
-confident examples: its error grows as 1 / (1 - p_y). Here a small delta stays as accurate as the dz it came from.
+exactly, since l = log sum_c exp(z_c - z_y). The uncentred form log1p(sum_c p_c expm1(dz_c)) - dz_y loses everything
+for confident examples: its error grows as 1 / (1 - p_y). Centred on the largest logit instead of the label, two terms
+cancel by 1 / p_m where the network is wrong and unsure (docs/decisions/0011). Here a small delta stays as accurate as
+its dz.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ class Intact:
     logits: Float[Tensor, "examples classes"]
     labels: Int64[Tensor, " examples"]
     top: Int64[Tensor, " examples"]
-    rest: Float[Tensor, "examples classes"]  # q: the softmax with its largest entry set to 0, as precise as the deltas
+    rest: Float[Tensor, "examples classes"]  # q: the softmax with the label's entry set to 0, as precise as the deltas
     loss: Float[Tensor, " examples"]
 
     @property
@@ -39,13 +41,12 @@ def make_intact(
     labels: Int64[Tensor, " examples"],
     delta_dtype: torch.dtype = torch.float64,
 ) -> Intact:
-    """Softmax, top-1 answer and loss of each example: loss = log1p(sum q / p_m) + (z_m - z_y)."""
+    """Softmax, top-1 answer and loss of each example: loss = log1p(sum of the others' p_c / p_m) + (z_m - z_y)."""
     top = logits.argmax(dim=1)
     shifted = logits - logits.gather(1, top[:, None])
-    odds = shifted.exp().scatter(1, top[:, None], 0.0)  # q_c / p_m
-    total = odds.sum(dim=1)
-    rest = (odds / (1 + total)[:, None]).to(delta_dtype)
-    loss = torch.log1p(total) - shifted.gather(1, labels[:, None])[:, 0]
+    others = shifted.exp().scatter(1, top[:, None], 0.0).sum(dim=1)  # sum of p_c / p_m over the classes beside the top
+    loss = torch.log1p(others) - shifted.gather(1, labels[:, None])[:, 0]
+    rest = (shifted.exp() / (1 + others)[:, None]).scatter(1, labels[:, None], 0.0).to(delta_dtype)
     return Intact(logits, labels, top, rest, loss)
 
 
@@ -54,14 +55,13 @@ def loss_delta(
 ) -> Float[Tensor, " pairs"]:
     """Each pair's change of loss when the logits of example `examples[k]` change by `dz[k]`, in nats, as float64.
 
-    Numerics: relative error about that of dz (float32: 1e-6 of sum_c q_c |dz_c - dz_m|), for any confidence.
+    Numerics: relative error about that of dz (float32: 1e-6 of sum_c q_c |dz_c - dz_y|), for any confidence.
     """
-    top, labels = intact.top[examples], intact.labels[examples]
-    dz_top = dz.gather(1, top[:, None])
-    # index_select and in-place products: this is where the time goes.
-    moved = intact.rest.index_select(0, examples).mul_((dz - dz_top).expm1_()).sum(dim=1).double()
-    label_term = (dz_top - dz.gather(1, labels[:, None]))[:, 0].double()
-    delta = torch.log1p(moved) + label_term
+    dz_label = dz.gather(1, intact.labels[examples, None])
+    # index_select and in-place products: this is where the time goes. Differences first, then float32.
+    centred = (dz - dz_label).to(intact.rest.dtype)
+    moved = intact.rest.index_select(0, examples).mul_(centred.expm1_()).sum(dim=1).double()
+    delta = torch.log1p(moved)
     large = (~(moved.abs() <= LARGE)).nonzero().flatten()  # NaN and infinity count as large
     if len(large):
         delta[large] = _large_delta(intact, examples[large], dz[large])

@@ -4,7 +4,8 @@ While `remember` is on, every module whose whole forward pass happens before the
 while `replay` is on, it returns that output instead of computing it again. So a run for one more ablation costs only
 what comes after the target, in any model, without knowing how it is built.
 
-A prefix that is written outside of modules (functional code in a parent's forward) is run again: slower, not wrong.
+A module that works in place, or gives its input back, runs again each time; so does what stands outside of modules
+(functional code in a parent's forward): slower, not wrong.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ablation.precision import FromTargetOn
+
+_RUN_AGAIN: Any = object()  # stands for a call that has to be made again: it did more than return something new
 
 
 class Prefix:
@@ -39,11 +42,16 @@ class Prefix:
 
             def remembered(*args: Any, **kwargs: Any) -> Any:
                 n_before = [len(self._outputs[child]) for child in inside]
+                before = [(leaf, _version(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
                 output = forward(*args, **kwargs)
-                if not mode.seen:
+                if mode.seen:
+                    return output
+                if _can_be_replayed(before, output):
                     for child, n in zip(inside, n_before, strict=True):  # the outer output makes the inner ones idle
                         del self._outputs[child][n:]
                     self._outputs[module].append(_copy(output))
+                else:
+                    self._outputs[module].append(_RUN_AGAIN)
                 return output
 
             return remembered
@@ -59,14 +67,29 @@ class Prefix:
             left = iter(self._outputs[module])
 
             def replayed(*args: Any, **kwargs: Any) -> Any:
-                for output in left:
-                    return _copy(output)  # a copy: what follows may write to it in place
-                return forward(*args, **kwargs)
+                output = next(left, _RUN_AGAIN)
+                if output is _RUN_AGAIN:
+                    return forward(*args, **kwargs)
+                return _copy(output)  # a copy: what follows may write to it in place
 
             return replayed
 
         with _wrapped([module for module in self._modules if self._outputs[module]], wrap):
             yield
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written to."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _can_be_replayed(inputs: list[tuple[Tensor, int]], output: Any) -> bool:
+    """Whether returning the output is all that the call did: it wrote to no input, and gave none of them back."""
+    if any(_version(tensor) != version for tensor, version in inputs):
+        return False
+    given = {tensor.untyped_storage().data_ptr() for tensor, _ in inputs}
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return bool(leaves) and not any(leaf.untyped_storage().data_ptr() in given for leaf in leaves)
 
 
 def _copy(output: Any) -> Any:

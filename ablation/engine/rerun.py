@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ablation import baseline
 from ablation.engine.deltas import Deltas
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.engine.prefix import Prefix
@@ -27,14 +28,23 @@ class Rerun:
         self.sites = sites
         self.top1 = top1
         intact = model.get_parameter(parameter).detach()
-        self.weights = (intact if precision == "float32" else intact.double()).clone()
+        self.weights = (intact if precision == "float32" else intact.double()).clone(
+            memory_format=torch.contiguous_format
+        )
         self.prefix = Prefix(model)
+        self.is_checked = False
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of one site after the other."""
         mode = FromTargetOn(self.weights)
         with as_found(self.model), self.prefix.remember(mode):
             logits = run_with(self.model, self.parameter, self.weights, inputs, mode=mode)
+        baseline.check_logits(logits, len(inputs))
+        if not self.is_checked:
+            with as_found(self.model), self.prefix.replay():
+                again = run_with(self.model, self.parameter, self.weights, inputs)
+            baseline.check_agreement(again, logits, "with its prefix replayed", tolerance=1e-9)
+            self.is_checked = True
         intact = make_intact(logits, labels)
         return intact, self._deltas(intact, inputs)
 

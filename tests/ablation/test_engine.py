@@ -27,6 +27,7 @@ def run(case: Case, path: str, precision: str, indices: np.ndarray, cut: int, va
     defaults = {"first_example": 0, "per_class": None, "proof_examples": frozenset()}
     return run_batches(
         engine,
+        model,
         zip(inputs.split(cut), case.labels.split(cut), strict=True),
         n_sites=len(sites),
         device=torch.device("cpu"),

@@ -1,7 +1,6 @@
 """`ablation.ablate` on models and data from outside: exact, polite, and clear about what it refuses."""
 
 import copy
-import random
 
 import numpy as np
 import pytest
@@ -96,13 +95,12 @@ def test_everything_is_left_as_it_was_found() -> None:
     modes = [module.training for module in model.modules()]
     torch.manual_seed(3)
     np.random.seed(3)
-    random.seed(3)
-    randomness = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    randomness = torch.get_rng_state(), np.random.get_state()[1].tolist()
     threads = torch.get_num_threads()
     for engine in ("auto", "rerun", "reference"):
         ablation.ablate(model, "fc1", {"test": (case.inputs, case.labels)}, sites=3, engine=engine, progress=False)
     assert torch.equal(randomness[0], torch.get_rng_state())
-    assert randomness[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+    assert randomness[1] == np.random.get_state()[1].tolist()
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["conv1.weight"]
@@ -246,6 +244,127 @@ def test_progress_goes_to_the_end(capsys) -> None:
     case = case_of("relu-mlp", "5.weight")
     ablation.ablate(case.model, "5", {"test": (case.inputs, case.labels)}, sites=9)
     assert "Traceback" not in capsys.readouterr().out
+
+
+LEFT_ALONE = """
+import random, torch, ablation
+random.seed(3)
+before = random.getstate()
+data = torch.randn(9, 4), torch.zeros(9, dtype=torch.long)
+ablation.ablate(torch.nn.Linear(4, 3), "weight", {"test": data}, progress=False)
+assert random.getstate() == before
+"""
+
+
+def test_pythons_own_randomness_is_left_alone() -> None:
+    """In an interpreter of its own: the checks of axes that the suite turns on draw from `random` too."""
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-c", LEFT_ALONE], check=True)
+
+
+class Counter(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(11, 5)
+        self.register_buffer("n_calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n_calls += 1
+        return self.out(x)
+
+
+def test_buffers_are_left_alone() -> None:
+    model = Counter()
+    ablation.ablate(model, "out", {"test": (X, Y)}, sites=5, progress=False)
+    assert model.n_calls == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_inputs_of_another_precision(dtype: torch.dtype) -> None:
+    table = ablation.ablate(relu_mlp(), "3", {"test": (X.to(dtype), Y)}, sites=9, progress=False)
+    truth = brute_force(relu_mlp(), "3.weight", table.columns["index"], X.to(dtype).float(), Y)
+    assert utility_error(table.columns["utility_test"], truth, "mixed") <= BOUND["mixed"]
+
+
+@pytest.mark.parametrize("sites", [np.int64(5), np.array([4, 2]), torch.tensor([4, 2]), range(3)])
+def test_sites_of_any_library(sites) -> None:
+    table = ablation.ablate(relu_mlp(), "3", {"test": (X, Y)}, sites=sites, value=np.float32(0.5), progress=False)
+    assert len(table) == (5 if isinstance(sites, np.int64) else len(sites))
+
+
+@pytest.mark.parametrize("sites", [[1.5], np.array([3.7, 1.2]), ["1"], [True, False], None, 5.0, np.ones((2, 2), int)])
+def test_sites_that_are_no_indices(sites) -> None:
+    with pytest.raises(SpecError, match="sites"):
+        ablation.ablate(relu_mlp(), "3", {"test": (X, Y)}, sites=sites, progress=False)
+
+
+def test_batch_mates_are_noticed_in_batches_of_two() -> None:
+    class Mates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(11, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.out(x)
+            return z - 0.5 * z.mean(dim=0)
+
+    with pytest.raises(ModelError, match="batch composition"):
+        ablation.ablate(Mates(), "out", {"test": (X, Y)}, sites=2, batch_size=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    "output", [lambda z: (z, z), lambda z: {"out": z}, lambda z: None], ids=["tuple", "dict", "None"]
+)
+def test_outputs_that_are_no_logits(output) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(11, 5)
+
+        def forward(self, x: Tensor):
+            return output(self.out(x))
+
+    with pytest.raises(ModelError, match="allowed: logits"):
+        ablation.ablate(Odd(), "out", {"test": (X, Y)}, sites=2, progress=False)
+
+
+def test_other_things_than_models_and_devices() -> None:
+    with pytest.raises(ModelError, match=r"a torch\.nn\.Module"):
+        ablation.ablate(lambda x: x, "out", {"test": (X, Y)})
+    with pytest.raises(SpecError, match="device: got 'foo'"):
+        ablation.ablate(relu_mlp(), "3", {"test": (X, Y)}, device="foo")
+    with pytest.raises((ModelError, SpecError)):
+        ablation.ablate(torch.jit.script(nn.Sequential(nn.Linear(11, 5))), "0", {"test": (X, Y)}, progress=False)
+
+
+def test_huge_replacements() -> None:
+    table = ablation.ablate(relu_mlp(), "3", {"test": (X, Y)}, sites=30, value=1e39, progress=False)
+    truth = brute_force(relu_mlp(), "3.weight", table.columns["index"], X, Y, 1e39)
+    assert utility_error(table.columns["utility_test"], truth, "mixed") <= BOUND["mixed"]
+
+
+def test_thousands_of_classes_and_an_unsure_network() -> None:
+    """Where the label is not the top class: centring on the top one would lose a factor of 1 / p_m."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 20_000)
+    with torch.no_grad():
+        model.bias[7] += 1
+    inputs, labels = torch.rand(40, 6), torch.arange(40)
+    table = ablation.ablate(model, "weight", {"test": (inputs, labels)}, sites=200, progress=False)
+    assert table.about["proof"]["arithmetic_error"] < 2e-6
+
+
+def test_the_example_in_the_docstring() -> None:
+    import doctest
+
+    import ablation.notebook
+
+    assert doctest.testmod(ablation.notebook).failed == 0
+    assert doctest.testmod(ablation.notebook).attempted > 3
 
 
 def test_import_is_light() -> None:

@@ -23,7 +23,8 @@ class Casting(nn.Module):
         y = self.body(x)
         if self.cast:
             y = y.float().to(torch.float32).to(dtype=torch.float32).type(torch.float32)
-            return self.out(torch.softmax(y, dim=1, dtype=torch.float32).to("cpu"))
+            y = torch.softmax(y, dim=1, dtype=torch.float32).to("cpu")
+            return self.out(torch.softmax(torch.log(y), 1, torch.float32))
         return self.out(torch.softmax(y, dim=1))
 
 
