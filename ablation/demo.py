@@ -6,6 +6,7 @@ In: the folders. Out: the checkpoint file, below the cache. Needs no network: th
 import argparse
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,11 +140,14 @@ def _read_all(split: str) -> tuple[Float[Tensor, "examples 1 8 8"], Tensor]:
 
 
 def main() -> None:
-    """Train the demo model into a cache folder, with a line of progress."""
+    """Train the demo model into a cache folder, with a line of progress on a terminal."""
     parser = argparse.ArgumentParser(prog="python -m ablation.demo", description=main.__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="the folder to keep it in")
     cache = parser.parse_args().cache
     folders = Folders(data=cache, checkpoints=cache, cache=cache)
+    if not sys.stdout.isatty():
+        print(f"{DEMO_MODEL} is trained: {ensure_demo_model(folders)}")
+        return
     path = ensure_demo_model(folders, lambda done: print(f"\rtraining {DEMO_MODEL}: {done:4.0%}", end="", flush=True))
     print(f"\r{DEMO_MODEL} is trained: {path}")
 

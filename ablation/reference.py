@@ -5,11 +5,12 @@ and every job checks itself against it (`proof.py`).
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from ablation.errors import ModelError
@@ -17,9 +18,18 @@ from ablation.precision import as_found, in_own_precision, run, run_with
 from ablation.sites import Sites
 
 
-def reference_deltas(
+@dataclass(frozen=True)
+class Truth:
+    """What brute force says of each site and example: loss delta in nats, did any logit move, is the answer right."""
+
+    delta: Float64[Tensor, "sites examples"]
+    touched: Bool[Tensor, "sites examples"]
+    correct: Bool[Tensor, "sites examples"]
+
+
+def run_reference(
     model: torch.nn.Module, parameter: str, sites: Sites, inputs: Any, labels: Int64[Tensor, " examples"]
-) -> Float64[Tensor, "sites examples"]:
+) -> Truth:
     """Each example's loss with the weight replaced, minus its loss with the network intact, in nats.
 
     `delta[a, n] = l_n(w_a := r_a) - l_n(w_a)` with l the cross-entropy; positive: the weight helps on example n.
@@ -30,16 +40,30 @@ def reference_deltas(
     Source: Elsayed & Mahmood, arXiv 2404.00781, Eq. 1 (true utility); SNIP, arXiv 1810.02340, Eq. 4.
     """
     weights = model.get_parameter(parameter).detach().double().clone(memory_format=torch.contiguous_format)
+    n = len(labels)
+    delta = torch.zeros(len(sites), n, dtype=torch.float64, device=labels.device)
+    touched, correct = torch.zeros_like(delta, dtype=torch.bool), torch.zeros_like(delta, dtype=torch.bool)
     with as_found(model):
-        loss = _loss(run_with(model, parameter, weights, inputs), labels)
-        rows = []
-        for index, replacement in zip(sites.indices.tolist(), sites.replacements.tolist(), strict=True):
+        logits = run_with(model, parameter, weights, inputs)
+        loss = _loss(logits, labels)
+        for row, (index, replacement) in enumerate(
+            zip(sites.indices.tolist(), sites.replacements.tolist(), strict=True)
+        ):
             weight = weights.view(-1)[index].item()
             weights.view(-1)[index] = replacement
-            ablated_loss = _loss(run_with(model, parameter, weights, inputs), labels)
+            ablated = run_with(model, parameter, weights, inputs)
             weights.view(-1)[index] = weight
-            rows.append(ablated_loss - loss)
-    return torch.stack(rows) if rows else loss.new_zeros(0, len(labels))
+            delta[row] = _loss(ablated, labels) - loss
+            touched[row] = (ablated != logits).any(dim=1)
+            correct[row] = ablated.argmax(dim=1) == labels
+    return Truth(delta, touched, correct)
+
+
+def reference_deltas(
+    model: torch.nn.Module, parameter: str, sites: Sites, inputs: Any, labels: Int64[Tensor, " examples"]
+) -> Float64[Tensor, "sites examples"]:
+    """The deltas of `run_reference` alone."""
+    return run_reference(model, parameter, sites, inputs, labels).delta
 
 
 def _loss(logits: Tensor, labels: Int64[Tensor, " examples"]) -> Float64[Tensor, " examples"]:

@@ -269,4 +269,8 @@ def run_spec(
         batch_size=batch_size,
     )
     job = load_job(spec, plan, folders, device=device)
-    return run_job(job, on_progress=lambda fraction: on_progress(fraction, "examples x sites"))
+
+    def on_fraction(fraction: float) -> None:
+        on_progress(fraction, "examples x sites" if fraction < 1 else "checking against the reference")
+
+    return run_job(job, on_progress=on_fraction)

@@ -30,10 +30,31 @@ def brute_force(
     return torch.stack(rows).numpy()
 
 
+def count_moved(
+    model: nn.Module, parameter: str, indices: Any, inputs: Tensor, labels: Tensor, value: float = 0.0
+) -> np.ndarray:
+    """For each weight, on how many examples any float64 logit of plain PyTorch moves."""
+    model = copy.deepcopy(model).double().eval()
+    weights = model.get_parameter(parameter).data
+    counts = []
+    with torch.no_grad():
+        before = _logits(model, inputs)
+        for index in indices:
+            place = np.unravel_index(index, weights.shape)
+            kept = weights[place].item()
+            weights[place] = value
+            counts.append(int((_logits(model, inputs) != before).any(dim=1).sum()))
+            weights[place] = kept
+    return np.array(counts)
+
+
 def _losses(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_logits(model, inputs), labels, reduction="none")
+
+
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
     output = model(inputs.double())
-    logits = output if isinstance(output, Tensor) else output.logits
-    return F.cross_entropy(logits, labels, reduction="none")
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def utility_error(utility: np.ndarray, truth: np.ndarray, precision: str, loss: float = 1.0) -> float:

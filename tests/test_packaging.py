@@ -345,3 +345,9 @@ def wait_for(client: Redis) -> None:
         except RedisError:
             time.sleep(0.02)
     pytest.fail("the server did not start")
+
+
+def test_no_placeholder_is_left() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    left = [name for name in listed.split() if re.search(r"@[A-Z]+@", (ROOT / name).read_text("utf-8"))]
+    assert not left

@@ -25,7 +25,7 @@ from ablation.engine.rerun import Rerun
 from ablation.engine.sums import Sums
 from ablation.errors import ModelError
 from ablation.partial import PartialSums
-from ablation.reference import in_float64, intact_logits, reference_deltas
+from ablation.reference import in_float64, intact_logits, run_reference
 from ablation.sites import Sites
 
 
@@ -41,9 +41,7 @@ class EnginePath(Protocol):
 class Reference:
     """`reference.py` as a path: the whole network in float64, one site at a time."""
 
-    def __init__(self, model: torch.nn.Module, parameter: str, sites: Sites, *, top1: bool) -> None:
-        if top1:
-            raise ModelError("engine='reference' does not count broken and fixed answers; use engine='rerun'.")
+    def __init__(self, model: torch.nn.Module, parameter: str, sites: Sites) -> None:
         self.model = in_float64(model)
         self.parameter = parameter
         self.sites = sites
@@ -57,8 +55,8 @@ class Reference:
     def _deltas(self, intact: Intact, inputs: Tensor) -> Iterator[Deltas]:
         for row in range(len(self.sites)):
             rows = slice(row, row + 1)
-            delta = reference_deltas(self.model, self.parameter, self.sites[rows], inputs, intact.labels)
-            yield Deltas(rows, delta, delta != 0, intact.correct.expand(delta.shape))
+            truth = run_reference(self.model, self.parameter, self.sites[rows], inputs, intact.labels)
+            yield Deltas(rows, truth.delta, truth.touched, truth.correct)
 
 
 def open_path(
@@ -79,7 +77,7 @@ def open_path(
         return Direct(model, head, sites, precision=precision, top1=top1)
     if path == "rerun":
         return Rerun(model, parameter, sites, precision=precision, top1=top1)
-    return Reference(model, parameter, sites, top1=top1)
+    return Reference(model, parameter, sites)
 
 
 def run_batches(

@@ -13,7 +13,7 @@ from ablation.layers import describe_model, find_path
 from ablation.partial import PartialSums, merge
 from ablation.sites import make_sites
 from tests.cases import Case, confident_net, make_cases
-from tests.compare import BOUND, brute_force, utility_error
+from tests.compare import BOUND, brute_force, count_moved, utility_error
 
 
 def run(case: Case, path: str, precision: str, indices: np.ndarray, cut: int, value="zero", **options) -> PartialSums:
@@ -61,8 +61,11 @@ def test_equals_brute_force(case: Case, path: str, precision: str) -> None:
     loss = partial.loss / n
     error = utility_error(partial.delta / n, truth, precision, loss)
     assert error <= BOUND[precision], f"{case} {path} {precision}: error {error:.3g}"
-    # Where float64 brute force sees a change of loss, a logit has moved.
+    # Where float64 brute force sees a change of loss, a logit has moved; and only where it sees a logit move.
     assert (partial.touched >= (np.abs(truth) > 1e-13).sum(axis=1)).all()
+    moved = count_moved(case.model, case.parameter, indices, case.inputs, case.labels)
+    if precision == "float64" or case.name in ("dead-mlp", "side-output"):
+        np.testing.assert_array_equal(partial.touched, moved)
 
 
 @pytest.mark.parametrize("case", make_cases(), ids=str)
@@ -116,6 +119,17 @@ def test_constants(value: float) -> None:
         assert utility_error(partial.delta / len(case.labels), truth, "float64") <= 1e-9
 
 
+def test_touched_counts_exactly_the_examples_with_an_input() -> None:
+    """Three examples have nothing in input 4: its weights can't move them, and move all the others."""
+    case = next(case for case in make_cases() if case.name == "one-linear")
+    inputs = case.inputs.clone()
+    inputs[[2, 5, 11], 4] = 0
+    silent = Case(case.name, case.model, case.parameter, inputs, case.labels, case.path)
+    indices = np.array([4, 11 + 4, 5])
+    for path in ("direct", "rerun", "reference"):
+        assert run(silent, path, "mixed", indices, cut=8).touched.tolist() == [26, 26, 29]
+
+
 def test_top1_counts() -> None:
     case = next(case for case in make_cases() if case.parameter == "5.weight")
     model = copy.deepcopy(case.model).double().eval()
@@ -135,7 +149,7 @@ def test_top1_counts() -> None:
     assert sum(fixed)
     from ablation.spec import Constant
 
-    for path in ("direct", "rerun"):
+    for path in ("direct", "rerun", "reference"):
         partial = run(case, path, "mixed", indices, cut=10, value=Constant(constant=2.0), top1=True)
         np.testing.assert_array_equal(partial.broken, broken)
         np.testing.assert_array_equal(partial.fixed, fixed)
