@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
-from ablation.errors import SpecError
+from ablation.errors import SpecError, nearest
 
 Precision = Literal["mixed", "float32", "float64"]
 SPLITS = ("train", "test")  # every split a job can have, in column order
@@ -66,7 +66,7 @@ class DataSpec(Record):
     @model_validator(mode="after")
     def _has_a_split(self) -> "DataSpec":
         if self.train is None and self.test is None:
-            raise ValueError("no split was asked for; give 'train', 'test' or both")
+            raise ValueError("'train', 'test' or both")
         return self
 
     @property
@@ -94,7 +94,7 @@ class SiteIndices(Record):
         if len(set(indices)) != len(indices):
             seen: set[int] = set()
             twice = next(i for i in indices if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-            raise ValueError(f"indices must be distinct; {twice} is given twice")
+            raise ValueError(f"distinct indices; {twice} is given twice")
         return indices
 
 
@@ -110,7 +110,7 @@ class Constant(Record):
     @classmethod
     def _finite_number(cls, constant: object) -> object:
         if isinstance(constant, bool) or not isinstance(constant, int | float) or not math.isfinite(constant):
-            raise ValueError("the constant must be a finite number")
+            raise ValueError("a finite number")
         return constant
 
 
@@ -166,6 +166,8 @@ FORMS = {
     "data.train": _SPLIT_FORMS,
     "data.test": _SPLIT_FORMS,
 }
+# The records that a spec is made of, where a field takes no other form.
+_RECORDS: dict[str, type[Record]] = {"": JobSpec, "model": ModelSpec, "data": DataSpec}
 # What says only that it is not this form (the last as FastAPI asks for it).
 _OTHER_FORM = ("literal_error", "missing", "extra_forbidden", "model_type", "model_attributes_type")
 
@@ -185,5 +187,16 @@ def spec_error(errors: Sequence[Mapping[str, Any]]) -> SpecError:
             return SpecError(union, first["input"], FORMS.get(union, "one of its forms"))
         first = meant[0]
         field = ".".join([union, *(str(part) for part in first["loc"][depth + 1 :])])
+    if first["type"] == "missing":
+        return SpecError(field or "spec", None, "a value; it is required")
+    if first["type"] == "extra_forbidden":
+        return _unknown_field(field, first["input"])
     allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return SpecError(field or "spec", None if first["type"] == "missing" else first.get("input"), allowed)
+    return SpecError(field or "spec", first.get("input"), allowed)
+
+
+def _unknown_field(field: str, given: object) -> SpecError:
+    place, _, name = field.rpartition(".")
+    names = [*_RECORDS.get(place, JobSpec).model_fields]
+    next_step = f"There is no such field. {nearest(name, names)}".rstrip()
+    return SpecError(field, given, f"only the fields {', '.join(names)}", next_step)

@@ -8,11 +8,12 @@ import socket
 import sys
 
 import uvicorn
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ablation.errors import ServiceError
 from api.app import make_app
-from worker.settings import load_settings
+from worker.settings import load_settings, read_environment
 
 SHUTDOWN_S = 3  # how long open requests may take to end
 
@@ -23,14 +24,14 @@ class Address(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ABLATION_", frozen=True)
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    fd: int | None = None
+    port: int = Field(default=8000, ge=0, le=65535)
+    fd: int | None = Field(default=None, ge=0)
 
 
 def main() -> None:
     """Serve until SIGINT or SIGTERM."""
-    address = Address()
     try:
+        address = read_environment(Address)
         app = make_app(load_settings())
     except ServiceError as error:
         sys.exit(f"Error: {error}")

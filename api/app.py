@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from api.dependencies import make_desk
-from api.errors import add_error_handlers
+from api.errors import add_error_handlers, add_problem_schema
 from api.routes import routes
 from worker.settings import Settings
 
@@ -22,6 +22,7 @@ def make_app(settings: Settings) -> FastAPI:
     app.state.desk = make_desk(settings)
     app.include_router(routes)
     add_error_handlers(app)
+    add_problem_schema(app)
     _count_requests(app)
     return app
 

@@ -15,11 +15,31 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ablation.errors import ServiceError, SpecError
 from ablation.spec import spec_error
+from api.schemas import Problem
 
 log = logging.getLogger(__name__)
 
+MEDIA_TYPE = "application/problem+json"
+PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 RETRY_S = 5  # how soon to come back when a part of the service is away
 MAX_GIVEN = 200  # characters of a wrong value that are shown again
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What an address may answer instead, for OpenAPI."""
+    return {status: {"description": http.HTTPStatus(status).phrase, "content": PROBLEM} for status in statuses}
+
+
+def add_problem_schema(app: FastAPI) -> None:
+    """Give `app`'s OpenAPI document the schema that `problems` refers to."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def make_problem(request: Request, status: int, detail: str, **more: Any) -> JSONResponse:
@@ -34,7 +54,7 @@ def make_problem(request: Request, status: int, detail: str, **more: Any) -> JSO
         "instance": request.url.path,
         **more,
     }
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    return JSONResponse(body, status, headers, media_type=MEDIA_TYPE)
 
 
 def gone(what: str) -> HTTPException:
@@ -42,9 +62,9 @@ def gone(what: str) -> HTTPException:
     return HTTPException(410, f"{what} has expired; send its spec again to have it computed again.")
 
 
-def not_found(what: str, where: str) -> HTTPException:
+def not_found(what: str, where: str, next_step: str = "") -> HTTPException:
     """The error for something that there is not; `where` lists what there is."""
-    return HTTPException(404, f"There is no {what}; {where} lists those there are.")
+    return HTTPException(404, f"There is no {what}; {where} lists those there are. {next_step}".rstrip())
 
 
 def conflict(what: str) -> HTTPException:

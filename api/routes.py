@@ -15,10 +15,11 @@ from kombu.exceptions import OperationalError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ablation.catalog import dataset_facts, dataset_names, model_facts, model_names
+from ablation.errors import nearest
 from ablation.export import csv_chunks, parquet_chunks
 from ablation.spec import JobSpec
 from api.dependencies import DeskDep, JobDep, PlannerDep, StoreDep
-from api.errors import conflict, gone, not_found
+from api.errors import PROBLEM, conflict, gone, not_found, problems
 from api.schemas import (
     DatasetPage,
     Health,
@@ -41,12 +42,13 @@ from worker.queue import enqueue_shard
 from worker.states import TERMINAL, State
 from worker.store import JobRecord, JobStore
 
-routes = APIRouter()
+routes = APIRouter(responses=problems(422, 503))
 
 Blocks = Iterable[Mapping[str, np.ndarray]]
 
 CSV = "text/csv; charset=utf-8; header=present"
 PARQUET = "application/vnd.apache.parquet"
+UNFINISHED = {202: {"model": Pending}, **problems(404, 409, 410)}  # what OpenAPI says of no results
 
 
 @routes.post("/v1/jobs", status_code=202, tags=["jobs"])
@@ -75,7 +77,7 @@ def list_jobs(
     return JobPage(data=[job_view(job) for job in jobs], next_cursor=next_cursor)
 
 
-@routes.get("/v1/jobs/{job_id}", tags=["jobs"])
+@routes.get("/v1/jobs/{job_id}", tags=["jobs"], responses=problems(404, 410))
 def get_job(job: JobDep, response: Response) -> JobView:
     """How a job is doing."""
     if job.status not in TERMINAL:
@@ -83,7 +85,7 @@ def get_job(job: JobDep, response: Response) -> JobView:
     return job_view(job)
 
 
-@routes.post("/v1/jobs/{job_id}/cancel", tags=["jobs"])
+@routes.post("/v1/jobs/{job_id}/cancel", tags=["jobs"], responses={202: {"model": JobView}, **problems(404, 409, 410)})
 def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobView:
     """Stop a job; what runs stops within one batch. 202 when this call did it, 200 when it was so already."""
     response.status_code = 200 if job.status in (State.CANCELLING, State.CANCELLED) else 202
@@ -95,7 +97,7 @@ def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobView:
     return job_view(_again(store, job.id))
 
 
-@routes.delete("/v1/jobs/{job_id}", status_code=204, tags=["jobs"])
+@routes.delete("/v1/jobs/{job_id}", status_code=204, tags=["jobs"], responses=problems(404, 409, 410))
 def delete_job(job: JobDep, store: StoreDep) -> None:
     """Forget a job that is over, with its results."""
     after = store.delete(job.id)
@@ -107,7 +109,7 @@ def delete_job(job: JobDep, store: StoreDep) -> None:
     "/v1/jobs/{job_id}/results",
     tags=["results"],
     response_model=Results,
-    responses={202: {"model": Pending}, 200: {"content": {"text/csv": {}}}},
+    responses={**UNFINISHED, 200: {"content": {"text/csv": {}}}},
 )
 def get_results(
     request: Request,
@@ -131,13 +133,15 @@ def get_results(
     return JSONResponse(body)
 
 
-@routes.get("/v1/jobs/{job_id}/results.csv", tags=["results"], response_class=StreamingResponse)
+@routes.get("/v1/jobs/{job_id}/results.csv", tags=["results"], response_class=StreamingResponse, responses=UNFINISHED)
 def get_csv(job: JobDep, store: StoreDep) -> Response:
     """The whole table as CSV, streamed."""
     return _unfinished(job) or _stream(job, store, csv_chunks, CSV, "utility.csv")
 
 
-@routes.get("/v1/jobs/{job_id}/results.parquet", tags=["results"], response_class=StreamingResponse)
+@routes.get(
+    "/v1/jobs/{job_id}/results.parquet", tags=["results"], response_class=StreamingResponse, responses=UNFINISHED
+)
 def get_parquet(job: JobDep, store: StoreDep) -> Response:
     """The whole table as Parquet, streamed."""
     return _unfinished(job) or _stream(job, store, parquet_chunks, PARQUET, "utility.parquet")
@@ -155,11 +159,11 @@ def list_models() -> ModelPage:
     return ModelPage(data=[model_view(model_facts(name)) for name in model_names()])
 
 
-@routes.get("/v1/models/{name}/layers", tags=["catalog"])
+@routes.get("/v1/models/{name}/layers", tags=["catalog"], responses=problems(404))
 def list_layers(name: str) -> LayerPage:
     """Every layer of a model, with the path that it takes."""
     if name not in model_names():
-        raise not_found(f"model {name!r}", "GET /v1/models")
+        raise not_found(f"model {name!r}", "GET /v1/models", nearest(name.lower(), model_names()))
     return LayerPage(data=[layer_view(layer) for layer in model_facts(name).layers])
 
 
@@ -175,7 +179,7 @@ def healthz() -> Health:
     return Health(status="ok")
 
 
-@routes.get("/readyz", tags=["health"], responses={503: {"model": Health}})
+@routes.get("/readyz", tags=["health"], responses={503: {"model": Health, "content": PROBLEM}})
 def readyz(desk: DeskDep, response: Response) -> Health:
     """Jobs will be worked on: Redis answers and a worker has been seen."""
     desk.redis.ping()
@@ -196,7 +200,7 @@ def _unfinished(job: JobRecord) -> Response | None:
         return None
     if job.status in TERMINAL or job.status == State.CANCELLING:
         why = f": {job.error.get('detail', job.error)}" if job.error else ""
-        raise conflict(f"Job {job.id} is {job.status} and has no results{why}.")
+        raise conflict(f"Job {job.id} is {job.status} and has no results{why}".rstrip(".") + ".")
     return JSONResponse(pending(job).model_dump(mode="json"), 202, {"Retry-After": str(retry_after_s(job))})
 
 

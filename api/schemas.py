@@ -143,6 +143,20 @@ class Health(BaseModel):
     checks: dict[str, str] = {}
 
 
+class Problem(BaseModel):
+    """What went wrong (RFC 9457); the last four members are there where a field of the request is to blame."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    instance: str
+    field: str | None = None
+    given: Any = None
+    allowed: str | None = None
+    next_step: str | None = None
+
+
 def plan_view(plan: Plan) -> PlanView:
     """The public form of a plan."""
     same = {name: getattr(plan, name) for name in PlanView.model_fields if name != "n_shards"}

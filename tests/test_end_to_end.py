@@ -17,6 +17,8 @@ import httpx
 import psutil
 import pytest
 
+from worker.redis_server import find_binary
+
 ABLATION = [sys.executable, "-m", "ablation.cli"]
 PATIENCE_S = 120.0
 JOB = [
@@ -39,7 +41,7 @@ SPEC = {
     "data": {"name": "digits", "train": "all", "test": {"per_class": 9}},
     "sites": {"count": 512},
 }
-LONG = {**SPEC, "layer": "conv2", "sites": {"count": 4096}, "precision": "float64"}
+SLOW_SPEC = {**SPEC, "layer": "conv2", "sites": {"count": 96}, "precision": "float64"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,16 @@ class Server:
 
 
 def environment(home: Path) -> dict[str, str]:
-    ours = {"ABLATION_THREADS": "1", "ABLATION_CACHE_DIR": str(home / "cache"), "PYTHONUNBUFFERED": "1"}
+    ours = {
+        "ABLATION_THREADS": "1",
+        "ABLATION_CACHE_DIR": str(home / "cache"),
+        "ABLATION_SHARD_S": "2",
+        "ABLATION_LEASE_S": "2",
+        "ABLATION_BEAT_S": "0.2",
+        "ABLATION_SWEEP_S": "0.5",
+        "ABLATION_LOST_S": "3",
+        "PYTHONUNBUFFERED": "1",
+    }
     return {**{name: value for name, value in os.environ.items() if name != "REDIS_URL"}, **ours}
 
 
@@ -96,6 +107,16 @@ def run_csv(tmp_path_factory: pytest.TempPathFactory, home: Path) -> bytes:
         [*ABLATION, "run", *JOB, "--out", str(out)], check=True, env=environment(home), stdout=subprocess.PIPE
     )
     return (out / "utility.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def slow_csv(server: Server) -> bytes:
+    """The CSV of the slow job, undisturbed; of several shards, as it is when it is disturbed."""
+    with connect(server) as client:
+        url = client.post("/v1/jobs", json=SLOW_SPEC).headers["location"]
+        assert poll(client, f"{url}/results").status_code == 200
+        assert client.get(url).json()["progress"]["total"] > 2
+        return client.get(f"{url}/results.csv").content
 
 
 def connect(server: Server) -> httpx.Client:
@@ -168,9 +189,9 @@ def test_the_printed_curl_lines_work_when_pasted(server: Server, tmp_path: Path)
     assert len(rows) == 1 + 4096
 
 
-def test_sigint_in_mid_shard_stops_all_and_the_next_start_goes_on(tmp_path: Path, home: Path) -> None:
+def test_sigint_in_mid_shard_stops_all_and_the_next_start_goes_on(tmp_path: Path, home: Path, slow_csv: bytes) -> None:
     with serving(tmp_path, home) as server, connect(server) as client:
-        url = client.post("/v1/jobs", json=LONG).headers["location"]
+        url = client.post("/v1/jobs", json=SLOW_SPEC).headers["location"]
         wait_until_in_mid_shard(client, url)
         family = server.family()
         assert len(family) >= 5  # the supervisor, Redis, the API, the worker, its child
@@ -181,8 +202,23 @@ def test_sigint_in_mid_shard_stops_all_and_the_next_start_goes_on(tmp_path: Path
         assert psutil.wait_procs(family, timeout=0)[1] == []
     with serving(tmp_path, home) as server, connect(server) as client:
         wait_until_in_mid_shard(client, url)
-        assert client.post(f"{url}/cancel").json()["status"] in ("cancelling", "cancelled")
-        assert poll(client, f"{url}/results").status_code == 409
+        assert poll(client, f"{url}/results").status_code == 200
+        assert client.get(f"{url}/results.csv").content == slow_csv
+
+
+def test_kill_9_of_each_in_mid_job_changes_no_byte(tmp_path: Path, home: Path, slow_csv: bytes) -> None:
+    with serving(tmp_path, home) as server, connect(server) as client:
+        url = client.post("/v1/jobs", json=SLOW_SPEC).headers["location"]
+        for name in ("api", find_binary().name, "worker"):
+            wait_until_in_mid_shard(client, url)
+            kill(server, name)
+        assert poll(client, f"{url}/results").status_code == 200
+        assert client.get(f"{url}/results.csv").content == slow_csv
+
+
+def kill(server: Server, name: str) -> None:
+    children = psutil.Process(server.process.pid).children()
+    next(child for child in children if name in (*child.cmdline(), child.name())).kill()
 
 
 def wait_until_in_mid_shard(client: httpx.Client, url: str) -> None:
@@ -191,5 +227,11 @@ def wait_until_in_mid_shard(client: httpx.Client, url: str) -> None:
     while not (job and job["status"] == "running" and job["progress"]["done"] % 1 > 0):
         assert time.monotonic() < deadline, job
         time.sleep(0.05)
-        job = client.get(url).json()
+        try:
+            answer = client.get(url)
+        except httpx.TransportError:
+            continue  # the API is being started again
+        if answer.status_code == 503:
+            continue  # Redis is
+        job = answer.json()
         assert job["status"] in ("queued", "running"), job

@@ -1,6 +1,5 @@
 """`python -m worker`: one worker, until SIGTERM or SIGINT. Its options are `settings.py`, from the environment."""
 
-import re
 import secrets
 import sys
 import warnings
@@ -10,7 +9,7 @@ from redis.exceptions import RedisError
 
 from ablation.errors import ServiceError
 from worker import keys
-from worker.settings import Settings
+from worker.settings import Settings, hide_password
 from worker.store import connect
 
 ARGUMENTS = ["--pool=prefork", "--concurrency=1", "--without-gossip", "--without-mingle", "--loglevel=WARNING"]
@@ -27,17 +26,12 @@ def describe(settings: Settings) -> str:
     )
 
 
-def hide_password(url: str) -> str:
-    """A Redis URL as it may be shown."""
-    return re.sub(r"//[^/@]*@", "//", url)
-
-
 def main() -> None:
     """Run a worker in this process."""
-    from worker.tasks import app, settings
-
     warnings.simplefilter("ignore", SecurityWarning)  # of root, as in a container: it is about pickle, and we take JSON
     try:
+        from worker.tasks import app, settings  # reads the settings
+
         print(describe(settings), flush=True)
     except (ServiceError, RedisError) as error:
         sys.exit(f"Error: {error}")

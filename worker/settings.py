@@ -6,14 +6,18 @@ Not here: the job spec (what a user asks) and the plan (what the spec makes of i
 """
 
 import os
+import re
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ablation.errors import ServiceError
 from ablation.folders import Folders
+
+AnySettings = TypeVar("AnySettings", bound=BaseSettings)
 
 
 def count_cpus() -> int:
@@ -58,18 +62,55 @@ class Settings(BaseSettings):
         chosen = {name: Path(str(given[name])).expanduser().absolute() for name in below if given.get(name)}
         return {**given, "home": home, **below, **chosen}
 
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, url: str) -> str:
+        try:
+            is_redis = not url or (urlsplit(url).scheme in ("redis", "rediss", "unix") and urlsplit(url).port != 0)
+        except ValueError:  # the port is not a number of its range
+            is_redis = False
+        if not is_redis:
+            raise ValueError("redis://host:6379/0, rediss://host:6379/0 or unix:///path")
+        return url
+
     @property
     def folders(self) -> Folders:
         """The folders that a job may read from."""
         return Folders(data=self.data_dir, checkpoints=self.checkpoint_dir, cache=self.cache_dir)
 
 
-def load_settings() -> Settings:
-    """The settings of this process's environment, the password in place."""
-    settings = Settings()
+def load_settings(home: Path | None = None) -> Settings:
+    """The settings of this process's environment, the password in place; `home` goes before ABLATION_HOME.
+
+    Raises:
+        ServiceError: a variable is not what it may be, or the password can't be read.
+    """
+    settings = read_environment(Settings, **({"home": home} if home else {}))
     if settings.redis_password_file is None:
         return settings
     return settings.model_copy(update={"redis_url": add_password(settings.redis_url, settings.redis_password_file)})
+
+
+def read_environment(kind: type[AnySettings], **given: Any) -> AnySettings:
+    """Settings of this kind from the environment; `given` goes before it.
+
+    Raises:
+        ServiceError: a variable is not what it may be; the message names it.
+    """
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0])
+    name = "REDIS_URL" if field == "redis_url" else f"{kind.model_config.get('env_prefix', '')}{field}".upper()
+    allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable to")[0]
+    shown = hide_password(str(first["input"]))
+    raise ServiceError(f"{name}: got {shown!r}; allowed: {allowed}. Set it to that, or unset it for its default.")
+
+
+def hide_password(url: str) -> str:
+    """A Redis URL as it may be shown."""
+    return re.sub(r"//.*@", "//", url)
 
 
 def add_password(redis_url: str, file: Path) -> str:
@@ -86,4 +127,4 @@ def add_password(redis_url: str, file: Path) -> str:
             "may read. Make it readable, or put the password into REDIS_URL."
         ) from error
     scheme, _, place = redis_url.partition("://")
-    return f"{scheme}://:{quote(password, safe='')}@{place}"
+    return redis_url and f"{scheme}://:{quote(password, safe='')}@{place}"

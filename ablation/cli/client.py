@@ -15,6 +15,7 @@ from ablation.errors import AblationError, ServiceError, SpecError
 from ablation.spec import JobSpec
 
 TIMEOUT_S = 30.0
+POLL_TIMEOUT_S = 5.0  # a dead API leaves its address open: what is sent there waits until it is started again
 MAX_POLL_S = 2.0  # a person watches the bar: ask more often than the server wants, never less than it allows at 429
 AWAY_S = 60.0  # how long a server may be away (it is being restarted) before polling gives up
 
@@ -37,8 +38,15 @@ class Client:
         """Ask for a job; returns it."""
         return self._ask("POST", "/v1/jobs", json=spec.model_dump(mode="json")).json()
 
-    def wait(self, job: dict[str, Any], on_poll: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def wait(
+        self,
+        job: dict[str, Any],
+        on_poll: Callable[[dict[str, Any]], None],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
         """Poll until the job is done; returns its results, without rows. `on_poll` gets every answer before that.
+
+        `meanwhile` is called before every poll, whether the server answers or not.
 
         Raises:
             AblationError: the job failed or was cancelled.
@@ -46,8 +54,9 @@ class Client:
         """
         last_seen = time.monotonic()
         while True:
+            meanwhile()
             try:
-                answer = self._ask("GET", job["urls"]["results"], params={"limit": 0})
+                answer = self._ask("GET", job["urls"]["results"], params={"limit": 0}, timeout=POLL_TIMEOUT_S)
             except ServiceError:
                 if time.monotonic() - last_seen > AWAY_S:
                     raise

@@ -12,7 +12,8 @@ import click
 
 from ablation.cli.client import Client
 from ablation.cli.display import print_files, print_summary, progress_bar, say_seconds, show_poll
-from ablation.cli.options import out_option
+from ablation.cli.files import make_writable, results_folder
+from ablation.cli.options import home_option, out_option
 from ablation.cli.server import EXAMPLE, raise_on_signals
 from ablation.cli.services import Services, child_environment, python_command
 from ablation.errors import ServiceError
@@ -20,26 +21,21 @@ from ablation.spec import make_spec
 from worker.settings import Settings
 from worker.tether import tether
 
-KEPT = Path.home() / ".cache" / "weight-ablation"
-
 
 @click.command()
 @out_option("demo-out")
-@click.option(
-    "--home", type=click.Path(path_type=Path, file_okay=False), default=KEPT, show_default=True,
-    help="Where the trained model is kept for the next time.",
-)  # fmt: skip
-def demo(out: Path, home: Path) -> None:
+@home_option
+def demo(settings: Settings, out: Path) -> None:
     """Show the whole service at work, on real handwritten digits; needs no network, no GPU, no Redis.
 
     Trains a small AlexNet (the first time), starts Redis, a worker and the API on a free port, asks for the utility of
-    4,096 weights, downloads the table and stops everything.
+    4,096 weights, downloads the table and stops everything. Only the trained model is kept, in the cache.
     """
     raise_on_signals()
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ablation-demo-") as private:
-        settings = Settings(home=Path(private), cache_dir=home.absolute(), redis_url="")
-        services = Services(settings, "127.0.0.1", 0, 1, say=click.echo)
+    make_writable(settings.cache_dir, "--home")
+    with results_folder(out), tempfile.TemporaryDirectory(prefix="ablation-demo-") as private:
+        own = Settings(home=Path(private), cache_dir=settings.cache_dir, redis_url="")
+        services = Services(own, "127.0.0.1", 0, 1, say=click.echo)
         try:
             summary = run_demo(services, out)
         finally:
@@ -59,12 +55,8 @@ def run_demo(services: Services, out: Path) -> dict[str, object]:
         job = client.post(make_spec(EXAMPLE))
         click.echo(f"POST {services.url}/v1/jobs: 4,096 weights of fc2, every train and test example; job {job['id']}")
         with progress_bar("job queued") as update:
-
-            def on_poll(answer: dict[str, object]) -> None:
-                services.tend()
-                show_poll(answer, update)
-
-            results = client.wait(job, on_poll)
+            results = client.wait(job, lambda answer: show_poll(answer, update), meanwhile=services.tend)
+            update(1.0, "job succeeded")
         client.download(job, results, out)
         click.echo(f"from POST to CSV: {say_seconds(time.monotonic() - start)}")
     return results["summary"]

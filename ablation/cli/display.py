@@ -6,6 +6,7 @@ In: fractions, and the summary that `statistics.make_summary` made. Out: text, p
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,23 @@ def print_files(folder: Path) -> None:
         click.echo(f"wrote {folder / name}  ({say_bytes((folder / name).stat().st_size)})")
 
 
+def say_number(value: float) -> str:
+    """Three digits, thousands by commas, never an exponent."""
+    return f"{Decimal(f'{value:.3g}'):,f}"
+
+
 def say_seconds(seconds: float) -> str:
     """A duration as people say it."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
-            return f"{seconds / size:,.3g} {unit}"
-    return f"{seconds:.3g} s"
+            return f"{say_number(seconds / size)} {unit}"
+    return f"{say_number(seconds)} s"
 
 
 def say_bytes(n_bytes: float) -> str:
     """A size as people say it."""
     for unit in ("B", "kB", "MB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
+        if n_bytes < 999.5:  # what is above rounds to 1000
+            return f"{say_number(n_bytes)} {unit}"
         n_bytes /= 1000
-    return f"{n_bytes:.3g} GB" if n_bytes < 1000 else f"{n_bytes:,.0f} GB"
+    return f"{say_number(n_bytes)} GB"

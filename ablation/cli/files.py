@@ -3,14 +3,51 @@
 In: what writes them, and a folder. Not here: the formats (`ablation.export`).
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from ablation.errors import SpecError
 
 CSV, PARQUET, SUMMARY = RESULT_FILES = ("utility.csv", "utility.parquet", "summary.json")
 
 Writer = Callable[[BinaryIO], None]
+
+
+@contextlib.contextmanager
+def results_folder(folder: Path) -> Iterator[None]:
+    """Make the folder before anything is computed for it; if nothing comes of it, it goes again.
+
+    Raises:
+        SpecError: it can't be made or written to.
+    """
+    was_there = folder.exists()
+    make_writable(folder, "--out")
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):  # it holds something by now
+                folder.rmdir()
+        raise
+
+
+def make_writable(folder: Path, option: str) -> None:
+    """Make a folder and check that files can be made in it.
+
+    Raises:
+        SpecError: they can't; it names the option that chose the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SpecError(
+            option, str(folder), "a folder that you may write to", f"({error.strerror}) Choose another with {option}."
+        ) from None
 
 
 def write_results(folder: Path, *, csv: Writer, parquet: Writer, summary: Mapping[str, Any]) -> None:

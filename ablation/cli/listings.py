@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ablation.catalog import find_checkpoint, model_facts, model_names, split_counts
-from ablation.cli.display import say_bytes, say_seconds
+from ablation.cli.display import say_bytes, say_number, say_seconds
 from ablation.cli.options import home_option, locate, run_options, spec_options
 from ablation.plan import Plan, make_plan
 from ablation.spec import JobSpec
@@ -92,7 +92,7 @@ def _print_plan(spec: JobSpec, made: Plan) -> None:
         "weights": f"{made.n_sites:,} of {made.parameter} {tuple(made.shape)} of {spec.model.name}",
         "path": made.path,
         "examples": f"{cost.n_examples:,} ({examples})",
-        "cost": f"{cost.passes:,.3g} evaluation passes",
+        "cost": f"{say_number(cost.passes)} evaluation passes",
         "time": f"about {say_seconds(cost.seconds)} on {made.threads} thread{'s' * (made.threads > 1)}, one worker",
         "memory": f"about {say_bytes(cost.memory_bytes)} in batches of {made.batch_size}",
         "shards": f"{len(made.shards):,}, {say_bytes(cost.redis_bytes)} in Redis as a job of the service",

@@ -16,7 +16,7 @@ from ablation.errors import SpecError
 from ablation.folders import Folders
 from ablation.plan import ENGINES
 from ablation.spec import JobSpec, make_spec
-from worker.settings import Settings, load_settings
+from worker.settings import load_settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -39,6 +39,7 @@ _SPEC_OPTIONS = [
     ),
     click.option("--verify", type=int, default=8, show_default=True, help="Weights checked by brute force; 0: none."),
     click.option("--top1", is_flag=True, help="Also count the answers that become wrong and right."),
+    click.option("--criteria", help="Cheap criteria to compute beside, with commas between; none in this version."),
 ]  # fmt: skip
 
 _RUN_OPTIONS = [
@@ -68,7 +69,7 @@ def home_option(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_settings(home: Path | None, **options: Any) -> Any:
-        return command(settings=Settings(home=home) if home else load_settings(), **options)
+        return command(settings=load_settings(home), **options)
 
     option = click.option(
         "--home", type=click.Path(path_type=Path, file_okay=False),
@@ -88,6 +89,7 @@ def out_option(default: str) -> Callable[[Command], Command]:
 def read_spec(
     *, model: str, weights: str | None, model_seed: int, layer: str, data: str, root: str | None, train: str | None,
     test: str | None, data_seed: int, sites: str, seed: int, value: str, precision: str, verify: int, top1: bool,
+    criteria: str | None,
 ) -> JobSpec:  # fmt: skip
     """The job spec that the options say.
 
@@ -105,6 +107,7 @@ def read_spec(
             "precision": precision,
             "verify": verify,
             "top1": top1,
+            "criteria": read_criteria(criteria),
         }
     )
 
@@ -139,6 +142,11 @@ def read_value(text: str) -> str | dict[str, float]:
         return {"constant": float(text)}
     except ValueError:
         raise SpecError("value", text, "zero or a number") from None
+
+
+def read_criteria(text: str | None) -> list[str]:
+    """The names that `text` says, with commas between them."""
+    return [name for part in (text or "").split(",") if (name := part.strip())]
 
 
 def locate(spec: JobSpec, folders: Folders) -> tuple[JobSpec, Folders]:

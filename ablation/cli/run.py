@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ablation.cli.display import print_files, print_summary, progress_bar
-from ablation.cli.files import write_results
+from ablation.cli.files import results_folder, write_results
 from ablation.cli.options import home_option, locate, out_option, run_options, spec_options
 from ablation.spec import JobSpec
 from worker.settings import Settings
@@ -26,21 +26,22 @@ def run(spec: JobSpec, settings: Settings, out: Path, device: str | None, engine
         --data imagefolder --root DIR --train 50/class --test all --sites 4096 --out DIR
     """  # \b is click's sign for: don't rewrap
     spec, folders = locate(spec, settings.folders)
-    with progress_bar("starting") as update:
-        from ablation.export import write_csv, write_parquet  # torch is loaded while the bar is up
-        from ablation.run import run_spec
-        from ablation.statistics import make_summary
+    with results_folder(out):
+        with progress_bar("starting") as update:
+            from ablation.export import write_csv, write_parquet  # torch is loaded while the bar is up
+            from ablation.run import run_spec
+            from ablation.statistics import make_summary
 
-        table = run_spec(
-            spec,
-            folders,
-            device=device or settings.device,
-            engine=engine,
-            batch_size=batch_size,
-            threads=settings.threads,
-            on_progress=update,
-        )
-    summary = make_summary(table)
-    write_results(out, csv=partial(write_csv, table), parquet=partial(write_parquet, table), summary=summary)
+            table = run_spec(
+                spec,
+                folders,
+                device=device or settings.device,
+                engine=engine,
+                batch_size=batch_size,
+                threads=settings.threads,
+                on_progress=update,
+            )
+        summary = make_summary(table)
+        write_results(out, csv=partial(write_csv, table), parquet=partial(write_parquet, table), summary=summary)
     print_summary(summary)
     print_files(out)

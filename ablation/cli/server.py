@@ -10,7 +10,7 @@ import click
 
 from ablation.cli.options import home_option
 from ablation.cli.services import Services, child_environment, python_command
-from worker.settings import Settings
+from worker.settings import Settings, count_cpus, hide_password
 
 TEND_S = 0.2  # how often the supervisor looks after its processes
 
@@ -35,9 +35,12 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     SIGTERM stops everything within 10 seconds, a second one kills it. What was running goes on after the next start.
     """
     raise_on_signals()
+    warn_of_threads(workers, settings.threads)
     services = Services(settings, host, port, workers, say=lambda text: click.echo(text, err=True))
+    started = False
     try:
         services.start()
+        started = True
         click.echo(f"Starting on {services.url} ...", err=True)
         services.wait_ready()
         click.echo(directions(services))
@@ -46,7 +49,8 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
             time.sleep(TEND_S)
     finally:
         services.stop()
-        click.echo("Stopped. What was running goes on after the next start.", err=True)
+        if started:
+            click.echo("Stopped. What was running goes on after the next start.", err=True)
 
 
 @click.command()
@@ -70,6 +74,16 @@ def become(module: str, environment: dict[str, str]) -> None:
     os.execve(sys.executable, python_command(module), {**child_environment(), **environment})
 
 
+def warn_of_threads(workers: int, threads: int) -> None:
+    """Say so if the workers would have more threads than there are processors."""
+    if workers * threads > (n_cpus := count_cpus()):
+        click.echo(
+            f"Warning: {workers} worker{'s' * (workers > 1)} with {threads} thread{'s' * (threads > 1)} each on "
+            f"{n_cpus} CPU{'s' * (n_cpus > 1)} slow each other down; set ABLATION_THREADS={max(1, n_cpus // workers)}",
+            err=True,
+        )
+
+
 def raise_on_signals() -> None:
     """Make SIGTERM do what SIGINT does: end the block that runs, so that what it started is stopped."""
 
@@ -85,20 +99,20 @@ def raise_on_signals() -> None:
 def directions(services: Services) -> str:
     """What a person who has just started a server wants to know."""
     url, settings = services.url, services.settings
-    body = json.dumps(EXAMPLE)
+    body = f"-H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'"
     return f"""
 weight-ablation is ready at {url}    (API documentation: {url}/docs)
 
 Submit a job, wait for it, download its table:
 
-JOB={url}$(curl -sS -D - -o /dev/null {url}/v1/jobs --json '{body}' | tr -d '\\r' | sed -n 's/^location: //Ip')
+JOB={url}$(curl -sS -D - -o /dev/null {url}/v1/jobs {body} | tr -d '\\r' | sed -n 's/^location: //Ip')
 while curl -sS -w '\\n%{{http_code}}\\n' "$JOB/results?limit=3" | tee /dev/stderr | grep -qx 202; do sleep 1; done
 curl -sS -o utility.csv $JOB/results.csv
 
 data sets    {settings.data_dir}
 checkpoints  {settings.checkpoint_dir}
 cache        {settings.cache_dir}
-Redis        {settings.redis_url or settings.home / "redis"}
+Redis        {hide_password(settings.redis_url) or settings.home / "redis"}
 logs         {settings.home / "logs"}
 
 Ctrl-C stops everything.

@@ -30,6 +30,8 @@ STOP_S = 5.0  # who is still there after this is killed; with the 5 s that Redis
 SAME_SIGNAL_S = 0.5  # `timeout` and others send a signal to a process and to its group: that is one signal, not two
 STEADY_S = 60.0  # who lived this long starts again at once when it dies
 MAX_BACK_OFF_S = 30.0
+# Threads that wait for work sleep; those that spin take the processors from the other workers.
+PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
 @dataclass
@@ -189,9 +191,11 @@ class Services:
         return self.redis.url
 
     def _environment(self) -> dict[str, str]:
-        settings = self.settings
+        settings, ours = self.settings, child_environment()
+        ours.pop("ABLATION_REDIS_PASSWORD_FILE", None)  # the password is in the URL by now
         return {
-            **child_environment(),
+            **PATIENT_THREADS,
+            **ours,
             "REDIS_URL": settings.redis_url or self._start_redis(),
             "ABLATION_HOME": str(settings.home),
             "ABLATION_DATA_DIR": str(settings.data_dir),

@@ -6,6 +6,7 @@ import click
 
 from ablation.cli.client import Client
 from ablation.cli.display import print_files, print_summary, progress_bar, show_poll
+from ablation.cli.files import results_folder
 from ablation.cli.options import out_option, spec_options
 from ablation.spec import JobSpec
 
@@ -20,12 +21,13 @@ def submit(server: str, spec: JobSpec, out: Path) -> None:
 
     --root is a folder below the server's data folder. Ctrl-C leaves the job running and says how to follow it.
     """
-    with Client(server) as client:
+    with results_folder(out), Client(server) as client:
         job = client.post(spec)
         click.echo(f"Job {job['id']}: {client.server}{job['urls']['self']}", err=True)
         try:
             with progress_bar("job") as update:
                 results = client.wait(job, lambda answer: show_poll(answer, update))
+                update(1.0, "job succeeded")
         except KeyboardInterrupt:
             click.echo(
                 f"\nJob {job['id']} goes on at the server.\n"

@@ -45,3 +45,15 @@ def test_every_address_is_documented(api: httpx.Client) -> None:
         "/v1/jobs/{job_id}/results.csv", "/v1/jobs/{job_id}/results.parquet", "/v1/plans", "/v1/models",
         "/v1/models/{name}/layers", "/v1/datasets", "/healthz", "/readyz", "/metrics",
     } == set(paths)  # fmt: skip
+
+
+def test_errors_are_documented_as_they_are_sent(api: httpx.Client) -> None:
+    document = api.get("/openapi.json").json()
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    sent = api.get("/v1/jobs", params={"limit": 0}).json()
+    assert set(sent) <= set(document["components"]["schemas"]["Problem"]["properties"])
+    responses = document["paths"]["/v1/jobs/{job_id}/cancel"]["post"]["responses"]
+    assert set(responses) == {"200", "202", "404", "409", "410", "422", "503"}
+    for status in ("404", "409", "410", "422", "503"):
+        reference = {"$ref": "#/components/schemas/Problem"}
+        assert responses[status]["content"] == {"application/problem+json": {"schema": reference}}

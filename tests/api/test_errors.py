@@ -23,7 +23,8 @@ from worker.settings import Settings
         ({"model": {"name": "digits_alexnet", "weights": "no.pt"}}, "model.weights", "no.pt", "checkpoint"),
         ({"data": {"name": "digit", "train": "all"}}, "data.name", "digit", "digits"),
         ({"data": {"name": "digits", "test": {"per_class": 999}}}, "data.test.per_class", 999, "1 to "),
-        ({"surprise": 1}, "surprise", 1, ""),
+        ({"surprise": 1}, "surprise", 1, "model, layer, data"),
+        ({"data": {"name": "digits"}}, "data", {"name": "digits"}, "'train', 'test' or both"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("url", ["/v1/jobs", "/v1/plans"])
@@ -45,6 +46,12 @@ def test_wrong_spec_is_422(
 def test_nearest_names_are_offered(api: httpx.Client) -> None:
     problem = api.post("/v1/jobs", json={**FIELDS, "model": {"name": "digits_alexnett"}}).json()
     assert "'digits_alexnet'" in problem["next_step"]
+
+
+def test_nearest_models_are_offered(api: httpx.Client) -> None:
+    answer = api.get("/v1/models/alexnt/layers")
+    assert answer.status_code == 404
+    assert "'alexnet'" in answer.json()["detail"]
 
 
 def test_what_is_sent_back_is_short(api: httpx.Client) -> None:

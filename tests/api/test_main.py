@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import httpx
+import pytest
 
 from worker.settings import Settings
 from worker.store import JobStore
@@ -54,3 +55,12 @@ def test_without_redis_it_says_what_to_set() -> None:
     assert ended.returncode != 0
     assert "REDIS_URL" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("port", ["http", "65536"])
+def test_a_wrong_port_is_one_line(port: str) -> None:
+    wrong = {**os.environ, "ABLATION_PORT": port}
+    ended = subprocess.run(COMMAND, env=wrong, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"Error: ABLATION_PORT: got {port!r}; allowed: ")
+    assert len(ended.stderr.splitlines()) == 1

@@ -113,6 +113,7 @@ def test_poll_that_will_never_succeed(  # type: ignore[no-untyped-def]
     answer = api.get(f"/v1/jobs/{job.id}/{path}")
     assert answer.status_code == 409
     assert says in answer.json()["detail"]
+    assert not answer.json()["detail"].endswith("..")
 
 
 def test_results_are_rows(api: httpx.Client, store: JobStore, settings: Settings, spec: JobSpec) -> None:

@@ -13,7 +13,7 @@ PATIENCE_S = 120
 
 
 def start(home: Path, out: Path) -> "subprocess.Popen[str]":
-    command = [*COMMAND, "--home", str(home / "cache"), "--out", str(out)]
+    command = [*COMMAND, "--home", str(home), "--out", str(out)]
     environment = {**os.environ, "TMPDIR": str(out.parent), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -43,3 +43,14 @@ def test_ctrl_c_stops_everything(home: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert psutil.wait_procs(family, timeout=0)[1] == []
     assert [*tmp_path.glob("ablation-*")] == []
+
+
+def test_a_dead_api_is_started_again(home: Path, tmp_path: Path) -> None:
+    with start(home, tmp_path / "demo-out") as process:
+        assert process.stdout
+        next(line for line in process.stdout if "POST" in line)
+        api = next(each for each in psutil.Process(process.pid).children() if "api" in each.cmdline())
+        api.kill()
+        said, progress = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, progress
+    assert "api ended with code -9" in said

@@ -6,7 +6,8 @@ from typing import BinaryIO
 
 import pytest
 
-from ablation.cli.files import RESULT_FILES, write_results
+from ablation.cli.files import RESULT_FILES, results_folder, write_results
+from ablation.errors import SpecError
 
 
 def write_ab(stream: BinaryIO) -> None:
@@ -32,3 +33,15 @@ def test_what_breaks_off_leaves_what_was_there(tmp_path: Path) -> None:
         write_results(tmp_path, csv=break_off, parquet=write_ab, summary={})
     assert [path.name for path in tmp_path.iterdir()] == ["utility.csv"]
     assert (tmp_path / "utility.csv").read_bytes() == b"before"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SpecError, match="--out"), results_folder(tmp_path / "file" / "out"):
+        raise AssertionError("it worked all the same")
+
+
+def test_a_new_folder_goes_again_if_nothing_comes_of_it(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), results_folder(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert [*tmp_path.iterdir()] == []

@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from ablation.cli.options import locate, read_sites, read_split, read_value, spec_options
+from ablation.cli.options import locate, read_criteria, read_sites, read_split, read_value, spec_options
 from ablation.errors import SpecError
 from ablation.folders import Folders
 from ablation.spec import JobSpec, make_spec
@@ -90,6 +90,13 @@ def test_value() -> None:
     assert read_value("1e-3") == {"constant": 0.001}
     with pytest.raises(SpecError, match="zero or a number"):
         read_value("nothing")
+
+
+def test_criteria_reach_the_spec_which_knows_none() -> None:
+    assert read_criteria("saliency, magnitude") == ["saliency", "magnitude"]
+    assert read("--test", "all", "--criteria", "").criteria == ()
+    with pytest.raises(SpecError, match=r"criteria: got \['saliency'\].*none in this version"):
+        read("--test", "all", "--criteria", "saliency")
 
 
 def test_no_split_is_refused() -> None:

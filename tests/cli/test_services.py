@@ -82,6 +82,17 @@ def test_what_dies_is_started_again_and_stop_leaves_nothing(services: Services, 
     assert psutil.wait_procs(family, timeout=0)[1] == []
 
 
+def test_workers_get_the_password_once_and_threads_that_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLATION_REDIS_PASSWORD_FILE", str(tmp_path / "password"))
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    settings = Settings(home=tmp_path, redis_url="redis://:secret@host")
+    environment = Services(settings, "127.0.0.1", 0, 1, say=print)._environment()
+    assert environment["REDIS_URL"] == "redis://:secret@host"
+    assert "ABLATION_REDIS_PASSWORD_FILE" not in environment
+    assert (environment["OMP_WAIT_POLICY"], environment["GOMP_SPINCOUNT"]) == ("PASSIVE", "7")
+
+
 def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ablation.cli", "serve", "--port", "0", "--home", str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}

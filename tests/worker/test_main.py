@@ -4,20 +4,8 @@ import sys
 
 import pytest
 
-from worker.__main__ import describe, hide_password
+from worker.__main__ import describe
 from worker.settings import Settings
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("redis://:secret@host:6379/0", "redis://host:6379/0"),
-        ("rediss://user:secret@host/0", "rediss://host/0"),
-        ("unix:///run/redis.sock", "unix:///run/redis.sock"),
-    ],
-)
-def test_passwords_are_not_shown(url: str, shown: str) -> None:
-    assert hide_password(url) == shown
 
 
 def test_a_worker_says_what_it_found(settings: Settings) -> None:
@@ -34,3 +22,15 @@ def test_a_worker_without_redis_says_so_and_ends(url: str, why: str) -> None:
     assert told.returncode == 1
     assert why in told.stderr
     assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ABLATION_THREADS", "abc"), ("REDIS_URL", "http://host"), ("ABLATION_REDIS_PASSWORD_FILE", "/no/such/file")],
+)
+def test_a_wrong_setting_is_one_line(name: str, value: str) -> None:
+    environment = os.environ | {name: value}
+    told = subprocess.run([sys.executable, "-m", "worker"], env=environment, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 1
+    assert told.stderr.startswith(f"Error: {name}: got {value!r}")
+    assert len(told.stderr.splitlines()) == 1
