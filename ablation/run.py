@@ -26,7 +26,7 @@ from ablation.errors import ModelError
 from ablation.folders import Folders
 from ablation.models import load_model
 from ablation.partial import PartialSums, join, merge
-from ablation.plan import Plan, Shard, make_plan
+from ablation.plan import SHARD_S, Plan, Shard, make_plan
 from ablation.precision import fit
 from ablation.proof import choose_rows, compare, make_proof
 from ablation.reference import in_float64
@@ -256,6 +256,7 @@ def run_spec(
     engine: str = "auto",
     batch_size: int | None = None,
     threads: int | None = None,
+    shard_s: float = SHARD_S,
     on_progress: Callable[[float, str], None] = lambda fraction, what: None,
 ) -> ImportanceTable:
     """Load, plan and run a job in this process."""
@@ -265,6 +266,7 @@ def run_spec(
         catalog.model_facts(spec.model.name),
         catalog.split_counts(spec.data, folders),
         threads=threads or torch.get_num_threads(),
+        shard_s=shard_s,
         engine=engine,
         batch_size=batch_size,
     )

@@ -39,6 +39,7 @@ def run(spec: JobSpec, settings: Settings, out: Path, device: str | None, engine
                 engine=engine,
                 batch_size=batch_size,
                 threads=settings.threads,
+                shard_s=settings.shard_s,
                 on_progress=update,
             )
         summary = make_summary(table)
