@@ -145,11 +145,24 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="the folder to keep it in")
     cache = parser.parse_args().cache
     folders = Folders(data=cache, checkpoints=cache, cache=cache)
-    if not sys.stdout.isatty():
-        print(f"{DEMO_MODEL} is trained: {ensure_demo_model(folders)}")
-        return
-    path = ensure_demo_model(folders, lambda done: print(f"\rtraining {DEMO_MODEL}: {done:4.0%}", end="", flush=True))
-    print(f"\r{DEMO_MODEL} is trained: {path}")
+    path = ensure_demo_model(folders, _show_progress if sys.stdout.isatty() else _say_once())
+    print(f"\r{DEMO_MODEL} is trained: {path}" if sys.stdout.isatty() else f"{DEMO_MODEL} is trained: {path}")
+
+
+def _show_progress(done: float) -> None:
+    print(f"\rtraining {DEMO_MODEL}: {done:4.0%}", end="", flush=True)
+
+
+def _say_once() -> Callable[[float], None]:
+    """One line when training begins, for a log."""
+    said: list[float] = []
+
+    def on_progress(done: float) -> None:
+        if not said:
+            print(f"training {DEMO_MODEL} ...", flush=True)
+        said.append(done)
+
+    return on_progress
 
 
 if __name__ == "__main__":
