@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ablation.engine import EnginePath
 from ablation.errors import ProofError
+from ablation.precision import fit
 from ablation.reference import in_float64, reference_deltas
 from ablation.sites import Sites
 
@@ -77,8 +78,7 @@ def compare(
         largest_logit = max(largest_logit, float(intact.logits.abs().max()))
         columns["engine"].append(torch.cat([piece.delta for piece in pieces]))
         columns["continued"].append(reference_deltas(model, parameter, sites, inputs, labels))
-        wide = inputs.double() if inputs.is_floating_point() else inputs
-        columns["whole"].append(reference_deltas(whole_model, parameter, sites, wide, labels))
+        columns["whole"].append(reference_deltas(whole_model, parameter, sites, fit(inputs, whole_model), labels))
     arrays = {name: torch.cat(parts, dim=1).cpu().numpy() for name, parts in columns.items()}
     return Compared(**arrays, sums=sums, utility_rms=utility_rms, loss=loss, largest_logit=largest_logit)
 

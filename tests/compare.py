@@ -16,40 +16,30 @@ def brute_force(
     model: nn.Module, parameter: str, indices: Any, inputs: Tensor, labels: Tensor, value: float = 0.0
 ) -> np.ndarray:
     """Per-example loss deltas (sites, examples) of a float64 copy of the model, weight by weight."""
-    model = copy.deepcopy(model).double().eval()
-    weights = model.get_parameter(parameter).data
-    rows = []
-    with torch.no_grad():
-        loss = _losses(model, inputs, labels)
-        for index in indices:
-            place = np.unravel_index(index, weights.shape)
-            kept = weights[place].item()
-            weights[place] = value
-            rows.append(_losses(model, inputs, labels) - loss)
-            weights[place] = kept
-    return torch.stack(rows).numpy()
+    intact, *ablated = _logits_of_each(model, parameter, indices, inputs, value)
+    loss = F.cross_entropy(intact, labels, reduction="none")
+    return torch.stack([F.cross_entropy(logits, labels, reduction="none") - loss for logits in ablated]).numpy()
 
 
-def count_moved(
-    model: nn.Module, parameter: str, indices: Any, inputs: Tensor, labels: Tensor, value: float = 0.0
-) -> np.ndarray:
+def count_moved(model: nn.Module, parameter: str, indices: Any, inputs: Tensor, value: float = 0.0) -> np.ndarray:
     """For each weight, on how many examples any float64 logit of plain PyTorch moves."""
+    intact, *ablated = _logits_of_each(model, parameter, indices, inputs, value)
+    return np.array([int((logits != intact).any(dim=1).sum()) for logits in ablated])
+
+
+def _logits_of_each(model: nn.Module, parameter: str, indices: Any, inputs: Tensor, value: float) -> list[Tensor]:
+    """The float64 logits of the intact model, then with each weight replaced in turn."""
     model = copy.deepcopy(model).double().eval()
     weights = model.get_parameter(parameter).data
-    counts = []
     with torch.no_grad():
-        before = _logits(model, inputs)
+        every = [_logits(model, inputs)]
         for index in indices:
             place = np.unravel_index(index, weights.shape)
             kept = weights[place].item()
             weights[place] = value
-            counts.append(int((_logits(model, inputs) != before).any(dim=1).sum()))
+            every.append(_logits(model, inputs))
             weights[place] = kept
-    return np.array(counts)
-
-
-def _losses(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(_logits(model, inputs), labels, reduction="none")
+    return every
 
 
 def _logits(model: nn.Module, inputs: Tensor) -> Tensor:

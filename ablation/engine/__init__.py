@@ -25,6 +25,7 @@ from ablation.engine.rerun import Rerun
 from ablation.engine.sums import Sums
 from ablation.errors import ModelError
 from ablation.partial import PartialSums
+from ablation.precision import fit
 from ablation.reference import in_float64, intact_logits, run_reference
 from ablation.sites import Sites
 
@@ -48,7 +49,7 @@ class Reference:
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch."""
-        inputs = inputs.double() if inputs.is_floating_point() else inputs
+        inputs = fit(inputs, self.model)
         intact = make_intact(intact_logits(self.model, inputs), labels)
         return intact, self._deltas(intact, inputs)
 
