@@ -11,7 +11,7 @@ BENCHMARKS = $(basename $(notdir $(shell grep -ls __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve up test test-slow test-gpu check bench bench-gpu facts lock clean
+.PHONY: help install demo serve up test test-slow test-gpu test-ui contract check bench bench-gpu facts lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -66,12 +66,21 @@ test-slow: install ## what takes minutes
 test-gpu: install ## what needs a CUDA device
 	@exec .venv/bin/python -m pytest -m gpu
 
-check: install ## format, lint, types, import contracts, compose file
+test-ui: install ## what needs a browser: the API's pages in Chromium, which apt-get brings where it can
+	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } \
+	  || { echo >&2 "There is no chromium here, and apt-get could not install it. Install it, then: make test-ui"; exit 1; }
+	@exec .venv/bin/python -m pytest -m ui
+
+contract: install ## every row of the HTTP table and every refusal, one line each
+	@exec .venv/bin/python -m pytest tests/contract -v
+
+check: install ## format, lint, types, import contracts, compose files, Dockerfile
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	.venv/bin/hadolint Dockerfile
 
 bench: install ## every claim about speed, measured here
 	@set -e; for name in $(filter-out %_gpu,$(BENCHMARKS)); do .venv/bin/python -m benchmarks.$$name; done

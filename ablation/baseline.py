@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ablation.errors import DataError, ModelError
+from ablation.errors import DataError, ExampleError, ModelError
 from ablation.precision import FromTargetOn, as_found, run_with
 from ablation.reference import intact_logits
 
@@ -33,11 +33,11 @@ def check_model(model: torch.nn.Module) -> None:
             )
 
 
-def check_labels(labels: Tensor, n_classes: int, first_example: int = 0) -> None:
+def check_labels(labels: Tensor, n_classes: int) -> None:
     """Refuse labels that are not class numbers of this model.
 
     Raises:
-        DataError: the labels' type or shape is wrong, or one is outside 0..n_classes-1; the message says which.
+        DataError: the labels' type or shape is wrong. ExampleError: one is outside 0..n_classes-1.
     """
     if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise DataError(
@@ -46,18 +46,16 @@ def check_labels(labels: Tensor, n_classes: int, first_example: int = 0) -> None
         )
     outside = ((labels < 0) | (labels >= n_classes)).nonzero().flatten().tolist()
     if outside:
-        raise DataError(
-            f"example {first_example + outside[0]} has label {int(labels[outside[0]])}; "
-            f"allowed: 0 to {n_classes - 1}, the model's classes."
-        )
+        given = int(labels[outside[0]])
+        raise ExampleError(outside[0], f"has label {given}; allowed: 0 to {n_classes - 1}, the model's classes.")
 
 
-def check_logits(logits: Any, n_examples: int, first_example: int = 0) -> None:
+def check_logits(logits: Any, n_examples: int) -> None:
     """Refuse outputs that are not finite logits of shape (examples, classes).
 
     Raises:
         ModelError: another shape or type of output.
-        DataError: NaN or infinite logits; the message says for which example.
+        ExampleError: NaN or infinite logits.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise ModelError(f"the model returned {type(logits).__name__}; allowed: logits, or an object with `.logits`.")
@@ -67,9 +65,7 @@ def check_logits(logits: Any, n_examples: int, first_example: int = 0) -> None:
         )
     bad = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        raise DataError(
-            f"example {first_example + bad[0]} gives NaN or infinite logits; check its input and the weights."
-        )
+        raise ExampleError(bad[0], "gives NaN or infinite logits; check its input and the weights.")
 
 
 def check_repeatable(first: Tensor, again: Tensor) -> None:

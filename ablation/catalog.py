@@ -2,21 +2,26 @@
 
 In: names and a `DataSpec`. Out: frozen facts and counts. Data itself is not read here: folders are listed, no more.
 Torch-free: the API checks a spec against these facts at once, whether or not a worker is up.
-The facts of the built-in models are a generated file, `facts.jsonl` (`make facts`), one model a line.
+The facts of the built-in models are a generated file, `facts.jsonl` (`make facts`), one model a line. What an operator
+has registered beside them is handed in as `Registered`.
 """
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from ablation.errors import SpecError, nearest
 from ablation.folders import Folders
-from ablation.images import SPLIT_FOLDERS, find_images
-from ablation.spec import DataSpec, ModelSpec, Record
+from ablation.images import SPLIT_FOLDERS, count_images
+from ablation.published import published_counts
+from ablation.spec import DataSpec, Record
 
 DEMO_MODEL = "digits_alexnet"
 
@@ -54,6 +59,9 @@ class ModelFacts(Record):
     flops: float = Field(description="flops per example of one forward pass")
     widest: int = Field(description="most numbers per example that go into and out of one call")
     layers: tuple[LayerFacts, ...] = Field(strict=False)
+    without_weights: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(
+        default={}, description="names of the modules that have no weights, by their class"
+    )
 
 
 class DatasetFacts(Record):
@@ -61,7 +69,7 @@ class DatasetFacts(Record):
 
     name: str
     needs_root: bool
-    n_classes: int | None = Field(default=None, description="None: as many as its folders")
+    n_classes: int | None = Field(default=None, description="None: known once its files are read")
     n_examples: dict[str, int] = Field(default={}, description="examples per split; empty: counted when asked for")
     n_per_class: dict[str, tuple[int, ...]] = Field(default={}, strict=False, description="the same, class by class")
 
@@ -76,8 +84,18 @@ def find_layer(facts: ModelFacts, layer: str) -> LayerFacts:
         if layer in (candidate.name, candidate.parameter):
             return candidate
     names = [candidate.name for candidate in facts.layers]
-    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    raise SpecError("layer", layer, f"a layer of {facts.name} ({some})", nearest(layer, names))
+    if inside := [name for name in names if name.startswith(f"{layer}.")]:
+        raise SpecError(
+            "layer", layer, f"one of the layers inside it ({_some(inside)})", "It is a container of layers."
+        )
+    for kind, idle in facts.without_weights.items():
+        if layer in idle:
+            raise SpecError("layer", layer, f"a layer with weights ({_some(names)})", f"A {kind} has none.")
+    raise SpecError("layer", layer, f"a layer of {facts.name} ({_some(names)})", nearest(layer, names))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 class SplitCounts(Record):
@@ -101,7 +119,7 @@ def _facts_of(name: str, n_per_class: dict[str, tuple[int, ...]], *, needs_root:
     )
 
 
-# The published sets never change, so their counts are facts; `load_data` refuses files that hold anything else.
+# What was published; what is in an operator's files is counted there.
 _DATASETS = {
     facts.name: facts
     for facts in (
@@ -126,33 +144,60 @@ _DATASETS = {
 }
 
 
+class FactsTable(Mapping[str, ModelFacts]):
+    """Facts by name, from lines that are read only when they are asked for."""
+
+    def __init__(self, lines: Mapping[str, str]) -> None:
+        self.lines = lines
+        self._read: dict[str, ModelFacts] = {}
+
+    def __getitem__(self, name: str) -> ModelFacts:
+        if name not in self._read:
+            self._read[name] = facts_from_line(self.lines[name])
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lines)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
 @cache
-def _facts_lines() -> dict[str, str]:
-    """Each model's line of the table, by name; a line is read only when it is asked for."""
+def _built_in() -> FactsTable:
     lines = files("ablation").joinpath("facts.jsonl").read_text("utf-8").splitlines()
-    return {line.split('"', 2)[1]: line for line in lines}
+    return FactsTable({line.split('"', 2)[1]: line for line in lines})
 
 
-def model_names() -> tuple[str, ...]:
-    """The built-in models: the demo model, then every torchvision classification model."""
-    return tuple(_facts_lines())
+@dataclass(frozen=True)
+class Registered:
+    """What an operator has registered beside what is built in; of two with one name, the built-in one counts."""
+
+    models: Mapping[str, ModelFacts] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ()
 
 
-@cache
-def model_facts(name: str) -> ModelFacts:
+NOTHING = Registered()
+
+
+def model_names(registered: Registered = NOTHING) -> tuple[str, ...]:
+    """The demo model, every torchvision classification model, and those that are registered."""
+    return tuple(dict.fromkeys((*_built_in(), *registered.models)))
+
+
+def model_facts(name: str, registered: Registered = NOTHING) -> ModelFacts:
     """What is known of the model `name` without running it, as built by `load_model(name)`.
 
     Raises:
         SpecError: there is no such model; the message names the nearest ones.
     """
-    if name not in _facts_lines():
-        names = model_names()
-        raise SpecError("model.name", name, f"one of {len(names)} models ({', '.join(names[:3])}, ...)", _nearest(name))
-    return facts_from_line(_facts_lines()[name])
-
-
-def _nearest(name: str) -> str:
-    return nearest(name.lower(), model_names()) or "`ablation models` lists them all."
+    if name in _built_in():
+        return _built_in()[name]
+    if name in registered.models:
+        return registered.models[name]
+    names = model_names(registered)
+    next_step = nearest(name.lower(), names) or "`ablation models` lists them all."
+    raise SpecError("model.name", name, f"one of {len(names)} models ({', '.join(names[:3])}, ...)", next_step)
 
 
 def line_from_facts(facts: ModelFacts) -> str:
@@ -161,7 +206,10 @@ def line_from_facts(facts: ModelFacts) -> str:
         (*common, [(layer.parameter.rpartition(".")[2], layer.shape) for layer in layers])
         for common, layers in groupby(facts.layers, _in_common)
     ]
-    fields = (facts.name, facts.weights, facts.n_classes, facts.input_shape, facts.flops, facts.widest, modules)
+    fields = (
+        *(facts.name, facts.weights, facts.n_classes, facts.input_shape, facts.flops, facts.widest),
+        *(modules, facts.without_weights),
+    )
     return json.dumps(fields, separators=(",", ":"))
 
 
@@ -171,7 +219,7 @@ def _in_common(layer: LayerFacts) -> tuple[str, str, str, float]:
 
 def facts_from_line(line: str) -> ModelFacts:
     """The facts written by `line_from_facts`."""
-    name, weights, n_classes, input_shape, flops, widest, modules = json.loads(line)
+    name, weights, n_classes, input_shape, flops, widest, modules, without_weights = json.loads(line)
     layers = tuple(
         LayerFacts(
             parameter=f"{module}.{own}" if module else own, kind=kind, shape=shape, path=path, flops_after=flops_after
@@ -187,23 +235,23 @@ def facts_from_line(line: str) -> ModelFacts:
         flops=flops,
         widest=widest,
         layers=layers,
+        without_weights=without_weights,
     )
 
 
-def find_checkpoint(model: ModelSpec, folders: Folders) -> Path | None:
-    """The checkpoint file that `model.weights` names; None where it names torchvision's weights, or nothing.
+def find_checkpoint(weights: str | None, allowed: tuple[str, ...], folders: Folders) -> Path | None:
+    """The checkpoint file that `weights` names; None where it is one of the `allowed` names, or nothing.
 
     Raises:
         SpecError: it is neither; the message lists the weights there are.
     """
-    allowed = model_facts(model.name).weights
-    if model.weights is None or model.weights in allowed:
+    if weights is None or weights in allowed:
         return None
     choices = ", ".join((*allowed, "or a file below the checkpoint folder")).removeprefix("or ")
-    path = find_below(folders.checkpoints, model.weights, "model.weights", choices)
+    path = find_below(folders.checkpoints, weights, "model.weights", choices)
     if not path.is_file():
-        hint = nearest(model.weights, allowed) or "There is no such file."
-        raise SpecError("model.weights", model.weights, choices, hint)
+        hint = nearest(weights, allowed) or "There is no such file."
+        raise SpecError("model.weights", weights, choices, hint)
     return path
 
 
@@ -225,54 +273,62 @@ def find_below(folder: Path, given: str, field: str, allowed: str) -> Path:
     return path
 
 
-def dataset_names() -> tuple[str, ...]:
-    """The built-in data sets."""
-    return tuple(_DATASETS)
+def dataset_names(registered: Registered = NOTHING) -> tuple[str, ...]:
+    """The built-in data sets, and those that are registered."""
+    return tuple(dict.fromkeys((*_DATASETS, *registered.datasets)))
 
 
-def dataset_facts(name: str) -> DatasetFacts:
+def dataset_facts(name: str, registered: Registered = NOTHING) -> DatasetFacts:
     """What is known of the data set `name` without reading it.
 
     Raises:
         SpecError: there is no such data set; the message names the nearest ones.
     """
-    if name not in _DATASETS:
-        raise SpecError("data.name", name, f"one of {', '.join(_DATASETS)}", nearest(name.lower(), _DATASETS))
-    return _DATASETS[name]
+    if name in _DATASETS:
+        return _DATASETS[name]
+    if name in registered.datasets:
+        return DatasetFacts(name=name, needs_root=False)
+    names = dataset_names(registered)
+    raise SpecError("data.name", name, f"one of {', '.join(names)}", nearest(name.lower(), names))
 
 
-def find_root(data: DataSpec, folders: Folders) -> Path | None:
-    """The folder a data set is in; None for one that is bundled.
+def find_root(data: DataSpec, folders: Folders, registered: Registered = NOTHING) -> Path | None:
+    """The folder a data set is in; None for one that is bundled. A registered one may do without: the data folder.
 
     Raises:
         SpecError: the root is missing, isn't a folder, or leads out of the data folder; or one is given needlessly.
     """
-    facts, allowed = dataset_facts(data.name), "a folder, relative to the data folder"
-    if not facts.needs_root:
+    facts, allowed = dataset_facts(data.name, registered), "a folder, relative to the data folder"
+    if data.name in _DATASETS and not facts.needs_root:
         if data.root is not None:
             raise SpecError("data.root", data.root, f"nothing: {data.name} is bundled", "Leave root out.")
         return None
-    if data.root is None:
+    if data.root is None and facts.needs_root:
         raise SpecError("data.root", None, allowed, f"Say where {data.name} is ('.' is the data folder itself).")
-    root = find_below(folders.data, data.root, "data.root", allowed)
-    if not root.is_dir():
+    root = find_below(folders.data, data.root or ".", "data.root", allowed)
+    if data.root is not None and not root.is_dir():
         raise SpecError("data.root", data.root, allowed, "There is no such folder.")
     return root
 
 
-def split_counts(data: DataSpec, folders: Folders) -> dict[str, SplitCounts]:
-    """How many examples each split that was asked for has, in all and per class.
+def split_counts(data: DataSpec, folders: Folders, registered: Registered = NOTHING) -> dict[str, SplitCounts] | None:
+    """How many examples each split that was asked for has, in all and per class; None for registered data.
+
+    Those are counted where they can be opened: by a worker.
 
     Raises:
-        SpecError: no such data set; the root can't be used; a split's folder can't be used.
+        SpecError: no such data set; the root can't be used; a split's files can't be used.
     """
-    facts, root = dataset_facts(data.name), find_root(data, folders)
-    if root is not None and data.name in SPLIT_FOLDERS:
-        counts = {split: _count_images(facts, root, split) for split in data.splits}
-    else:
-        counts = {split: facts.n_per_class[split] for split in data.splits}
+    facts, root = dataset_facts(data.name, registered), find_root(data, folders, registered)
+    if data.name not in _DATASETS:
+        return None
+    counts = {split: _count(facts, root, split) for split in data.splits}
     return {split: SplitCounts(n_examples=sum(each), n_per_class=each) for split, each in counts.items()}
 
 
-def _count_images(facts: DatasetFacts, root: Path, split: str) -> tuple[int, ...]:
-    return tuple(len(paths) for paths in find_images(facts.name, root, split, facts.n_classes).values())
+def _count(facts: DatasetFacts, root: Path | None, split: str) -> tuple[int, ...]:
+    if root is None:
+        return facts.n_per_class[split]
+    if facts.name in SPLIT_FOLDERS:
+        return count_images(facts.name, root, split, facts.n_classes)
+    return published_counts(facts.name, root, split, facts.n_classes or 0)

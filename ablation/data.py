@@ -34,10 +34,12 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ablation.catalog import DatasetFacts, dataset_facts
+from ablation.catalog import DatasetFacts, Registered, dataset_facts, dataset_names
 from ablation.errors import AblationError, DataError, SpecError
 from ablation.images import SPLIT_FOLDERS, find_images
-from ablation.spec import PerClass, SplitSpec
+from ablation.published import check_classes, read_examples
+from ablation.registered import DATASETS, load_factory, registered_names
+from ablation.spec import SPLITS, PerClass, SplitSpec
 
 Transform = Callable[[Any], Any]
 Collate = Callable[[list[Any]], Any]
@@ -52,7 +54,8 @@ class ImageFiles(Dataset):
     """Pictures in class folders, as RGB: example k is `samples[k]`, a path and a class number.
 
     The same examples in the same order as torchvision's `ImageFolder` (and `ImageNet`, once it is unpacked), but
-    listed by the code that the torch-free API counts with, and with the rule that all splits have the same classes.
+    listed by the code that the torch-free API counts with. A class may have no pictures where the numbers of the
+    classes are known without them (ImageNet with its devkit).
     """
 
     def __init__(self, images: dict[str, list[str]], transform: Transform | None = None) -> None:
@@ -71,17 +74,11 @@ class ImageFiles(Dataset):
         return (self.transform(picture) if self.transform else picture), label
 
 
-class Digits(Dataset):
-    """scikit-learn's bundled real handwritten digits: 1,797 grey pictures of 8x8, with 50 a class for the test."""
+class Pictures(Dataset):
+    """Pictures in memory: example k is `pixels[k]`, grey (height, width) or RGB (height, width, 3), and its label."""
 
-    def __init__(self, split: str, transform: Transform | None = None) -> None:
-        pixels, labels = _read_digits()
-        # RandomState and not Generator: its stream is frozen, so that the split is the same in every numpy to come.
-        shuffled = np.random.RandomState(SPLIT_SEED).permutation(len(labels))
-        test = np.concatenate([shuffled[labels[shuffled] == label][:50] for label in range(10)])
-        chosen = np.isin(np.arange(len(labels)), test, invert=split == "train")
-        self.pixels, self.targets = pixels[chosen], labels[chosen]
-        self.transform = transform
+    def __init__(self, pixels: np.ndarray, targets: np.ndarray, transform: Transform | None = None) -> None:
+        self.pixels, self.targets, self.transform = pixels, targets, transform
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -89,6 +86,16 @@ class Digits(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         picture = Image.fromarray(self.pixels[index])
         return (self.transform(picture) if self.transform else picture), int(self.targets[index])
+
+
+def _load_digits(split: str, transform: Transform | None) -> Pictures:
+    """scikit-learn's bundled real handwritten digits: 1,797 grey pictures of 8x8, with 50 a class for the test."""
+    pixels, labels = _read_digits()
+    # RandomState and not Generator: its stream is frozen, so that the split is the same in every numpy to come.
+    shuffled = np.random.RandomState(SPLIT_SEED).permutation(len(labels))
+    test = np.concatenate([shuffled[labels[shuffled] == label][:50] for label in range(10)])
+    chosen = np.isin(np.arange(len(labels)), test, invert=split == "train")
+    return Pictures(pixels[chosen], labels[chosen], transform)
 
 
 @cache
@@ -106,15 +113,20 @@ def load_data(
 ) -> Dataset:
     """One split of the data set `name`, read from the folder `root`; pictures unless `transform` makes tensors of them.
 
+    A data set that the operator has registered is what its factory gives, with `transform` on every input.
+
     Raises:
-        SpecError: no such data set or split, or the folder isn't one.
-        DataError: the files in it are missing, damaged, or not the published ones; the message says what to place.
+        SpecError: no such data set or split; or the folder isn't one, or its files are missing or damaged (the message
+            says what to place).
+        DataError: the factory of a registered data set failed.
     """
-    facts = dataset_facts(name)
-    if split not in ("train", "test"):
+    facts = dataset_facts(name, Registered(datasets=registered_names(DATASETS)))
+    if split not in SPLITS:
         raise SpecError("split", split, "'train' or 'test'")
+    if name not in dataset_names():
+        return _registered(name, root, split, transform)
     if not facts.needs_root:
-        return Digits(split, transform)
+        return _load_digits(split, transform)
     if root is None or not Path(root).is_dir():
         raise SpecError("data.root", root and str(root), f"the folder that {name} is in")
     if name in SPLIT_FOLDERS:
@@ -122,31 +134,37 @@ def load_data(
     return _load_published(facts, Path(root), split, transform)
 
 
-def _load_published(facts: DatasetFacts, root: Path, split: str, transform: Transform | None) -> Dataset:
-    """One of torchvision's data sets, from files that are already there."""
-    from torchvision import datasets
+class Transformed(Dataset):
+    """A data set with a transform on the input of every example."""
 
-    kinds = {
-        "mnist": (datasets.MNIST, "MNIST/raw/*-ubyte"),
-        "fashionmnist": (datasets.FashionMNIST, "FashionMNIST/raw/*-ubyte"),
-        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py/*"),
-        "cifar100": (datasets.CIFAR100, "cifar-100-python/*"),
-    }
-    kind, wanted = kinds[facts.name]
+    def __init__(self, dataset: Any, transform: Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        inputs, label = _pair(self.dataset[index], f"example {index}")
+        return self.transform(inputs), label
+
+
+def _registered(name: str, root: str | os.PathLike[str] | None, split: str, transform: Transform | None) -> Dataset:
+    """What the factory of a registered data set gives, checked."""
     try:
-        dataset = kind(str(root), train=split == "train", transform=transform, download=False)
+        dataset = _checked(load_factory(DATASETS, name)(root, split))
     except Exception as error:
         raise DataError(
-            f"{facts.name} can't be read from {root.name}/ ({type(error).__name__}); place the published files as "
-            f"{root.name}/{wanted}, for example by `torchvision.datasets.{kind.__name__}(FOLDER, download=True)`."
+            f"the {split} split of the registered data set {name!r} can't be opened: {type(error).__name__}: {error}. "
+            "Its factory takes (root, split) and gives a map-style Dataset, the same one in every worker."
         ) from error
-    n_per_class = tuple(np.bincount(np.asarray(dataset.targets), minlength=facts.n_classes or 0).tolist())
-    if n_per_class != facts.n_per_class[split]:
-        raise DataError(
-            f"the {split} split of {facts.name} in {root.name}/ has {len(dataset)} examples, and per class "
-            f"{n_per_class[:10]}; the published one has {facts.n_examples[split]}: place the published files."
-        )
-    return dataset
+    return Transformed(dataset, transform) if transform else dataset
+
+
+def _load_published(facts: DatasetFacts, root: Path, split: str, transform: Transform | None) -> Pictures:
+    """What the published files hold: the same pictures in the same order as torchvision's own classes read."""
+    pixels, labels = read_examples(facts.name, root, split)
+    check_classes(facts.name, labels, facts.n_classes or 0)
+    return Pictures(pixels, labels, transform)
 
 
 # --- what a notebook user has ----------------------------------------------------------------------------------------
@@ -219,6 +237,8 @@ def labels_of(dataset: Dataset) -> Int64[np.ndarray, " examples"]:
     Raises:
         DataError: a label is not a whole number, or an example can't be read.
     """
+    if isinstance(dataset, Transformed):
+        return labels_of(dataset.dataset)
     if isinstance(dataset, Subset):
         return labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
     if isinstance(dataset, ConcatDataset):
@@ -303,7 +323,7 @@ def choose_readers(dataset: Dataset) -> int:
 
     Only for data sets known to bear it: one of the user's may read through a cursor that threads would share.
     """
-    while isinstance(dataset, Subset):
+    while isinstance(dataset, Subset | Transformed):
         dataset = dataset.dataset
     folders = getattr(sys.modules.get("torchvision.datasets"), "DatasetFolder", ImageFiles)
     return torch.get_num_threads() if isinstance(dataset, ImageFiles | folders) else 0
@@ -384,10 +404,17 @@ def _pair(pair: Any, what: str) -> Any:
     )
 
 
+def name_example(dataset: Dataset, index: int) -> str:
+    """What to call an example in a message: its index, and its file where it has one."""
+    return _name_of(dataset, index)[0]
+
+
 def _name_of(dataset: Dataset, index: int) -> tuple[str, str]:
     """What to call an example in a message, and the path that must not be shown whole."""
     if isinstance(dataset, Subset):
         return _name_of(dataset.dataset, int(dataset.indices[index]))
+    if isinstance(dataset, Transformed):
+        return _name_of(dataset.dataset, index)
     samples = getattr(dataset, "samples", None)
     sample = samples[index] if isinstance(samples, list) else None
     path = sample[0] if isinstance(sample, tuple) and isinstance(sample[0], str) else ""

@@ -4,6 +4,7 @@ AblationError
 ├── SpecError         what was asked is not possible; `.field` says which part of the job spec
 ├── ModelError        the model can't be measured exactly (or at all); the message says why
 ├── DataError         a data set or an example can't be used; the message says which
+│   └── ExampleError  one example can't be used; `.position` says which
 ├── CheckpointError   a checkpoint file can't be loaded into the model
 ├── ProofError        the job's own check against the reference failed; both numbers are in the message
 ├── Cancelled         the job was cancelled while it ran; not a fault
@@ -44,6 +45,18 @@ class ModelError(AblationError):
 
 class DataError(AblationError):
     """A data set or one of its examples can't be used."""
+
+
+class ExampleError(DataError):
+    """One example can't be used: `what` is the rest of a sentence, `position` counts in a batch or in a split."""
+
+    def __init__(self, position: int, what: str) -> None:
+        self.position = position
+        self.what = what
+        super().__init__(f"example {position} {what}")
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return (type(self), (self.position, self.what))
 
 
 class CheckpointError(AblationError):

@@ -1,12 +1,19 @@
 """Which pictures a folder of class folders holds, and which class each is of. Torch-free.
 
-In: the folder of a data set. Out: lists of files in a fixed order. The files themselves are not opened here.
-What a picture file is and how classes are numbered are torchvision's rules (`ImageFolder`); a test holds them together.
+In: the folder of a data set. Out: lists of files in a fixed order, or their numbers. The pictures themselves are not
+opened here. What a picture file is and how classes are numbered are torchvision's rules (`ImageFolder`, `ImageNet`);
+tests hold them together. torchvision's own digest of the ImageNet devkit, `meta.bin`, is not read: it takes torch.
 """
 
 import os
+import re
+import tarfile
+import time
 from collections.abc import Iterator
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 from ablation.errors import SpecError
 
@@ -18,28 +25,51 @@ SPLIT_FOLDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "imagenet": {"train": ("train",), "test": ("val",)},
 }
 
+DEVKIT = "ILSVRC2012_devkit_t12"
+_DEVKIT_FILES = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
+_ARCHIVES = {
+    "train": ("ILSVRC2012_img_train.tar", " into train/, and each archive in it into a folder of its own name"),
+    "test": ("ILSVRC2012_img_val.tar", " into val/"),
+}
+_VALIDATION = re.compile(r"ILSVRC2012_val_(\d{1,9})\.JPEG")
+
+RACY_NS = 2_000_000_000  # a folder may change again without a new time of change; two seconds is FAT's step
+
 
 def find_images(name: str, root: Path, split: str, n_classes: int | None = None) -> dict[str, list[str]]:
     """The picture files of one split: class -> paths; classes and paths in the loader's order.
 
     Classes are numbered by sorted folder name, so every split must have the same ones: else a label would mean
-    one class in one split and another in the next.
+    one class in one split and another in the next. ImageNet's are numbered by its devkit where that is beside the
+    pictures: then classes may be absent (their lists are empty), and the validation pictures may lie in val/ as they
+    are in their archive, without class folders.
 
     Raises:
-        SpecError: the split's folder is missing, a class has no pictures, there are not `n_classes` of them, or
-            the splits have different ones.
+        SpecError: the split's folder is missing, a class has no pictures, there are not `n_classes` of them, the
+            splits have different ones, or the devkit can't be read.
     """
-    folder = _split_folder(name, root, split)
-    classes = _class_names(folder)
-    if not classes or n_classes not in (None, len(classes)):
-        wanted = "class folders" if n_classes is None else f"{n_classes} class folders"
-        raise SpecError("data.root", root.name, f"{wanted} in each split", f"The {split} split has {len(classes)}.")
-    _check_same_classes(name, root, split, classes)
-    images = {label: list(_image_paths(folder / label)) for label in classes}
-    if empty := [label for label, paths in images.items() if not paths]:
-        allowed = f"class folders with pictures ({', '.join(IMAGE_SUFFIXES)})"
-        raise SpecError("data.root", f"{folder.name}/{empty[0]}", allowed, "Add pictures to it or remove it.")
+    folder, devkit = _split_folder(name, root, split), _find_devkit(name, root, n_classes)
+    if flat := _flat_names(name, split, folder):
+        return _sort_flat(root, folder, flat, devkit)
+    folders = _class_folders(name, root, split, folder, n_classes, devkit)
+    images = {label: list(_image_paths(each)) if each else [] for label, each in folders.items()}
+    _check_filled(folder, {label: len(paths) for label, paths in images.items()}, devkit)
     return images
+
+
+def count_images(name: str, root: Path, split: str, n_classes: int | None = None) -> tuple[int, ...]:
+    """How many pictures `find_images` finds in each class; folders that have not changed are not listed again.
+
+    Raises:
+        SpecError: as `find_images`.
+    """
+    folder, devkit = _split_folder(name, root, split), _find_devkit(name, root, n_classes)
+    if flat := _flat_names(name, split, folder):
+        return tuple(len(paths) for paths in _sort_flat(root, folder, flat, devkit).values())
+    folders = _class_folders(name, root, split, folder, n_classes, devkit)
+    counts = {label: _count(str(each)) if each else 0 for label, each in folders.items()}
+    _check_filled(folder, counts, devkit)
+    return tuple(counts.values())
 
 
 def _split_folder(name: str, root: Path, split: str) -> Path:
@@ -48,7 +78,32 @@ def _split_folder(name: str, root: Path, split: str) -> Path:
         if candidate.is_dir():
             return candidate
     names = " or ".join(f"{candidate.name}/CLASS/*.jpg" for candidate in candidates)
-    raise SpecError("data.root", root.name, f"a folder with {names}", f"The {split} split is missing; unpack it there.")
+    archive, where = _ARCHIVES[split]
+    packed = name == "imagenet" and (root / archive).is_file()
+    next_step = f"Unpack {archive}{where}." if packed else f"The {split} split is missing; unpack it there."
+    raise SpecError("data.root", root.name, f"a folder with {names}", next_step)
+
+
+# --- class folders ---------------------------------------------------------------------------------------------------
+
+
+def _class_folders(
+    name: str, root: Path, split: str, folder: Path, n_classes: int | None, devkit: "Devkit | None"
+) -> dict[str, Path | None]:
+    """Class -> its folder, in the order of the class numbers; None for a class of the devkit that has none."""
+    present = _class_names(folder)
+    if devkit:
+        if odd := sorted(set(present) - set(devkit.classes)):
+            allowed = f"class folders named as in {DEVKIT} (such as {devkit.classes[0]})"
+            raise SpecError("data.root", f"{folder.name}/{odd[0]}", allowed, "Rename or remove it.")
+        return {label: folder / label if label in present else None for label in devkit.classes}
+    if not present or n_classes not in (None, len(present)):
+        wanted = "class folders" if n_classes is None else f"{n_classes} class folders"
+        some = f" To use some of the classes, place {DEVKIT}.tar.gz beside it." if name == "imagenet" else ""
+        next_step = f"The {split} split has {len(present)}.{some}"
+        raise SpecError("data.root", root.name, f"{wanted} in each split", next_step)
+    _check_same_classes(name, root, split, present)
+    return {label: folder / label for label in present}
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -67,6 +122,99 @@ def _check_same_classes(name: str, root: Path, split: str, classes: tuple[str, .
                 raise SpecError("data.root", root.name, "the same classes in every split", f"Only one has {odd[0]!r}.")
 
 
+def _check_filled(folder: Path, counts: dict[str, int], devkit: "Devkit | None") -> None:
+    empty = [label for label, count in counts.items() if not count]
+    if empty and (devkit is None or len(empty) == len(counts)):
+        given = folder.name if devkit else f"{folder.name}/{empty[0]}"
+        allowed = f"class folders with pictures ({', '.join(IMAGE_SUFFIXES)})"
+        raise SpecError("data.root", given, allowed, "Add pictures to it" + ("." if devkit else " or remove it."))
+
+
 def _image_paths(folder: Path) -> Iterator[str]:
     for parent, _, names in sorted(os.walk(folder, followlinks=True)):
         yield from (os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES))
+
+
+def _count(folder: str) -> int:
+    """As many as `_image_paths` has; each folder is kept for itself, since its time says nothing of those inside it."""
+    changed_ns = os.stat(folder).st_mtime_ns
+    settled = time.time_ns() - changed_ns > RACY_NS
+    n, inside = (_list if settled else _list.__wrapped__)(folder, changed_ns)
+    return n + sum(_count(each) for each in inside)
+
+
+@lru_cache(maxsize=16384)
+def _list(folder: str, changed_ns: int) -> tuple[int, tuple[str, ...]]:
+    """The number of pictures directly in a folder, and the folders in it."""
+    _, inside, names = next(os.walk(folder, followlinks=True), (folder, [], []))
+    n = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+    return n, tuple(os.path.join(folder, name) for name in inside)
+
+
+# --- ImageNet's devkit -----------------------------------------------------------------------------------------------
+
+
+class Devkit(NamedTuple):
+    """What ImageNet's devkit says of the classes: their WordNet ids in the order of their numbers."""
+
+    classes: tuple[str, ...]
+    validation: tuple[str, ...]  # the class of validation picture 1, 2, ...
+
+
+def _find_devkit(name: str, root: Path, n_classes: int | None) -> Devkit | None:
+    """The devkit in a data set's folder, unpacked or not; None where there is none."""
+    folder, archive = root / DEVKIT, root / f"{DEVKIT}.tar.gz"
+    files = [folder / file for file in _DEVKIT_FILES] if folder.is_dir() else [archive] if archive.is_file() else []
+    if name != "imagenet" or not files:
+        return None
+    allowed = f"the published devkit, with {' and '.join(_DEVKIT_FILES)}"
+    try:
+        devkit = _read_devkit(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    except Exception as error:  # a damaged archive or MATLAB file can raise anything
+        reason = f"It can't be read ({type(error).__name__}). Place it again."
+        raise SpecError("data.root", DEVKIT, allowed, reason) from None
+    if n_classes not in (None, len(devkit.classes)):
+        raise SpecError("data.root", DEVKIT, allowed, f"It has {len(devkit.classes)} classes instead of {n_classes}.")
+    return devkit
+
+
+@lru_cache(maxsize=4)
+def _read_devkit(files: tuple[tuple[str, int, int], ...]) -> Devkit:
+    """Classes are the synsets without children, numbered by sorted WordNet id."""
+    from scipy.io import loadmat  # takes a while, and few jobs need it
+
+    synsets, truth = _devkit_contents([path for path, _, _ in files])
+    table = loadmat(BytesIO(synsets), squeeze_me=True)["synsets"]
+    leaves = table[table["num_children"] == 0]
+    ids = {int(number): str(wnid) for number, wnid in zip(leaves["ILSVRC2012_ID"], leaves["WNID"], strict=True)}
+    return Devkit(tuple(sorted(ids.values())), tuple(ids[int(number)] for number in truth.split()))
+
+
+def _devkit_contents(paths: list[str]) -> list[bytes]:
+    if len(paths) > 1:
+        return [Path(path).read_bytes() for path in paths]
+    with tarfile.open(paths[0]) as archive:  # read from the archive; nothing is written where it says
+        return [archive.extractfile(f"{DEVKIT}/{file}").read() for file in _DEVKIT_FILES]  # type: ignore[union-attr]
+
+
+def _flat_names(name: str, split: str, folder: Path) -> list[str]:
+    """The validation pictures that lie in val/ itself, where it has no class folders."""
+    if (name, split) != ("imagenet", "test") or _class_names(folder):
+        return []
+    return sorted(file for file in os.listdir(folder) if _VALIDATION.fullmatch(file))
+
+
+def _sort_flat(root: Path, folder: Path, names: list[str], devkit: Devkit | None) -> dict[str, list[str]]:
+    """Class -> paths, by the number in each picture's name, so that it doesn't matter which of them are there."""
+    if devkit is None:
+        allowed = f"class folders in {folder.name}/, or {DEVKIT}.tar.gz beside it"
+        next_step = f"{folder.name}/ has pictures without class folders; only the devkit tells their classes."
+        raise SpecError("data.root", root.name, allowed, next_step)
+    images: dict[str, list[str]] = {label: [] for label in devkit.classes}
+    for name in names:
+        number = int(name.removeprefix("ILSVRC2012_val_").removesuffix(".JPEG"))
+        if not 1 <= number <= len(devkit.validation):
+            allowed = f"validation pictures 1 to {len(devkit.validation)}, which the devkit has classes for"
+            raise SpecError("data.root", f"{folder.name}/{name}", allowed, "Remove it.")
+        images[devkit.validation[number - 1]].append(str(folder / name))
+    return images

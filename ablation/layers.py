@@ -1,16 +1,26 @@
 """What a model's layers are: every parameter that can be a target, its shape, the path it takes, the flops behind it.
 
-In: a model and one small batch. Out: `ModelFacts`. One forward pass is run and looked at.
+In: a model and one small batch, or the name of a registered model. Out: `ModelFacts`. One forward pass is run and
+looked at.
 """
 
 import math
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image
 
-from ablation.catalog import LayerFacts, ModelFacts
+from ablation.catalog import LayerFacts, ModelFacts, Registered
 from ablation.engine.calls import Call, Calls, record_calls
 from ablation.engine.head import find_head
+from ablation.errors import ModelError
+from ablation.models import load_model
+from ablation.registered import DATASETS, MODELS, registered_names
+
+# What a registered model's transform is tried on: pictures as ImageNet, CIFAR, MNIST and digits have them.
+_PICTURES = (("RGB", 224), ("RGB", 32), ("L", 28), ("L", 8))
 
 
 def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tuple[str, ...] = ()) -> ModelFacts:
@@ -35,6 +45,10 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
         for parameter, tensor in model.named_parameters(remove_duplicate=False)
         if tensor.is_floating_point()
     ]
+    without_weights: dict[str, list[str]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        if module_name and not list(module.parameters()):
+            without_weights.setdefault(type(module).__name__, []).append(module_name)
     return ModelFacts(
         name=name,
         weights=weights,
@@ -43,6 +57,7 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
         flops=calls.flops,
         widest=max((_width(call, calls.n_examples) for call in calls.calls), default=0),
         layers=tuple(layers),
+        without_weights={kind: tuple(names) for kind, names in without_weights.items()},
     )
 
 
@@ -55,3 +70,61 @@ def _width(call: Call, n_examples: int) -> int:
 def find_path(calls: Calls, parameter: str) -> str:
     """`direct` for classifier heads, `rerun` for everything else."""
     return "direct" if find_head(calls, parameter) is not None else "rerun"
+
+
+@cache
+def describe_registered(name: str) -> ModelFacts:
+    """The facts of a registered model, on its `example_input_array` (one example in a batch) or on a blank picture.
+
+    Raises:
+        ModelError: it can't be made, or takes none of the pictures; the message says what happened with each.
+    """
+    module, transform = load_model(name)
+    wrong = []
+    for what, example in _examples(module, transform):
+        try:
+            inputs = example() if callable(example) else example
+            return describe_model(name, module, torch.cat([inputs[:1], inputs[:1]]))
+        except Exception as error:
+            wrong.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    raise ModelError(
+        f"the registered model {name!r} can't be described: {'; '.join(wrong)}. Let its transform take a PIL picture, "
+        "or give the module an attribute `example_input_array`: a batch with one example."
+    )
+
+
+def _examples(module: torch.nn.Module, transform: Any) -> Iterator[tuple[str, Any]]:
+    """What to try, by name: a batch, or what makes one."""
+    given = getattr(module, "example_input_array", None)  # as Lightning calls it
+    if given is not None:
+        yield "example_input_array", given
+        return
+    for mode, size in _PICTURES:
+        picture = Image.new(mode, (size, size))
+        yield f"{mode} picture of {size}x{size}", lambda picture=picture: transform(picture)[None]
+
+
+class _Described(Mapping[str, ModelFacts]):
+    """The facts of registered models, each made when it is asked for."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __getitem__(self, name: str) -> ModelFacts:
+        if name not in self.names:
+            raise KeyError(name)
+        return describe_registered(name)
+
+    def __contains__(self, name: object) -> bool:  # without building it
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def registered_here() -> Registered:
+    """What is registered in this Python environment; a model is built when its facts are asked for."""
+    return Registered(models=_Described(registered_names(MODELS)), datasets=registered_names(DATASETS))

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ablation.catalog import DEMO_MODEL, find_checkpoint
+from ablation.catalog import DEMO_MODEL, Registered, find_checkpoint, model_facts, model_names
 from ablation.demo import DigitsAlexNet, ensure_demo_model, prepare_digit
-from ablation.errors import CheckpointError
+from ablation.errors import CheckpointError, ModelError
 from ablation.folders import Folders
-from ablation.spec import ModelSpec
+from ablation.registered import MODELS, load_factory, registered_names
 
 Transform = Callable[[Any], Tensor]
 
@@ -54,16 +54,19 @@ def load_model(
 
     `weights`: a name of torchvision's weights enum (downloaded by torchvision where it isn't there yet), or a file
     below the checkpoint folder. Absent: `digits_alexnet` has its trained weights; the others are initialised as
-    torchvision does after `torch.manual_seed(seed)`, with the preprocessing of their default weights.
+    torchvision does after `torch.manual_seed(seed)`, with the preprocessing of their default weights. A model that the
+    operator has registered is made by its factory, after the same seeding; its transform may be None.
     The caller's random state is left as it was. Without `folders`, those below ~/.ablation are used.
 
     Raises:
         SpecError: no such model or weights; the message names the nearest ones.
         CheckpointError: the weights can't be downloaded, read, or loaded into this model.
-        ModelError: the demo model can't be trained.
+        ModelError: the demo model can't be trained, or a registered one can't be made.
     """
     folders = folders or _own_folders()
-    checkpoint = find_checkpoint(ModelSpec.model_construct(name=name, weights=weights, seed=seed), folders)
+    if name in registered_names(MODELS) and name not in model_names():
+        return _registered(name, find_checkpoint(weights, (), folders), seed)
+    checkpoint = find_checkpoint(weights, model_facts(name, _named()).weights, folders)
     if name == DEMO_MODEL:
         module: nn.Module = build_demo_model(seed)
         _load_checkpoint(module, checkpoint or ensure_demo_model(folders))
@@ -75,6 +78,33 @@ def load_model(
     if checkpoint is not None:
         _load_checkpoint(module, checkpoint)
     return module.eval(), default_transform(name)
+
+
+def _named() -> Registered:
+    """What is registered, for an error message that lists names."""
+    return Registered(models=dict.fromkeys(registered_names(MODELS)))  # type: ignore[arg-type]
+
+
+def _registered(name: str, checkpoint: Path | None, seed: int) -> tuple[nn.Module, Transform]:
+    """What the factory of a registered model gives, checked."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            made = load_factory(MODELS, name)()
+    except Exception as error:
+        raise ModelError(
+            f"the registered model {name!r} can't be made: {type(error).__name__}: {error}. Its factory takes no "
+            "arguments and must work in every worker."
+        ) from error
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise ModelError(
+            f"the factory of the registered model {name!r} gave {type(made).__name__}; allowed: a pair "
+            "(torch.nn.Module, transform), where the transform makes an input of an example, or is None."
+        )
+    module, transform = made
+    if checkpoint is not None:
+        _load_checkpoint(module, checkpoint)
+    return module.eval(), transform
 
 
 def build_model(name: str, seed: int) -> nn.Module:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ablation import baseline
 from ablation.catalog import ModelFacts
 from ablation.data import as_dataset, load_batches
+from ablation.devices import find_device
 from ablation.errors import DataError, ModelError, SpecError
 from ablation.export import write_csv, write_parquet, write_whole
 from ablation.layers import describe_model
@@ -219,14 +220,7 @@ def _on_device(model: torch.nn.Module, device: Any) -> torch.nn.Module:
         raise ModelError("the model has no parameters, so there is no weight to ablate.")
     if device is None:
         return model
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise SpecError(
-            "device", str(device), "a device that torch finds here, such as 'cpu' or 'cuda'", reason
-        ) from None
+    where = find_device(device)
     return model if where == parameters[0].device else copy.deepcopy(model).to(where)
 
 

@@ -6,13 +6,24 @@ Torch-free: the API plans.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from ablation.catalog import LayerFacts, ModelFacts, SplitCounts, find_layer
+from ablation.catalog import (
+    NOTHING,
+    LayerFacts,
+    ModelFacts,
+    Registered,
+    SplitCounts,
+    find_checkpoint,
+    find_layer,
+    model_facts,
+    split_counts,
+)
 from ablation.errors import SpecError
+from ablation.folders import Folders
 from ablation.spec import CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
 
 Path = Literal["direct", "rerun", "reference"]
@@ -103,7 +114,8 @@ def count_asked(split: str, asked: SplitSpec, counts: SplitCounts) -> SplitPlan:
             raise SpecError(
                 f"data.{split}.per_class", asked.per_class, "'all' or a count: this data has no class counts"
             )
-        fewest = min(counts.n_per_class)
+        present = [n for n in counts.n_per_class if n]  # of ImageNet's classes, an operator may have only some
+        fewest = min(present)
         if asked.per_class > fewest:
             where = counts.n_per_class.index(fewest)
             raise SpecError(
@@ -111,7 +123,7 @@ def count_asked(split: str, asked: SplitSpec, counts: SplitCounts) -> SplitPlan:
                 asked.per_class,
                 f"1 to {fewest}, the examples of class {where} in this split",
             )
-        return SplitPlan(name=split, n_examples=asked.per_class * len(counts.n_per_class), per_class=asked.per_class)
+        return SplitPlan(name=split, n_examples=asked.per_class * len(present), per_class=asked.per_class)
     if asked.count > counts.n_examples:
         raise SpecError(f"data.{split}.count", asked.count, f"1 to {counts.n_examples}, the examples of this split")
     return SplitPlan(name=split, n_examples=asked.count)
@@ -135,6 +147,28 @@ def count_sites(spec: JobSpec, layer: LayerFacts) -> int:
     if worst >= n:
         raise SpecError("sites.indices", worst, f"0 to {n - 1}, the flat indices of {layer.name}")
     return len(spec.sites.indices)
+
+
+def plan_spec(
+    spec: JobSpec,
+    folders: Folders,
+    registered: Registered = NOTHING,
+    *,
+    counts: dict[str, SplitCounts] | None = None,
+    **options: Any,
+) -> Plan | None:
+    """The plan of a job whose model and data are named; None where only opening the data tells how much there is.
+
+    `counts` of data that has been opened; `options` as in `make_plan`.
+
+    Raises:
+        SpecError: something that it names is not there, or it asks for more than there is.
+    """
+    facts = model_facts(spec.model.name, registered)
+    find_checkpoint(spec.model.weights, facts.weights, folders)
+    count_sites(spec, find_layer(facts, spec.layer))
+    counts = counts or split_counts(spec.data, folders, registered)
+    return None if counts is None else make_plan(spec, facts, counts, **options)
 
 
 def make_plan(

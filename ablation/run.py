@@ -12,26 +12,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ablation import baseline, catalog
-from ablation.data import draw_examples, labels_of, load_batches, load_data
+from ablation import baseline
+from ablation.catalog import SplitCounts, find_root
+from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example
+from ablation.devices import find_device
 from ablation.engine import open_path, run_batches
-from ablation.errors import ModelError
+from ablation.errors import DataError, ExampleError, ModelError
 from ablation.folders import Folders
+from ablation.layers import registered_here
 from ablation.models import load_model
 from ablation.partial import PartialSums, join, merge
-from ablation.plan import SHARD_S, Plan, Shard, make_plan
+from ablation.plan import SHARD_S, Plan, Shard, plan_spec
 from ablation.precision import fit
 from ablation.proof import choose_rows, compare, make_proof
 from ablation.reference import in_float64
 from ablation.sites import Sites, draw_indices, make_sites
-from ablation.spec import JobSpec
+from ablation.spec import JobSpec, PerClass
 from ablation.table import ImportanceTable, make_table
 
 
@@ -66,15 +69,40 @@ class Job:
 
 def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None = None) -> Job:
     """Read the model and the data that a spec names."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = find_device(device)
     model, transform = load_model(spec.model.name, spec.model.weights, spec.model.seed, folders=folders)
-    root = catalog.find_root(spec.data, folders)
     splits = {}
-    for name, asked in spec.data.splits.items():
-        dataset = load_data(spec.data.name, root, name, transform)
+    for name, dataset in open_splits(spec, folders, transform).items():
         labels = labels_of(dataset) if plan_of(plan, name).per_class else None
-        splits[name] = Split(dataset, draw_examples(asked, labels, len(dataset)))  # type: ignore[arg-type]
+        splits[name] = Split(dataset, draw_examples(spec.data.splits[name], labels, len(dataset)))
     return make_job(spec, plan, model.to(where), splits)
+
+
+def open_splits(spec: JobSpec, folders: Folders, transform: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    """The data set of every split that a spec asks for."""
+    root = find_root(spec.data, folders, registered_here())
+    return {name: load_data(spec.data.name, root, name, transform) for name in spec.data.splits}
+
+
+def count_splits(spec: JobSpec, folders: Folders) -> dict[str, SplitCounts]:
+    """How many examples each split has, by opening it; per class only where that is asked for."""
+    counts = {}
+    for name, dataset in open_splits(spec, folders).items():
+        by_class = isinstance(spec.data.splits[name], PerClass)
+        n_per_class = tuple(np.bincount(labels_of(dataset)).tolist()) if by_class else None
+        counts[name] = SplitCounts(n_examples=len(dataset), n_per_class=n_per_class)
+    return counts
+
+
+def plan_here(spec: JobSpec, folders: Folders, **options: Any) -> Plan:
+    """The plan of a job on what is built in or registered in this Python environment; `options` as in `make_plan`.
+
+    Raises:
+        SpecError: something that it names is not there, or it asks for more than there is.
+    """
+    registered = registered_here()
+    plan = plan_spec(spec, folders, registered, **options)
+    return plan or cast(Plan, plan_spec(spec, folders, registered, counts=count_splits(spec, folders), **options))
 
 
 def make_job(spec: JobSpec, plan: Plan, model: torch.nn.Module, splits: dict[str, Split]) -> Job:
@@ -105,7 +133,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     rows = slice(*shard.sites)
     n_sites = rows.stop - rows.start
     positions = np.arange(first, last)
-    with threads_of(job.plan):
+    with threads_of(job.plan), example_of(job.splits[shard.split], np.arange(last)):
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
             inputs = next(read(job, shard.split, positions[: job.plan.batch_size]))[0]
@@ -145,9 +173,20 @@ def read(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, 
         collate=part.collate,
         pin_memory=job.device.type == "cuda",
     ):
-        baseline.check_labels(labels, job.plan.n_classes, int(positions[done]))
+        with example_of(part, positions[done:]):
+            baseline.check_labels(labels, job.plan.n_classes)
         done += len(labels)
         yield fit(inputs, job.model), labels.to(job.device, torch.int64)
+
+
+@contextmanager
+def example_of(split: Split, positions: np.ndarray) -> Iterator[None]:
+    """Let errors about an example, which say where it is among `positions`, name it as the data set does."""
+    try:
+        yield
+    except ExampleError as error:
+        index = int(split.indices[positions[error.position]])
+        raise DataError(f"{name_example(split.dataset, index)} {error.what}") from None
 
 
 def finish_job(job: Job, partials: Sequence[PartialSums], *, seconds: float) -> ImportanceTable:
@@ -261,15 +300,8 @@ def run_spec(
 ) -> ImportanceTable:
     """Load, plan and run a job in this process."""
     on_progress(0.0, "reading the model and the data")
-    plan = make_plan(
-        spec,
-        catalog.model_facts(spec.model.name),
-        catalog.split_counts(spec.data, folders),
-        threads=threads or torch.get_num_threads(),
-        shard_s=shard_s,
-        engine=engine,
-        batch_size=batch_size,
-    )
+    threads = threads or torch.get_num_threads()
+    plan = plan_here(spec, folders, threads=threads, shard_s=shard_s, engine=engine, batch_size=batch_size)
     job = load_job(spec, plan, folders, device=device)
 
     def on_fraction(fraction: float) -> None:

@@ -86,7 +86,8 @@ class CountOfSites(Record):
 class SiteIndices(Record):
     """Explicit flat indices into the parameter tensor, in the order of the table's rows."""
 
-    indices: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+    # fail_fast: of a million wrong ones, the first is enough
+    indices: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(strict=False, min_length=1, fail_fast=True)]
 
     @field_validator("indices")
     @classmethod

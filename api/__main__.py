@@ -4,32 +4,24 @@ Port 0 is a free one. A supervisor that has to know the port binds the socket it
 so the address is known before the server runs, and stays open while a server that died is started again.
 """
 
+import os
+import signal
 import socket
 import sys
-
-import uvicorn
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
-
-from ablation.errors import ServiceError
-from api.app import make_app
-from worker.settings import load_settings, read_environment
 
 SHUTDOWN_S = 3  # how long open requests may take to end
 
 
-class Address(BaseSettings):
-    """Where to listen."""
-
-    model_config = SettingsConfigDict(env_prefix="ABLATION_", frozen=True)
-
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    fd: int | None = Field(default=None, ge=0)
-
-
 def main() -> None:
     """Serve until SIGINT or SIGTERM."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while uvicorn doesn't listen: before its start, after it
+    import uvicorn
+
+    from ablation.errors import ServiceError
+    from api.app import make_app
+    from worker.settings import Address, load_settings, read_environment, warn_of_unknown_variables
+
+    warn_of_unknown_variables(os.environ)
     try:
         address = read_environment(Address)
         app = make_app(load_settings())
@@ -42,7 +34,12 @@ def main() -> None:
         timeout_graceful_shutdown=SHUTDOWN_S,
         access_log=False,  # /metrics counts; a poll a second would drown the log
     )
-    sockets = None if address.fd is None else [socket.socket(fileno=address.fd)]
+    try:
+        sockets = None if address.fd is None else [socket.socket(fileno=address.fd)]
+    except OSError as error:
+        sys.exit(
+            f"Error: ABLATION_FD: got {address.fd} ({error.strerror}); allowed: an open listening socket. Unset it."
+        )
     uvicorn.Server(config).run(sockets)
 
 

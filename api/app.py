@@ -1,13 +1,17 @@
-"""The HTTP application: routes, errors and metrics around one desk. `python -m api` runs it."""
+"""The HTTP application: addresses, errors, limits and metrics around one desk. `python -m api` runs it."""
 
 import time
-from collections.abc import Awaitable, Callable
+from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.body import LimitBody
 from api.dependencies import make_desk
-from api.errors import add_error_handlers, add_problem_schema
+from api.document import finish_document
+from api.errors import METHODS, add_error_handlers
 from api.routes import routes
 from worker.settings import Settings
 
@@ -18,26 +22,54 @@ POST a job, poll its results, download a CSV with the exact utility of every wei
 
 def make_app(settings: Settings) -> FastAPI:
     """The application on these settings; connects to Redis at the first request."""
-    app = FastAPI(title="weight-ablation", version="1", description=DESCRIPTION)
+    options: dict[str, Any] = {
+        "title": "weight-ablation",
+        "version": "1",
+        "description": DESCRIPTION,
+        "redirect_slashes": False,  # one address for one thing
+        "separate_input_output_schemas": False,  # a spec that comes back may be sent again
+    }
+    app = FastAPIOffline("/docs", None, **options)  # Swagger UI out of a package; no ReDoc
     app.state.desk = make_desk(settings)
+    app.state.registry = registry = CollectorRegistry()
     app.include_router(routes)
     add_error_handlers(app)
-    add_problem_schema(app)
-    _count_requests(app)
+    finish_document(app)
+    app.add_middleware(LimitBody)
+    app.add_middleware(CountRequests, registry=registry)  # the last one added is the outermost
     return app
 
 
-def _count_requests(app: FastAPI) -> None:
+class CountRequests:
     """Count and time every request by route, not by path: the ids of jobs would make a series each."""
-    app.state.registry = registry = CollectorRegistry()
-    requests = Counter("ablation_http_requests", "Requests answered.", ["method", "route", "status"], registry=registry)
-    seconds = Histogram("ablation_http_seconds", "Time to the first byte.", ["method", "route"], registry=registry)
 
-    @app.middleware("http")
-    async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        start = time.perf_counter()
-        response = await call_next(request)
-        route = getattr(request.scope.get("route"), "path", "none")
-        requests.labels(request.method, route, response.status_code).inc()
-        seconds.labels(request.method, route).observe(time.perf_counter() - start)
-        return response
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self.app = app
+        labels = ["method", "route"]
+        self.requests = Counter("ablation_http_requests", "Requests answered.", [*labels, "status"], registry=registry)
+        self.seconds = Histogram("ablation_http_seconds", "Time to the first byte.", labels, registry=registry)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, answered = time.perf_counter(), False
+
+        def count(status: int) -> None:
+            nonlocal answered
+            answered = True
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            labels = method, getattr(scope.get("route"), "path", "none")
+            self.requests.labels(*labels, status).inc()
+            self.seconds.labels(*labels).observe(time.perf_counter() - start)
+
+        async def send_and_count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                count(message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_count)
+        finally:
+            if not answered:  # what goes wrong in here is answered further out
+                count(500)

@@ -8,11 +8,11 @@ from celery import Celery
 from fastapi import Depends, Path, Request
 from redis import Redis
 
-from ablation.catalog import find_checkpoint, model_facts, split_counts
-from ablation.errors import SpecError
-from ablation.plan import Plan, make_plan
+from ablation.catalog import Registered
+from ablation.plan import Plan
 from ablation.spec import JobSpec
 from api.errors import gone, not_found
+from worker.planner import plan_job
 from worker.queue import make_celery
 from worker.settings import Settings
 from worker.states import State
@@ -56,32 +56,20 @@ def get_job(job_id: Annotated[str, Path(max_length=100)], store: Annotated[JobSt
     return job
 
 
-def get_planner(desk: Annotated[Desk, Depends(get_desk)]) -> Callable[[JobSpec], Plan]:
-    """The function that plans a spec with this service's settings."""
-    return lambda spec: plan_job(spec, desk.settings)
+def get_registered(store: Annotated[JobStore, Depends(get_store)]) -> Registered:
+    """What workers have published beside what is built in."""
+    return store.registered()
 
 
-def plan_job(spec: JobSpec, settings: Settings) -> Plan:
-    """The plan of a job here.
-
-    Raises:
-        SpecError: it asks for something that there is not, or for more than Redis may hold.
-    """
-    facts = model_facts(spec.model.name)
-    find_checkpoint(spec.model, settings.folders)
-    counts = split_counts(spec.data, settings.folders)
-    plan = make_plan(spec, facts, counts, threads=settings.threads, shard_s=settings.shard_s)
-    if plan.estimate.redis_bytes > settings.max_redis_bytes:
-        raise SpecError(
-            "sites",
-            f"{plan.n_sites} sites in {len(plan.shards)} shards",
-            f"what fits into {settings.max_redis_bytes} bytes of Redis; this needs {plan.estimate.redis_bytes}",
-            "Ask for fewer sites, or raise ABLATION_MAX_REDIS_BYTES.",
-        )
-    return plan
+def get_planner(
+    desk: Annotated[Desk, Depends(get_desk)], registered: Annotated[Registered, Depends(get_registered)]
+) -> Callable[[JobSpec], Plan | None]:
+    """The function that plans a spec with this service's settings; None: a worker has to open its data first."""
+    return lambda spec: plan_job(spec, desk.settings, registered)
 
 
 DeskDep = Annotated[Desk, Depends(get_desk)]
 StoreDep = Annotated[JobStore, Depends(get_store)]
 JobDep = Annotated[JobRecord, Depends(get_job)]
-PlannerDep = Annotated[Callable[[JobSpec], Plan], Depends(get_planner)]
+RegisteredDep = Annotated[Registered, Depends(get_registered)]
+PlannerDep = Annotated[Callable[[JobSpec], Plan | None], Depends(get_planner)]

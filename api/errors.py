@@ -4,42 +4,31 @@ In: exceptions that a route raised. Out: `application/problem+json`, never with 
 """
 
 import http
+import json
 import logging
 from typing import Any
 
 import redis.exceptions
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Match
 
 from ablation.errors import ServiceError, SpecError
 from ablation.spec import spec_error
-from api.schemas import Problem
+from worker.store import TooManyJobs
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 RETRY_S = 5  # how soon to come back when a part of the service is away
+QUOTA_RETRY_S = 30  # and when there are as many jobs as there may be
 MAX_GIVEN = 200  # characters of a wrong value that are shown again
+METHODS = ("DELETE", "GET", "HEAD", "POST")
 
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What an address may answer instead, for OpenAPI."""
-    return {status: {"description": http.HTTPStatus(status).phrase, "content": PROBLEM} for status in statuses}
-
-
-def add_problem_schema(app: FastAPI) -> None:
-    """Give `app`'s OpenAPI document the schema that `problems` refers to."""
-    make = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = make()
-        document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
+# Redis can't be reached right now.
+AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 
 
 def make_problem(request: Request, status: int, detail: str, **more: Any) -> JSONResponse:
@@ -72,14 +61,20 @@ def conflict(what: str) -> HTTPException:
     return HTTPException(409, what)
 
 
+def unavailable(request: Request, why: str, **more: Any) -> JSONResponse:
+    """The answer while a part of the service is missing."""
+    detail = f"{why} Ask again in {RETRY_S} seconds."
+    return make_problem(request, 503, detail, headers={"Retry-After": str(RETRY_S)}, **more)
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Tell every error of `app` as a problem document."""
     app.add_exception_handler(SpecError, _answer_spec_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(StarletteHTTPException, _answer_http_error)
-    app.add_exception_handler(ServiceError, _answer_unavailable)
-    app.add_exception_handler(redis.exceptions.ConnectionError, _answer_unavailable)
-    app.add_exception_handler(redis.exceptions.TimeoutError, _answer_unavailable)
+    app.add_exception_handler(TooManyJobs, _answer_quota)
+    for kind in (ServiceError, *AWAY):
+        app.add_exception_handler(kind, _answer_unavailable)
     app.add_exception_handler(Exception, _answer_fault)
 
 
@@ -94,31 +89,53 @@ def _answer_spec_error(request: Request, error: Exception) -> JSONResponse:
 
 def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return make_problem(request, 400, f"The body is not JSON: {first['ctx']['error']}.")
-    inside = [{**e, "loc": e["loc"][1:]} for e in error.errors()]  # without "body" or "query"
+    inside = [{**e, "loc": e["loc"][1:]} for e in error.errors()]  # without "query", "path" or "header"
     return _answer_spec_error(request, spec_error(inside))
 
 
-def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
+def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    return make_problem(request, error.status_code, str(error.detail), headers=error.headers)
+    if error.status_code == 204:  # no error, and no body
+        return Response(status_code=204)
+    detail, headers = str(error.detail), error.headers
+    if error.status_code == 405:
+        allowed = _allowed_methods(request)
+        detail = f"{request.method} is not possible here; allowed: {allowed}."
+        headers = {"Allow": allowed}
+    elif detail == "Not Found":  # by the framework, not by a route of ours
+        detail = f"There is no address {request.url.path[:MAX_GIVEN]!r}; GET /docs shows those there are."
+    return make_problem(request, error.status_code, detail, headers=headers)
+
+
+def _allowed_methods(request: Request) -> str:
+    """Every method that this address has; the framework names those of the first route that has it."""
+    scopes = ({**request.scope, "method": method} for method in METHODS)
+    routes = request.app.router.routes
+    found = [one["method"] for one in scopes if any(route.matches(one)[0] == Match.FULL for route in routes)]
+    return ", ".join(found)
+
+
+def _answer_quota(request: Request, error: Exception) -> JSONResponse:
+    return make_problem(request, 429, str(error), headers={"Retry-After": str(QUOTA_RETRY_S)})
 
 
 def _answer_unavailable(request: Request, error: Exception) -> JSONResponse:
     log.warning("unavailable: %s", error)
-    detail = f"A part of the service is away; ask again in {RETRY_S} seconds."
-    return make_problem(request, 503, detail, headers={"Retry-After": str(RETRY_S)})
+    return unavailable(request, "A part of the service is away.")
 
 
 def _answer_fault(request: Request, error: Exception) -> JSONResponse:
-    return make_problem(request, 500, "This is a fault of the service, not of the request; its log has the details.")
+    detail = "This is a fault of the service, not of the request; its log has the details."
+    return make_problem(request, 500, detail, headers={"Connection": "close"})  # the server cuts it after a fault
 
 
 def _short(given: object) -> object:
-    """The wrong value, cut where it is too long to send back."""
+    """The wrong value as JSON, cut where it is too long to send back."""
     text = given if isinstance(given, str) else repr(given)
     if len(text) > MAX_GIVEN:
         return text[:MAX_GIVEN] + "..."
-    return given if isinstance(given, str | int | float | bool | list | dict | None) else text
+    try:
+        json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError):
+        return text
+    return given

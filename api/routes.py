@@ -1,25 +1,32 @@
 """Every address of the service, one thin handler each: read the request, ask the store or the catalog, answer.
 
 Handlers are plain functions, run in threads: every one of them is a few round trips to Redis, and the streamed files
-do their work in blocks, so a poll is answered in milliseconds whatever else is going on.
+do their work in blocks, so a poll is answered in milliseconds whatever else is going on. Streams of events alone are
+asynchronous: they wait for long. What OpenAPI says of each address is in `document.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from kombu.exceptions import OperationalError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ablation.catalog import dataset_facts, dataset_names, model_facts, model_names
-from ablation.errors import nearest
+from ablation.errors import SpecError, nearest
 from ablation.export import csv_chunks, parquet_chunks
+from ablation.plan import Plan
 from ablation.spec import JobSpec
-from api.dependencies import DeskDep, JobDep, PlannerDep, StoreDep
-from api.errors import PROBLEM, conflict, gone, not_found, problems
+from api import document
+from api.body import SpecDep
+from api.dependencies import Desk, DeskDep, JobDep, PlannerDep, RegisteredDep, StoreDep
+from api.errors import AWAY, conflict, gone, not_found, unavailable
+from api.events import Told, read_last_event, watch_job
+from api.headers import IdempotencyKey, choose_type, is_known, make_etag
 from api.schemas import (
     DatasetPage,
     Health,
@@ -27,7 +34,6 @@ from api.schemas import (
     JobView,
     LayerPage,
     ModelPage,
-    Pending,
     PlanView,
     Results,
     job_view,
@@ -37,35 +43,38 @@ from api.schemas import (
     plan_view,
     retry_after_s,
 )
+from worker import keys
 from worker.codec import decode_block
 from worker.queue import enqueue_shard
 from worker.states import TERMINAL, State
 from worker.store import JobRecord, JobStore
 
-routes = APIRouter(responses=problems(422, 503))
+routes = APIRouter(responses=document.EVERYWHERE)
 
 Blocks = Iterable[Mapping[str, np.ndarray]]
 
 CSV = "text/csv; charset=utf-8; header=present"
 PARQUET = "application/vnd.apache.parquet"
-UNFINISHED = {202: {"model": Pending}, **problems(404, 409, 410)}  # what OpenAPI says of no results
 
 
-@routes.post("/v1/jobs", status_code=202, tags=["jobs"])
-def post_job(spec: JobSpec, plan_of: PlannerDep, desk: DeskDep, response: Response) -> JobView:
+@routes.post("/v1/jobs", status_code=202, tags=["jobs"], responses=document.POST_JOB, openapi_extra=document.SPEC_BODY)
+def post_job(
+    spec: SpecDep, plan_of: PlannerDep, desk: DeskDep, response: Response, idempotency_key: IdempotencyKey = None
+) -> JobView:
     """Ask for the utilities of some weights; the answer says where they will be."""
-    job = desk.store.create(spec, plan_of(spec))
-    assert job.plan is not None
-    with suppress(OperationalError):  # Redis went away just now: the sweeper sends what waits without a message
-        for shard in job.plan.shards:
-            enqueue_shard(desk.celery, job.id, shard.id)
+    job = desk.store.posted(idempotency_key) if idempotency_key else None
+    if job is None:
+        job = _create(desk, spec, plan_of(spec), idempotency_key)
+    if job.spec != spec:
+        next_step = "Send this spec with a key of its own."
+        raise SpecError("Idempotency-Key", idempotency_key, "the spec that it came with first, for 24 hours", next_step)
     view = job_view(job)
     response.headers["Location"] = view.urls.self
     response.headers["Retry-After"] = str(retry_after_s(job))
     return view
 
 
-@routes.get("/v1/jobs", tags=["jobs"])
+@routes.get("/v1/jobs", tags=["jobs"], responses=document.LIST_JOBS)
 def list_jobs(
     store: StoreDep,
     status: State | None = None,
@@ -77,15 +86,19 @@ def list_jobs(
     return JobPage(data=[job_view(job) for job in jobs], next_cursor=next_cursor)
 
 
-@routes.get("/v1/jobs/{job_id}", tags=["jobs"], responses=problems(404, 410))
-def get_job(job: JobDep, response: Response) -> JobView:
+@routes.get("/v1/jobs/{job_id}", tags=["jobs"], responses=document.GET_JOB, response_model=JobView)
+def get_job(
+    job: JobDep, response: Response, if_none_match: Annotated[tuple[str, ...], Header(alias="If-None-Match")] = ()
+) -> JobView | Response:
     """How a job is doing."""
+    view = job_view(job)
+    response.headers["ETag"] = etag = make_etag(view)
     if job.status not in TERMINAL:
         response.headers["Retry-After"] = str(retry_after_s(job))
-    return job_view(job)
+    return Response(status_code=304, headers=response.headers) if is_known(etag, if_none_match) else view
 
 
-@routes.post("/v1/jobs/{job_id}/cancel", tags=["jobs"], responses={202: {"model": JobView}, **problems(404, 409, 410)})
+@routes.post("/v1/jobs/{job_id}/cancel", tags=["jobs"], responses=document.CANCEL_JOB)
 def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobView:
     """Stop a job; what runs stops within one batch. 202 when this call did it, 200 when it was so already."""
     response.status_code = 200 if job.status in (State.CANCELLING, State.CANCELLED) else 202
@@ -97,101 +110,131 @@ def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobView:
     return job_view(_again(store, job.id))
 
 
-@routes.delete("/v1/jobs/{job_id}", status_code=204, tags=["jobs"], responses=problems(404, 409, 410))
-def delete_job(job: JobDep, store: StoreDep) -> None:
+@routes.delete("/v1/jobs/{job_id}", status_code=204, tags=["jobs"], responses=document.DELETE_JOB)
+def delete_job(job: JobDep, store: StoreDep) -> Response:
     """Forget a job that is over, with its results."""
     after = store.delete(job.id)
     if after not in (None, State.EXPIRED):
         raise conflict(f"Job {job.id} is {after}; cancel it first, or wait until it is over.")
+    return Response(status_code=204)
 
 
-@routes.get(
-    "/v1/jobs/{job_id}/results",
-    tags=["results"],
-    response_model=Results,
-    responses={**UNFINISHED, 200: {"content": {"text/csv": {}}}},
-)
+@routes.get("/v1/jobs/{job_id}/results", tags=["results"], response_model=Results, responses=document.GET_RESULTS)
 def get_results(
-    request: Request,
     job: JobDep,
     store: StoreDep,
+    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
 ) -> Response:
     """The poll endpoint: 202 and the progress until the job is done, then its rows."""
-    if "text/csv" in request.headers.get("accept", ""):
-        return get_csv(job, store)
-    if wait := _unfinished(job):
-        return wait
-    columns = store.read_rows(job.id, offset, limit)
-    body = {
-        "columns": list(columns),
-        "rows": [list(row) for row in zip(*(_plain(column) for column in columns.values()), strict=True)],
-        "total_rows": store.n_rows(job.id),
-        "summary": store.summary(job.id),
-    }
-    return JSONResponse(body)
+    if choose_type(accept, ("application/json", "text/csv")) == "text/csv":
+        answer = get_csv(job, store)
+    else:
+        answer = _unfinished(job) or _rows(job, store, offset, limit)
+    answer.headers["Vary"] = "Accept"
+    return answer
 
 
-@routes.get("/v1/jobs/{job_id}/results.csv", tags=["results"], response_class=StreamingResponse, responses=UNFINISHED)
+@routes.get(
+    "/v1/jobs/{job_id}/results.csv", tags=["results"], response_class=StreamingResponse, responses=document.GET_CSV
+)
 def get_csv(job: JobDep, store: StoreDep) -> Response:
     """The whole table as CSV, streamed."""
     return _unfinished(job) or _stream(job, store, csv_chunks, CSV, "utility.csv")
 
 
 @routes.get(
-    "/v1/jobs/{job_id}/results.parquet", tags=["results"], response_class=StreamingResponse, responses=UNFINISHED
+    "/v1/jobs/{job_id}/results.parquet",
+    tags=["results"],
+    response_class=StreamingResponse,
+    responses=document.GET_PARQUET,
 )
 def get_parquet(job: JobDep, store: StoreDep) -> Response:
     """The whole table as Parquet, streamed."""
     return _unfinished(job) or _stream(job, store, parquet_chunks, PARQUET, "utility.parquet")
 
 
-@routes.post("/v1/plans", tags=["catalog"])
-def post_plan(spec: JobSpec, plan_of: PlannerDep) -> PlanView:
+@routes.get(
+    "/v1/jobs/{job_id}/events", tags=["jobs"], response_class=EventSourceResponse, responses=document.GET_EVENTS
+)
+async def get_events(
+    job: JobDep, store: StoreDep, told: Annotated[Told, Depends(read_last_event)]
+) -> AsyncIterator[ServerSentEvent]:
+    """What happens to a job, as it happens: `status`, `progress`, and at last `done`."""
+    async for event in watch_job(store, job.id, told):
+        yield event
+
+
+@routes.post("/v1/plans", tags=["catalog"], responses=document.POST_PLAN, openapi_extra=document.SPEC_BODY)
+def post_plan(spec: SpecDep, plan_of: PlannerDep) -> PlanView:
     """How a job would be cut and what it would cost; nothing is queued."""
-    return plan_view(plan_of(spec))
+    plan = plan_of(spec)
+    if plan is None:
+        next_step = "Only a worker can count its examples: POST /v1/jobs, the job has its plan once one has looked."
+        raise SpecError("data.name", spec.data.name, "a built-in data set", next_step)
+    return plan_view(plan)
 
 
-@routes.get("/v1/models", tags=["catalog"])
-def list_models() -> ModelPage:
+@routes.get("/v1/models", tags=["catalog"], responses=document.LIST_MODELS)
+def list_models(registered: RegisteredDep) -> ModelPage:
     """Every model that may be asked for."""
-    return ModelPage(data=[model_view(model_facts(name)) for name in model_names()])
+    return ModelPage(data=[model_view(model_facts(name, registered)) for name in model_names(registered)])
 
 
-@routes.get("/v1/models/{name}/layers", tags=["catalog"], responses=problems(404))
-def list_layers(name: str) -> LayerPage:
+@routes.get("/v1/models/{name}/layers", tags=["catalog"], responses=document.LIST_LAYERS)
+def list_layers(name: str, registered: RegisteredDep) -> LayerPage:
     """Every layer of a model, with the path that it takes."""
-    if name not in model_names():
-        raise not_found(f"model {name!r}", "GET /v1/models", nearest(name.lower(), model_names()))
-    return LayerPage(data=[layer_view(layer) for layer in model_facts(name).layers])
+    names = model_names(registered)
+    if name not in names:
+        raise not_found(f"model {name!r}", "GET /v1/models", nearest(name.lower(), names))
+    return LayerPage(data=[layer_view(layer) for layer in model_facts(name, registered).layers])
 
 
-@routes.get("/v1/datasets", tags=["catalog"])
-def list_datasets() -> DatasetPage:
+@routes.get("/v1/datasets", tags=["catalog"], responses=document.LIST_DATASETS)
+def list_datasets(registered: RegisteredDep) -> DatasetPage:
     """Every data set that may be asked for."""
-    return DatasetPage(data=[dataset_facts(name) for name in dataset_names()])
+    return DatasetPage(data=[dataset_facts(name, registered) for name in dataset_names(registered)])
 
 
-@routes.get("/healthz", tags=["health"])
+@routes.get("/healthz", tags=["health"], responses=document.HEALTHZ)
 def healthz() -> Health:
     """This process is alive."""
-    return Health(status="ok")
+    return Health()
 
 
-@routes.get("/readyz", tags=["health"], responses={503: {"model": Health, "content": PROBLEM}})
-def readyz(desk: DeskDep, response: Response) -> Health:
+@routes.get("/readyz", tags=["health"], responses=document.READYZ, response_model=Health)
+def readyz(request: Request, desk: DeskDep) -> Health | Response:
     """Jobs will be worked on: Redis answers and a worker has been seen."""
-    desk.redis.ping()
-    n_workers = desk.store.n_workers()
-    response.status_code = 200 if n_workers else 503
-    return Health(status="ok" if n_workers else "no worker", checks={"redis": "ok", "workers": str(n_workers)})
+    try:
+        n_workers = desk.store.n_workers()
+    except AWAY:
+        checks, detail = {"redis": "away", "workers": "unknown"}, "Redis can't be reached."
+    else:
+        checks, detail = {"redis": "ok", "workers": str(n_workers)}, "No worker has been seen for a while."
+        if n_workers:
+            return Health(checks=checks)
+    return unavailable(request, f"{detail} Jobs wait until there is one.", checks=checks)
 
 
-@routes.get("/metrics", tags=["health"], response_class=Response)
+@routes.get("/metrics", tags=["health"], response_class=Response, responses=document.METRICS)
 def metrics(request: Request) -> Response:
     """Numbers for Prometheus."""
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _create(desk: Desk, spec: JobSpec, plan: Plan | None, idempotency_key: str | None) -> JobRecord:
+    """A new job, sent to the workers; or the one that another request with this key has made just now."""
+    job = desk.store.create(spec, plan, max_jobs=desk.settings.max_jobs, idempotency_key=idempotency_key)
+    if job is None:
+        assert idempotency_key is not None
+        posted = desk.store.posted(idempotency_key)
+        assert posted is not None  # it was there a moment ago
+        return posted
+    with suppress(OperationalError):  # Redis went away just now: the sweeper sends what waits without a message
+        for shard_id in [shard.id for shard in plan.shards] if plan else [keys.PLAN]:
+            enqueue_shard(desk.celery, job.id, shard_id)
+    return job
 
 
 def _unfinished(job: JobRecord) -> Response | None:
@@ -202,6 +245,17 @@ def _unfinished(job: JobRecord) -> Response | None:
         why = f": {job.error.get('detail', job.error)}" if job.error else ""
         raise conflict(f"Job {job.id} is {job.status} and has no results{why}".rstrip(".") + ".")
     return JSONResponse(pending(job).model_dump(mode="json"), 202, {"Retry-After": str(retry_after_s(job))})
+
+
+def _rows(job: JobRecord, store: JobStore, offset: int, limit: int) -> Response:
+    columns = store.read_rows(job.id, offset, limit)
+    body = {
+        "columns": list(columns),
+        "rows": [list(row) for row in zip(*(_plain(column) for column in columns.values()), strict=True)],
+        "total_rows": store.n_rows(job.id),
+        "summary": store.summary(job.id),
+    }
+    return JSONResponse(body)
 
 
 def _stream(

@@ -4,7 +4,7 @@ In: the worker's and the catalog's records. Out: their public form, without what
 """
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -49,6 +49,7 @@ class Urls(BaseModel):
     results: str
     csv: str
     parquet: str
+    events: str
 
 
 class JobView(BaseModel):
@@ -81,6 +82,12 @@ class Pending(BaseModel):
     status: State
     progress: Progress
     eta_seconds: float | None
+
+
+class News(Pending):
+    """What an event says of a job; `error` is there once it has failed."""
+
+    error: dict[str, Any] | None
 
 
 class Results(BaseModel):
@@ -137,14 +144,18 @@ class DatasetPage(BaseModel):
 
 
 class Health(BaseModel):
-    """One word on how a service is, and what it stands on."""
+    """The service is well, and what that stands on."""
 
-    status: str
+    status: Literal["ok"] = "ok"
     checks: dict[str, str] = {}
 
 
 class Problem(BaseModel):
-    """What went wrong (RFC 9457); the last four members are there where a field of the request is to blame."""
+    """What went wrong (RFC 9457).
+
+    `field`, `given`, `allowed` and `next_step` are there where a part of the request is to blame, `checks` where a
+    part of the service is.
+    """
 
     type: str = "about:blank"
     title: str
@@ -155,6 +166,7 @@ class Problem(BaseModel):
     given: Any = None
     allowed: str | None = None
     next_step: str | None = None
+    checks: dict[str, str] | None = None
 
 
 def plan_view(plan: Plan) -> PlanView:
@@ -183,6 +195,7 @@ def job_view(job: JobRecord) -> JobView:
             results=f"{url}/results",
             csv=f"{url}/results.csv",
             parquet=f"{url}/results.parquet",
+            events=f"{url}/events",
         ),
     )
 
@@ -190,6 +203,11 @@ def job_view(job: JobRecord) -> JobView:
 def pending(job: JobRecord) -> Pending:
     """What there is to say of a job that has no results yet."""
     return Pending(id=job.id, status=job.status, progress=_progress(job), eta_seconds=eta_s(job))
+
+
+def news(job: JobRecord) -> News:
+    """What an event says of a job."""
+    return News(**pending(job).model_dump(), error=job.error)
 
 
 def model_view(facts: ModelFacts) -> ModelView:

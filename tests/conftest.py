@@ -1,5 +1,8 @@
 """Shared parts, all real: an embedded Redis for the whole run, emptied before every test; settings that point to it."""
 
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from ablation.layers import describe_registered
 from worker.redis_server import RedisServer, start_redis
 from worker.settings import Settings
 from worker.store import JobStore, connect
@@ -18,6 +22,24 @@ def redis_server() -> Iterator[RedisServer]:
         server = start_redis(Path(folder) / "run", Path(folder) / "data")
         yield server
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def example_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that pip has installed `tests/example_package` into: put it on the path, and it is registered."""
+    source, target = tmp_path_factory.mktemp("source") / "zoo", tmp_path_factory.mktemp("packages")
+    shutil.copytree(Path(__file__).parent / "example_package", source)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], check=True)
+    return target
+
+
+@pytest.fixture
+def registered(example_package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The example package on this process's path."""
+    monkeypatch.syspath_prepend(example_package)
+    yield
+    describe_registered.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from redis.exceptions import AuthenticationError, RedisError
 from ruamel.yaml import YAML
 
 from worker.redis_server import find_binary
-from worker.settings import Settings
+from worker.settings import Address, Settings, variable_of
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -97,7 +97,7 @@ class Missing:
         if name.split(".")[0] in sys.argv[1:]:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing)
-import api.__main__, worker.health
+import api.__main__, api.app, scipy.io, uvicorn, worker.health
 """
 
 
@@ -108,7 +108,8 @@ def test_the_api_needs_no_more_than_its_lock() -> None:
     assert "torch" in missing
     result = run(sys.executable, "-c", WITHOUT, *missing)
     assert result.returncode == 0, result.stderr
-    assert run(sys.executable, "-c", WITHOUT, *missing, "uvicorn").returncode != 0
+    for needed in ("uvicorn", "scipy"):  # ImageNet's class names are in a .mat file, which the API reads too
+        assert run(sys.executable, "-c", WITHOUT, *missing, needed).returncode != 0
 
 
 # The wheel, made of just those files that the Dockerfile copies
@@ -177,6 +178,14 @@ def test_ci_runs_the_suite() -> None:
     assert result.stdout.rstrip().endswith('.venv/bin/python -m pytest -m "not slow and not gpu"')
 
 
+def test_every_marker_has_a_target_of_its_own() -> None:
+    """What `make test` leaves out and no other target runs would be a test that nobody runs."""
+    markers = {text.partition(":")[0] for text in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+    assert {"slow", "gpu", "ui"} <= markers
+    for marker in markers:
+        assert re.search(rf'-m "?{marker}\b', run("make", "--dry-run", f"test-{marker}").stdout), marker
+
+
 def test_an_old_python_is_told(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     result = run("make", ".venv/.made", "PYTHON=false", folder=tmp_path)
@@ -224,6 +233,25 @@ def test_the_images_run_without_rights_and_from_a_pinned_base() -> None:
         assert "\nRUN" not in text[text.index("\nUSER") :]
         assert "\nHEALTHCHECK" in text
         assert f"source=requirements/{target}.txt" in text
+
+
+def test_a_linter_has_nothing_to_say_of_the_dockerfile(tmp_path: Path) -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    result = run(hadolint, "--no-color", "Dockerfile")
+    assert result.returncode == 0, result.stdout
+    (tmp_path / "Dockerfile").write_text("FROM python\n")
+    assert "DL3006" in run(hadolint, "--no-color", "Dockerfile", folder=tmp_path).stdout
+
+
+def test_the_images_hold_no_secret_and_are_healthy_where_they_serve() -> None:
+    assert not re.search(r"password|secret|token", DOCKERFILE, re.IGNORECASE)
+    api, worker = stages()["api"], stages()["worker"]
+    port = re.search(r"ABLATION_PORT=(\d+)", api)
+    assert port is not None
+    assert f"\nEXPOSE {port[1]}\n" in api
+    assert f"http://127.0.0.1:{port[1]}/healthz" in api
+    assert '"-m", "worker.health"' in worker
+    assert "EXPOSE" not in worker
 
 
 def test_the_label_names_this_version() -> None:
@@ -274,6 +302,50 @@ def test_every_service_is_healthy_or_restarted_and_has_no_rights(services: dict[
         assert "container_name" not in service  # or --scale fails
 
 
+def test_no_service_can_become_root_or_write_outside_its_volumes(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert "privileged" not in service
+        assert service["tmpfs"] == ["/tmp:size=1g"]
+        assert service.get("user", "the image's own") == ("redis" if name == "redis" else "the image's own")
+        writable = [volume for volume in service["volumes"] if not volume.endswith(":ro")]
+        assert writable == {"redis": ["redis:/data"], "worker": ["cache:/cache"]}.get(name, [])
+    assert set(read_yaml("docker-compose.yml")["volumes"]) == {"redis", "cache"}
+
+
+def test_secrets_come_by_file_only(services: dict[str, Any]) -> None:
+    assert read_yaml("docker-compose.yml")["secrets"] == {
+        "redis_password": {"file": "${ABLATION_HOME:-./.home}/redis_password"}
+    }
+    for name, service in services.items():
+        environment = service.get("environment", {})
+        assert not any("PASSWORD" in variable and not variable.endswith("_FILE") for variable in environment)
+        if name != "redis":
+            assert environment["ABLATION_REDIS_PASSWORD_FILE"] == "/run/secrets/redis_password"
+            assert environment["REDIS_URL"] == "redis://redis:6379/0"
+
+
+def test_redis_is_pinned_by_its_major_version_and_waited_for(services: dict[str, Any]) -> None:
+    assert re.fullmatch(r"redis:\d+-alpine", services["redis"]["image"])
+    for name in ("api", "worker"):
+        assert services[name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
+
+
+def test_what_a_service_may_use_up_is_bounded(services: dict[str, Any]) -> None:
+    for service in services.values():
+        assert service["pids_limit"] == 1024
+        assert service["logging"] == {"driver": "local"}
+    memory = {name: service.get("mem_limit") for name, service in services.items()}
+    assert memory == {"redis": None, "api": "2g", "worker": None}  # Redis has its maxmemory
+    assert "maxmemory ${ABLATION_REDIS_MAXMEMORY:-8gb}" in services["redis"]["command"][2]
+
+
+def test_a_service_has_time_to_stop(services: dict[str, Any]) -> None:
+    needed = {"redis": 5, "api": 3, "worker": 4}  # STOP_S of Redis, SHUTDOWN_S of the API, GRACE_S of a worker
+    for name, service in services.items():
+        assert int(service["stop_grace_period"].removesuffix("s")) > 2 * needed[name]
+
+
 def test_compose_and_image_agree(services: dict[str, Any]) -> None:
     for name in ("api", "worker"):
         assert services[name]["build"] == {"context": ".", "target": name}
@@ -289,16 +361,15 @@ def test_compose_and_image_agree(services: dict[str, Any]) -> None:
 
 def test_every_setting_in_the_files_is_one() -> None:
     """A misspelt variable would be ignored without a word."""
-    address = {"ABLATION_HOST", "ABLATION_PORT"}  # api/__main__.py
-    compose = {"ABLATION_HOME", "ABLATION_REDIS_MAXMEMORY"}  # read by compose itself
-    known = {f"ABLATION_{name.upper()}" for name in Settings.model_fields}
+    known = {variable_of(name) for kind in (Settings, Address) for name in kind.model_fields}
     used = set(re.findall(r"ABLATION_[A-Z_]+", DOCKERFILE + (ROOT / "docker-compose.yml").read_text()))
-    assert used <= known | address | compose
+    assert used <= known | {"ABLATION_REDIS_MAXMEMORY"}  # read by compose itself
 
 
 def test_the_worker_has_a_gpu_unless_told_otherwise(services: dict[str, Any]) -> None:
     (device,) = services["worker"]["deploy"]["resources"]["reservations"]["devices"]
-    assert device["capabilities"] == ["gpu"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert all("deploy" not in services[name] for name in ("redis", "api"))
     assert read_yaml("docker-compose.cpu.yml") == {"services": {"worker": {"deploy": None}}}
 
 

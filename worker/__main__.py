@@ -1,40 +1,36 @@
 """`python -m worker`: one worker, until SIGTERM or SIGINT. Its options are `settings.py`, from the environment."""
 
+import os
 import secrets
+import signal
 import sys
 import warnings
-
-from celery.platforms import SecurityWarning
-from redis.exceptions import RedisError
-
-from ablation.errors import ServiceError
-from worker import keys
-from worker.settings import Settings, hide_password
-from worker.store import connect
 
 ARGUMENTS = ["--pool=prefork", "--concurrency=1", "--without-gossip", "--without-mingle", "--loglevel=WARNING"]
 
 
-def describe(settings: Settings) -> str:
-    """What this worker found, in two lines."""
-    with connect(settings) as client:
-        redis = client.info("server")
-    return (
-        f"worker: Redis {redis['redis_version']} at {hide_password(settings.redis_url)}, {settings.threads} threads, "
-        f"device {settings.device or 'CUDA if there, else CPU'}\n"
-        f"worker: data {settings.data_dir}, checkpoints {settings.checkpoint_dir}, cache {settings.cache_dir}"
-    )
-
-
 def main() -> None:
     """Run a worker in this process."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until Celery listens: no import shows its traceback
+    from celery.platforms import SecurityWarning
+    from redis.exceptions import RedisError
+
+    from ablation.errors import AblationError
+    from worker import keys
+    from worker.inventory import describe
+    from worker.settings import make_writable, warn_of_unknown_variables
+
     warnings.simplefilter("ignore", SecurityWarning)  # of root, as in a container: it is about pickle, and we take JSON
+    warn_of_unknown_variables(os.environ)
     try:
         from worker.tasks import app, settings  # reads the settings
 
+        make_writable(settings.cache_dir, "ABLATION_CACHE_DIR")
         print(describe(settings), flush=True)
-    except (ServiceError, RedisError) as error:
+    except AblationError as error:
         sys.exit(f"Error: {error}")
+    except RedisError as error:
+        sys.exit(f"Error: the Redis that REDIS_URL names can't be used ({error}); start it, or set another one.")
     queues = f"--queues={keys.FINALIZE_QUEUE},{keys.SHARD_QUEUE}"
     app.worker_main(["--quiet", "worker", *ARGUMENTS, queues, f"--hostname=worker-{secrets.token_hex(4)}@%h"])
 

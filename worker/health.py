@@ -7,6 +7,9 @@ name, which is drawn at every start.
 import socket
 import sys
 
+from redis.exceptions import RedisError
+
+from ablation.errors import ServiceError
 from worker import keys
 from worker.settings import load_settings
 from worker.store import JobStore, connect
@@ -20,6 +23,18 @@ def has_worker(store: JobStore, host: str) -> bool:
     return any(worker.decode().startswith(f"{host}:") for worker in seen)
 
 
+def main() -> None:
+    """Exit with 0 if a worker runs here; else with 1, and say why."""
+    host = socket.gethostname()
+    try:
+        with connect(load_settings()) as client:
+            if not has_worker(JobStore(client), host):
+                sys.exit(f"No worker on {host} has been heard of for {SILENT_S:g} s.")
+    except ServiceError as error:
+        sys.exit(f"Error: {error}")
+    except RedisError as error:
+        sys.exit(f"Error: the Redis that REDIS_URL names can't be used ({error}).")
+
+
 if __name__ == "__main__":
-    with connect(load_settings()) as client:
-        sys.exit(not has_worker(JobStore(client), socket.gethostname()))
+    main()

@@ -13,12 +13,27 @@ FINISHED = "ablation:finished"  # zset: job id by the time it came to an end (of
 WORKERS = "ablation:workers"  # zset: worker by the time it was last seen
 SWEEP_LOCK = "ablation:sweep-lock"  # string: the worker that sweeps right now
 
-FINALIZE = "@finalize"  # stands for the merge wherever a shard id is expected: it is leased and retried like a shard
+MODELS = "ablation:models"  # hash: facts of registered models by name, as the worker that started last found them
+DATASETS = "ablation:datasets"  # set: names of registered data sets, likewise
+
+# Stand for the planning and for the merge wherever a shard id is expected: they are leased and retried like shards.
+PLAN = "@plan"
+FINALIZE = "@finalize"
+
+
+def in_words(shard_id: str) -> str:
+    """What a message calls a shard, or what stands for one."""
+    return {PLAN: "the planning", FINALIZE: "the merge"}.get(shard_id, f"shard {shard_id}")
 
 
 def in_state(state: str) -> str:
     """Zset: ids of the jobs in this state, by sequence number."""
     return f"ablation:jobs:{state}"
+
+
+def posted(idempotency_key: str) -> str:
+    """Hash: id and key of the job that was posted with this Idempotency-Key, and whether it was planned at once."""
+    return f"ablation:posted:{idempotency_key}"
 
 
 def job(job_id: str) -> str:

@@ -46,7 +46,7 @@ def make_celery(settings: Settings) -> Celery:
 
 
 def enqueue_shard(celery: Celery, job_id: str, shard_id: str) -> None:
-    """Send a worker to this shard (`keys.FINALIZE` sends it to the merge)."""
+    """Send a worker to this shard (`keys.PLAN` sends it to the planning, `keys.FINALIZE` to the merge)."""
     if shard_id == keys.FINALIZE:
         enqueue_finalize(celery, job_id)
     else:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from celery import Celery
 from redis.exceptions import RedisError
 
+from ablation.catalog import Registered
 from ablation.errors import AblationError, Cancelled
-from worker import codec, keys
+from ablation.plan import Plan
+from worker import codec, keys, planner
 from worker.queue import enqueue_finalize, enqueue_shard
 from worker.settings import Settings
 from worker.states import State
@@ -85,7 +87,7 @@ def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, j
         from ablation.run import run_shard as compute
 
         record = get_record(store, job_id)
-        shard = next(shard for shard in record.plan.shards if shard.id == shard_id)
+        shard = next(shard for shard in plan_of(record).shards if shard.id == shard_id)
         job = load(record, settings)
         heart.on_batch(0.0)
         partial = compute(job, shard, on_batch=heart.on_batch)
@@ -93,17 +95,46 @@ def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, j
             enqueue_finalize(celery, job_id)
 
 
+def plan_job(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> None:
+    """Open the job's data, cut the job, and send its shards. Twice is once."""
+    if not store.claim(job_id, keys.PLAN, owner):
+        return
+    with settled(store, celery, settings, owner, job_id, keys.PLAN):
+        from ablation.layers import registered_here
+        from ablation.run import count_splits
+
+        spec = get_record(store, job_id).spec
+        plan = planner.plan_job(spec, settings, registered_here(), count_splits(spec, settings.folders))
+        assert plan is not None  # for given counts it never is
+        if store.set_plan(job_id, owner, plan):
+            for shard in plan.shards:
+                enqueue_shard(celery, job_id, shard.id)
+
+
+def publish_registered(store: JobStore) -> None:
+    """Say what is registered here, for the API to offer; what can't be described is left out, with the reason."""
+    from ablation.layers import registered_here
+
+    here = registered_here()
+    models = {}
+    for name in here.models:
+        try:
+            models[name] = here.models[name]
+        except AblationError as error:
+            log.warning("not offered: %s", error)
+    store.publish(Registered(models, here.datasets))
+
+
 def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> None:
     """Merge the partials, prove the table and store it. Twice is once."""
     if not store.claim_finalize(job_id, owner):
         return
     with settled(store, celery, settings, owner, job_id, keys.FINALIZE):
+        from ablation.run import finish_job
         from ablation.statistics import make_summary
 
-        from ablation.run import finish_job
-
         record = get_record(store, job_id)
-        partials = [codec.decode_partial(payload) for payload in store.partials(job_id, record.plan)]
+        partials = [codec.decode_partial(payload) for payload in store.partials(job_id, plan_of(record))]
         seconds = store.now() - (record.started_at or record.created_at).timestamp()
         table = finish_job(load(record, settings), partials, seconds=seconds)
         store.save_table(job_id, owner, table.about, make_summary(table), codec.encode_blocks(table))
@@ -142,13 +173,19 @@ def get_record(store: JobStore, job_id: str) -> JobRecord:
     return record
 
 
+def plan_of(record: JobRecord) -> Plan:
+    """The plan of a job that has shards or a merge, and so has been planned."""
+    assert record.plan is not None
+    return record.plan
+
+
 def load(record: JobRecord, settings: Settings) -> "Job":
     """The job's model and data; kept until another job comes."""
     from ablation.run import load_job
 
     if record.id not in _loaded:
         _loaded.clear()
-        _loaded[record.id] = load_job(record.spec, record.plan, settings.folders, device=settings.device)
+        _loaded[record.id] = load_job(record.spec, plan_of(record), settings.folders, device=settings.device)
     return _loaded[record.id]
 
 
@@ -160,11 +197,11 @@ def make_error(error: AblationError, settings: Settings) -> dict[str, str]:
 
 def make_unexpected_error(error: Exception, shard_id: str) -> dict[str, str]:
     """An error that nobody foresaw: its words may say anything, so the job shows its kind only."""
-    what = "the merge" if shard_id == keys.FINALIZE else f"shard {shard_id}"
     return {
         "type": "unexpected-error",
         "title": "The worker ran into an error that it was not made for.",
-        "detail": f"{what} ended with {type(error).__name__} each time it was tried. The worker's log has the details.",
+        "detail": f"{keys.in_words(shard_id)} ended with {type(error).__name__} each time it was tried. "
+        "The worker's log has the details.",
     }
 
 

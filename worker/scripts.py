@@ -32,6 +32,7 @@ local {", ".join(_NAMES.split())} = unpack(KEYS)
 local MOVES = {{{_MOVES}}}
 local TERMINAL = {_lua_set(list(TERMINAL))}
 local FINALIZE = '{keys.FINALIZE}'
+local PLAN = '{keys.PLAN}'
 """
     + """
 local id = ARGV[1]
@@ -79,15 +80,30 @@ def _script(body: str) -> str:
     return _PREAMBLE + body
 
 
-# spec, plan, shards... -> nothing. Twice is once: the connection may have broken before the answer came.
+# spec, plan, posted ('' for: without an idempotency key), keep_s, max_jobs, shards... -> 'made', 'known' where the
+# idempotency key has made a job already, 'full' where max_jobs are not over. Twice is once: the connection may have
+# broken before the answer came.
 CREATE = _script("""
-if status ~= 'unknown' then return end
+if status ~= 'unknown' then return 'made' end
+local posted, keep_s, max_jobs = ARGV[4], ARGV[5], tonumber(ARGV[6])
+if posted ~= '' and redis.call('EXISTS', redis.call('HGET', posted, 'job') or '') == 1 then return 'known' end
+local n_jobs = 0
+for state in pairs(MOVES) do
+  if not TERMINAL[state] then n_jobs = n_jobs + redis.call('ZCARD', in_state .. state) end
+end
+if n_jobs >= max_jobs then return 'full' end
 local seq = redis.call('INCR', sequence)
-redis.call('HSET', job, 'status', 'queued', 'seq', seq, 'created_at', now, 'n_shards', #ARGV - 3,
+redis.call('HSET', job, 'status', 'queued', 'seq', seq, 'created_at', now, 'n_shards', #ARGV - 6,
            'spec', ARGV[2], 'plan', ARGV[3])
 redis.call('ZADD', jobs, seq, id)
 redis.call('ZADD', in_state .. 'queued', seq, id)
-for i = 4, #ARGV do redis.call('ZADD', waiting, now, ARGV[i]) end
+for i = 7, #ARGV do redis.call('ZADD', waiting, now, ARGV[i]) end
+if posted ~= '' then
+  redis.call('UNLINK', posted)
+  redis.call('HSET', posted, 'id', id, 'job', job, 'planned', ARGV[3] ~= '' and 1 or 0)
+  redis.call('EXPIRE', posted, keep_s)
+end
+return 'made'
 """)
 
 # shard, owner -> 1 where the lease was taken. Refused where the shard is done, leased (also if stale: the sweeper puts
@@ -104,12 +120,23 @@ end
 return 1
 """)
 
+# shard (PLAN), owner, plan, shards... -> 1 where the job is cut by this call, and its shards are to be sent
+SET_PLAN = _script("""
+local shard, owner = ARGV[2], ARGV[3]
+if redis.call('HGET', owners, shard) ~= owner then return 0 end
+let_go(shard)
+if not wants(shard) then return 0 end
+redis.call('HSET', job, 'plan', ARGV[4], 'n_shards', #ARGV - 4)
+for i = 5, #ARGV do redis.call('ZADD', waiting, now, ARGV[i]) end
+return 1
+""")
+
 # shard, owner, fraction -> the job's state; nothing where the lease is another's by now
 BEAT = _script("""
 local shard, owner, fraction = ARGV[2], ARGV[3], ARGV[4]
 if redis.call('HGET', owners, shard) ~= owner then return false end
 redis.call('ZADD', leases, now, shard)
-if shard ~= FINALIZE then redis.call('HSET', fractions, shard, fraction) end
+if shard ~= FINALIZE and shard ~= PLAN then redis.call('HSET', fractions, shard, fraction) end
 return status
 """)
 

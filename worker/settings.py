@@ -1,23 +1,32 @@
 """How is this installation set up? Every setting, read from the environment once.
 
-In: environment variables, `ABLATION_` plus the field's name (and plain `REDIS_URL`). Out: a frozen `Settings`, handed
-down.
+In: environment variables, `ABLATION_` plus the field's name (and plain `REDIS_URL`); an empty one is an unset one.
+Out: a frozen `Settings`, handed down, and the `Address` of the API.
 Not here: the job spec (what a user asks) and the plan (what the spec makes of it).
 """
 
 import os
 import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis import Redis
 
-from ablation.errors import ServiceError
+from ablation.errors import ServiceError, SpecError
 from ablation.folders import Folders
 
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
+
+PREFIX = "ABLATION_"
+# Not settings of a process: what `ablation submit` and compose read, and the other name of REDIS_URL.
+OTHER_VARIABLES = ("ABLATION_SERVER", "ABLATION_REDIS_MAXMEMORY", "ABLATION_REDIS_URL")
 
 
 def count_cpus() -> int:
@@ -25,10 +34,15 @@ def count_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _below_home(name: str) -> Callable[[dict[str, Any]], Path]:
+    """The default of a folder, once home is known."""
+    return lambda chosen: chosen["home"] / name
+
+
 class Settings(BaseSettings):
     """The operator's choices; a job can't change them."""
 
-    model_config = SettingsConfigDict(env_prefix="ABLATION_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
     redis_url: str = Field(
         default="",
@@ -38,10 +52,14 @@ class Settings(BaseSettings):
     redis_password_file: Path | None = Field(
         default=None, description="the password of redis_url, where it is kept in a file (a container's secret)"
     )
-    home: Path = Field(default=Path("~/.ablation"), description="everything below is kept here")
-    data_dir: Path = Field(default=Path(), description="data sets; default: data/ below home")
-    checkpoint_dir: Path = Field(default=Path(), description="checkpoint files; default: checkpoints/ below home")
-    cache_dir: Path = Field(default=Path(), description="activations, demo model; default: cache/ below home")
+    home: Path = Field(default=Path("~/.ablation"), validate_default=True, description="everything below is kept here")
+    data_dir: Path = Field(default_factory=_below_home("data"), description="data sets; default: data/ below home")
+    checkpoint_dir: Path = Field(
+        default_factory=_below_home("checkpoints"), description="checkpoint files; default: checkpoints/ below home"
+    )
+    cache_dir: Path = Field(
+        default_factory=_below_home("cache"), description="activations, demo model; default: cache/ below home"
+    )
     threads: int = Field(default_factory=count_cpus, ge=1, description="threads per worker; the plan records it")
     shard_s: float = Field(default=60, gt=0, description="a shard aims at this many seconds")
     lease_s: float = Field(default=8, gt=0, description="a lease without a beat for this long is stale")
@@ -51,32 +69,55 @@ class Settings(BaseSettings):
     max_attempts: int = Field(default=3, ge=1, description="a shard that fails this often fails its job")
     result_days: float = Field(default=7, gt=0, description="results are kept this long")
     tombstone_days: float = Field(default=30, gt=0, description="and what is left of the job this much longer")
+    max_jobs: int = Field(default=10_000, ge=1, description="jobs that may be queued or at work at once")
     max_redis_bytes: int = Field(default=4 << 30, gt=0, description="what one job may hold in Redis")
-    device: str | None = Field(default=None, description="torch device of the worker; default: CUDA if there, else CPU")
+    device: str | None = Field(
+        default=None, description="torch device of the worker: cpu, cuda, cuda:1; default: CUDA if there, else CPU"
+    )
 
-    @model_validator(mode="before")
+    @field_validator("home", "data_dir", "checkpoint_dir", "cache_dir", "redis_password_file", mode="before")
     @classmethod
-    def _below_home(cls, given: dict[str, object]) -> dict[str, object]:
-        home = Path(str(given.get("home") or "~/.ablation")).expanduser().absolute()
-        below = {"data_dir": home / "data", "checkpoint_dir": home / "checkpoints", "cache_dir": home / "cache"}
-        chosen = {name: Path(str(given[name])).expanduser().absolute() for name in below if given.get(name)}
-        return {**given, "home": home, **below, **chosen}
+    def _whole_path(cls, given: object) -> Path | None:
+        if given is None:
+            return None
+        try:
+            return Path(str(given)).expanduser().absolute()
+        except RuntimeError:  # ~somebody
+            raise ValueError("a path, or ~ and a user who has a home folder here") from None
+
+    @field_validator("device")
+    @classmethod
+    def _device_name(cls, device: str | None) -> str | None:
+        if device and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ValueError("cpu, cuda or cuda:1")
+        return device
 
     @field_validator("redis_url")
     @classmethod
-    def _is_redis(cls, url: str) -> str:
+    def _redis_address(cls, url: str) -> str:
         try:
-            is_redis = not url or (urlsplit(url).scheme in ("redis", "rediss", "unix") and urlsplit(url).port != 0)
-        except ValueError:  # the port is not a number of its range
-            is_redis = False
-        if not is_redis:
-            raise ValueError("redis://host:6379/0, rediss://host:6379/0 or unix:///path")
-        return url
+            if url:
+                Redis.from_url(url).connection_pool.make_connection()  # connects to nothing yet
+        except (ValueError, TypeError):  # another scheme, a port that is no number, an unknown option
+            raise ValueError("redis://host:6379/0, rediss://host:6379/0 or unix:///path") from None
+        return _user_first(url)
 
     @property
     def folders(self) -> Folders:
         """The folders that a job may read from."""
         return Folders(data=self.data_dir, checkpoints=self.checkpoint_dir, cache=self.cache_dir)
+
+
+class Address(BaseSettings):
+    """Where the API listens."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
+
+    host: str = Field(default="127.0.0.1", description="the address that the API listens on")
+    port: int = Field(default=8000, ge=0, le=65535, description="and its port; 0: any free one")
+    fd: int | None = Field(
+        default=None, ge=0, description="a listening socket that the API is given, by its number, instead of both"
+    )
 
 
 def load_settings(home: Path | None = None) -> Settings:
@@ -102,15 +143,60 @@ def read_environment(kind: type[AnySettings], **given: Any) -> AnySettings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     field = str(first["loc"][0])
-    name = "REDIS_URL" if field == "redis_url" else f"{kind.model_config.get('env_prefix', '')}{field}".upper()
+    name = variable_of(field)
     allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable to")[0]
-    shown = hide_password(str(first["input"]))
+    shown = hide_password(str(first["input"])) if field == "redis_url" else str(first["input"])
     raise ServiceError(f"{name}: got {shown!r}; allowed: {allowed}. Set it to that, or unset it for its default.")
 
 
+def variable_of(field: str) -> str:
+    """The environment variable of a setting."""
+    return "REDIS_URL" if field == "redis_url" else f"{PREFIX}{field}".upper()
+
+
+def warn_of_unknown_variables(names: Iterable[str]) -> None:
+    """Say of each ABLATION_* variable that nobody reads that it has no effect: most often it is misspelt."""
+    known = [*OTHER_VARIABLES, *(variable_of(field) for kind in (Settings, Address) for field in kind.model_fields)]
+    endings = [name.removeprefix(PREFIX) for name in known]  # what they have in common makes none of them near
+    for name in sorted(names):
+        if name.startswith(PREFIX) and name not in known:
+            near = get_close_matches(name.removeprefix(PREFIX), endings, n=1)
+            hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
+            print(f"Warning: {name} is no setting and has no effect.{hint}", file=sys.stderr, flush=True)
+
+
+def make_writable(folder: Path, name: str) -> None:
+    """Make a folder and check that files can be made in it.
+
+    Raises:
+        SpecError: they can't; it names the option or variable that chose the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SpecError(
+            name, str(folder), "a folder that you may write to", f"({error.strerror}) Choose another with {name}."
+        ) from None
+
+
 def hide_password(url: str) -> str:
-    """A Redis URL as it may be shown."""
-    return re.sub(r"//.*@", "//", url)
+    """A Redis URL as it may be shown: without user, password and options."""
+    scheme, separator, rest = url.partition("://")
+    place, _, options = (rest if separator else url).partition("?")
+    if "@" in options:  # of a URL as wrong as this nobody knows where the password ends
+        place = "..."
+    return (scheme + separator if separator else "") + place.rpartition("@")[2]
+
+
+def _user_first(url: str) -> str:
+    """User and password moved from the options, where Celery fails on them, to before the host."""
+    place, _, text = url.partition("?")
+    options = dict(parse_qsl(text))
+    user, password = (quote(options.pop(name, ""), safe="") for name in ("username", "password"))
+    if "@" not in place and (user or password):
+        place = place.replace("://", f"://{user}:{password}@", 1)
+    return f"{place}?{urlencode(options)}" if options else place
 
 
 def add_password(redis_url: str, file: Path) -> str:

@@ -5,18 +5,21 @@ Not here: what a shard computes (`ablation/`), when to look after lost ones (`sw
 """
 
 import json
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+from pydantic import Field
 from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
 from redis.retry import Retry
 
+from ablation.catalog import FactsTable, Registered, line_from_facts
 from ablation.errors import ServiceError, SpecError
 from ablation.plan import Plan
 from ablation.spec import JobSpec, Record
@@ -25,6 +28,11 @@ from worker.settings import Settings
 from worker.states import TERMINAL, State
 
 DRAFT_S = 3600  # what a dead worker had half written goes away after this
+IDEMPOTENCY_S = 24 * 3600  # so long a repeated request with the same key gets the first answer again
+
+
+class TooManyJobs(ServiceError):
+    """As many jobs as there may be are not over yet."""
 
 
 class Progress(Record):
@@ -44,7 +52,7 @@ class JobRecord(Record):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     spec: JobSpec
-    plan: Plan
+    plan: Plan | None = Field(default=None, description="None until a worker has opened the data and cut the job")
     error: dict[str, Any] | None = None
 
 
@@ -85,12 +93,43 @@ class JobStore:
 
     # The counter: what the API and the command line need
 
-    def create(self, spec: JobSpec, plan: Plan) -> JobRecord:
-        """A new job in state `queued`; its shards are still to be sent to the queue."""
+    def create(
+        self, spec: JobSpec, plan: Plan | None, *, max_jobs: float = math.inf, idempotency_key: str | None = None
+    ) -> JobRecord | None:
+        """A new job in state `queued`; its shards are still to be sent to the queue (without a plan: the planning).
+
+        None where `idempotency_key` has made a job already (`posted`): of many calls at once, one makes it.
+
+        Raises:
+            TooManyJobs: `max_jobs` jobs are not over yet.
+        """
         job_id = secrets.token_hex(8)
-        shards = [shard.id for shard in plan.shards]
-        self._run(scripts.CREATE, job_id, spec.model_dump_json(), plan.model_dump_json(), *shards)
-        return cast(JobRecord, self.get(job_id))
+        texts = [spec.model_dump_json(), plan.model_dump_json() if plan else ""]
+        posted = keys.posted(idempotency_key) if idempotency_key else ""
+        shards = [shard.id for shard in plan.shards] if plan else [keys.PLAN]
+        outcome = self._run(scripts.CREATE, job_id, *texts, posted, IDEMPOTENCY_S, max_jobs, *shards)
+        if outcome == b"full":
+            raise TooManyJobs(
+                f"{max_jobs} jobs are queued or at work, and no more are allowed at once. "
+                "Wait until some are over, cancel some, or let the operator raise ABLATION_MAX_JOBS."
+            )
+        return self.get(job_id) if outcome == b"made" else None
+
+    def posted(self, idempotency_key: str) -> JobRecord | None:
+        """The job that this key made, as it was then: the first answer again. None if there is none (any more)."""
+        known = self.client.hgetall(keys.posted(idempotency_key))
+        job = self.get(known[b"id"].decode()) if known else None
+        if job is None:
+            return None
+        plan = job.plan if known[b"planned"] == b"1" else None
+        return JobRecord(
+            id=job.id,
+            status=State.QUEUED,
+            progress=Progress(done=0, total=len(plan.shards) if plan else 1),
+            created_at=job.created_at,
+            spec=job.spec,
+            plan=plan,
+        )
 
     def get(self, job_id: str) -> JobRecord | None:
         """The job, in every state; None if there is none (any more)."""
@@ -150,7 +189,24 @@ class JobStore:
         columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
         return {name: values[first : first + limit] for name, values in columns.items()}
 
+    def registered(self) -> Registered:
+        """The models and data sets that workers have published."""
+        lines = {name.decode(): line.decode() for name, line in self.client.hgetall(keys.MODELS).items()}
+        return Registered(
+            FactsTable(lines), tuple(sorted(name.decode() for name in self.client.smembers(keys.DATASETS)))
+        )
+
     # The back room: what workers need
+
+    def publish(self, registered: Registered) -> None:
+        """Say which models and data sets are registered here, instead of what was said before."""
+        with self.client.pipeline() as pipeline:
+            pipeline.delete(keys.MODELS, keys.DATASETS)
+            for name, facts in registered.models.items():
+                pipeline.hset(keys.MODELS, name, line_from_facts(facts))
+            for name in registered.datasets:
+                pipeline.sadd(keys.DATASETS, name)
+            pipeline.execute()
 
     def claim(self, job_id: str, shard_id: str, owner: str) -> bool:
         """Whether `owner` may work on the shard; refused where it is done, leased or not wanted any more."""
@@ -159,6 +215,11 @@ class JobStore:
     def claim_finalize(self, job_id: str, owner: str) -> bool:
         """Whether `owner` may merge and write the table."""
         return self.claim(job_id, keys.FINALIZE, owner)
+
+    def set_plan(self, job_id: str, owner: str, plan: Plan) -> bool:
+        """Cut the job that `owner` has planned; True where its shards are to be sent to the queue."""
+        shards = [shard.id for shard in plan.shards]
+        return bool(self._run(scripts.SET_PLAN, job_id, keys.PLAN, owner, plan.model_dump_json(), *shards))
 
     def beat(self, job_id: str, shard_id: str, owner: str, fraction: float) -> State | None:
         """Keep the lease; the job's state, or None where the lease has been taken away."""
@@ -316,7 +377,7 @@ def _make_record(job_id: str, raw: dict[bytes, bytes], n_done: int, fractions: l
         started_at=_time(fields["started_at"]) if "started_at" in fields else None,
         finished_at=_time(fields["finished_at"]) if "finished_at" in fields else None,
         spec=JobSpec.model_validate_json(fields["spec"]),
-        plan=Plan.model_validate_json(fields["plan"]),
+        plan=Plan.model_validate_json(fields["plan"]) if fields["plan"] else None,
         error=json.loads(fields["error"]) if "error" in fields else None,
     )
 

@@ -58,12 +58,11 @@ def resend_lost_shards(store: JobStore, celery: Celery, settings: Settings) -> N
 
 def make_lost_error(shard_id: str, max_attempts: int) -> dict[str, str]:
     """Why a job fails whose shard lost its worker each time."""
-    what = "the merge" if shard_id == keys.FINALIZE else f"shard {shard_id}"
     return {
         "type": "worker-lost",
         "title": "A part of the job could not be finished.",
-        "detail": f"{what} was given up after {max_attempts} attempts: its worker stopped each time, most often "
-        "because memory ran out. Ask for fewer sites or examples, or give the worker more memory.",
+        "detail": f"{keys.in_words(shard_id)} was given up after {max_attempts} attempts: its worker stopped each "
+        "time, most often because memory ran out. Ask for fewer sites or examples, or give the worker more memory.",
     }
 
 

@@ -10,14 +10,17 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from functools import cache
 from typing import Any
 
 from celery.signals import worker_process_init, worker_ready, worker_shutting_down
+from redis.exceptions import RedisError
 
-from worker import runner
+from ablation.errors import SpecError
+from worker import keys, runner
 from worker.queue import FINALIZE, RUN_SHARD, enqueue_shard, make_celery
 from worker.settings import load_settings
 from worker.store import JobStore, connect
@@ -43,8 +46,11 @@ def child_store() -> JobStore:
 
 @app.task(name=RUN_SHARD)
 def run_shard(job_id: str, shard_id: str) -> None:
-    """Compute one shard."""
-    runner.run_shard(child_store(), app, settings, OWNER, job_id, shard_id)
+    """Compute one shard, or cut the job that has none yet."""
+    if shard_id == keys.PLAN:
+        runner.plan_job(child_store(), app, settings, OWNER, job_id)
+    else:
+        runner.run_shard(child_store(), app, settings, OWNER, job_id, shard_id)
 
 
 @app.task(name=FINALIZE)
@@ -59,9 +65,30 @@ def start_child(**_: Any) -> None:
     tether(signal.SIGKILL, PARENT_PID)
     import ablation.run
     import ablation.statistics  # noqa: F401
+    from ablation.devices import describe_device, find_device
 
+    try:
+        device = describe_device(find_device(settings.device, field="ABLATION_DEVICE"))
+    except SpecError as error:
+        print(f"Error: {error}", file=sys.__stderr__, flush=True)
+        os.kill(PARENT_PID, signal.SIGTERM)
+        return
+    # Not by way of Celery, which calls everything that is printed a warning.
+    print(f"worker: device {device}, {settings.threads} threads", file=sys.__stdout__, flush=True)
+    while not announce():  # without Redis there is nothing to do
+        time.sleep(1)
     loaded.set()
-    child_store().note_worker(OWNER)
+
+
+def announce() -> bool:
+    """Say what is registered here and that this worker could begin; False where Redis is away."""
+    try:
+        runner.publish_registered(child_store())
+        child_store().note_worker(OWNER)
+    except (RedisError, OSError) as error:
+        log.warning("starting: Redis is away (%s); trying again", error)
+        return False
+    return True
 
 
 @worker_ready.connect

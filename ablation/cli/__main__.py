@@ -2,4 +2,4 @@
 
 from ablation.cli import main
 
-main(prog_name="ablation")
+main()

@@ -24,8 +24,18 @@ class Client:
     """A connection to one server."""
 
     def __init__(self, server: str, *, trust_env: bool = True) -> None:
-        """`trust_env`: go through the proxy that the environment names, if any."""
+        """`trust_env`: go through the proxy that the environment names, if any.
+
+        Raises:
+            SpecError: `server` is not the address of one.
+        """
         self.server = server.rstrip("/")
+        try:
+            is_address = httpx.URL(self.server).scheme in ("http", "https") and httpx.URL(self.server).host
+        except httpx.InvalidURL:
+            is_address = False
+        if not is_address:
+            raise SpecError("--server", server, "a base URL such as http://127.0.0.1:8000")
         self._http = httpx.Client(base_url=self.server, timeout=TIMEOUT_S, trust_env=trust_env)
 
     def __enter__(self) -> "Client":
@@ -83,12 +93,21 @@ class Client:
             return False
 
     def _reader(self, url: str) -> Callable[[BinaryIO], None]:
-        """What writes a file of the server to a stream."""
+        """What writes a file of the server to a stream.
+
+        It raises a ServiceError where the file breaks off.
+        """
 
         def read(stream: BinaryIO) -> None:
-            with self._http.stream("GET", url) as answer:
-                for piece in _check(answer).iter_bytes():
-                    stream.write(piece)
+            try:
+                with self._http.stream("GET", url) as answer:
+                    for piece in _check(answer).iter_bytes():
+                        stream.write(piece)
+            except httpx.HTTPError as error:
+                raise ServiceError(
+                    f"the download of {self.server}{url} broke off ({error}); the table is still there, "
+                    f"fetch it with `curl -O {self.server}{url}`"
+                ) from None
 
         return read
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import click
 
 from ablation.cli.client import Client
-from ablation.cli.display import print_files, print_summary, progress_bar, say_seconds, show_poll
-from ablation.cli.files import make_writable, results_folder
+from ablation.cli.display import print_results, progress_bar, say_seconds, show_poll
+from ablation.cli.files import results_folder
 from ablation.cli.options import home_option, out_option
 from ablation.cli.server import EXAMPLE, raise_on_signals
 from ablation.cli.services import Services, child_environment, python_command
 from ablation.errors import ServiceError
 from ablation.spec import make_spec
-from worker.settings import Settings
+from worker.settings import Settings, make_writable
 from worker.tether import tether
 
 
@@ -40,8 +40,7 @@ def demo(settings: Settings, out: Path) -> None:
             summary = run_demo(services, out)
         finally:
             services.stop()
-    print_summary(summary)
-    print_files(out)
+    print_results(summary, out, as_json=False)
 
 
 def run_demo(services: Services, out: Path) -> dict[str, object]:

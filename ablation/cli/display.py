@@ -1,18 +1,24 @@
 """What a person sees: progress, a summary, where the files are.
 
-In: fractions, and the summary that `statistics.make_summary` made. Out: text, progress on stderr, results on stdout.
+In: fractions, errors, rows, and the summary that `statistics.make_summary` made. Out: text; progress and errors on
+stderr, results on stdout. In a terminal it may be drawn; in a file everything is plain lines, none of them cut.
 """
 
+import json
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from ablation.cli.files import RESULT_FILES
 
@@ -28,11 +34,11 @@ def progress_bar(what: str) -> Iterator[Update]:
 
     It draws only when it is called, and so needs no thread: services are started from this one meanwhile.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not _is_screen(sys.stderr):
         yield _lines(what)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False, transient=True) as progress:
         task = progress.add_task(what, total=1.0)
         drawn = 0.0
@@ -62,13 +68,33 @@ def _lines(what: str) -> Update:
     return update
 
 
+def _is_screen(stream: TextIO) -> bool:
+    """Whether things can be drawn there: a terminal that is more than a list of lines."""
+    return stream.isatty() and not Console(file=stream).is_dumb_terminal
+
+
+def say_error(text: str) -> None:
+    """What went wrong, as one line: red in a terminal, unless NO_COLOR is set."""
+    line = " | ".join(part.strip() for part in f"Error: {text}".splitlines() if part.strip())
+    Console(stderr=True).print(Text(line, "red"), soft_wrap=True)
+
+
 def show_poll(answer: dict[str, Any], update: Update) -> None:
     """One answer to a poll, on the bar."""
     progress = answer["progress"]
     update(progress["done"] / max(1, progress["total"]), f"job {answer['status']}")
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_results(summary: Mapping[str, Any], folder: Path, as_json: bool) -> None:
+    """What came out: the summary and where the files are; or the summary alone, as JSON."""
+    if as_json:
+        print_json(summary)
+    else:
+        print_summary(summary)
+        print_files(folder)
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
     """The summary as a person reads it."""
     from ablation.statistics import summary_lines  # loads SciPy, which most commands do without
 
@@ -84,6 +110,41 @@ def print_files(folder: Path) -> None:
     click.echo()
     for name in RESULT_FILES:
         click.echo(f"wrote {folder / name}  ({say_bytes((folder / name).stat().st_size)})")
+
+
+def print_json(value: object) -> None:
+    """Facts as JSON, for programs."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with the same fields: fitted to a terminal; elsewhere a line each, however long, for grep and awk."""
+    right = [isinstance(value, int | float) for value in rows[0].values()]
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(rows[0], *cells, strict=True)]
+    longest_word = max(len(word) for row in cells for word in row[-1].split() or [""])
+    # A terminal too narrow for that wraps whole lines better than columns of a few letters would be.
+    if not _is_screen(sys.stdout) or Console().width < sum(widths[:-1]) + 3 * len(widths) + longest_word:
+        for line in (rows[0], *cells):
+            parts = zip(line, widths, right, strict=True)
+            click.echo(
+                "  ".join(f"{text:{'>' if is_right else '<'}{width}}" for text, width, is_right in parts).rstrip()
+            )
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
+    for name, width, is_right in zip(rows[0], [*widths[:-1], None], right, strict=True):
+        table.add_column(name, justify="right" if is_right else "left", width=width, overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(cell) for cell in row))  # a name may look like markup
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ("x" if value and isinstance(value[0], int) else " ").join(str(part) for part in value)
+    if value is None or isinstance(value, bool):
+        return {None: "", False: "no", True: "yes"}[value]
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def say_number(value: float) -> str:

@@ -5,12 +5,12 @@ In: what writes them, and a folder. Not here: the formats (`ablation.export`).
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ablation.errors import SpecError
+from worker.settings import make_writable
 
 CSV, PARQUET, SUMMARY = RESULT_FILES = ("utility.csv", "utility.parquet", "summary.json")
 
@@ -26,6 +26,9 @@ def results_folder(folder: Path) -> Iterator[None]:
     """
     was_there = folder.exists()
     make_writable(folder, "--out")
+    for name in RESULT_FILES:
+        if (folder / name).is_dir():
+            raise SpecError("--out", str(folder), "a folder without folders called as our files", f"{name} is one.")
     try:
         yield
     except BaseException:
@@ -33,21 +36,6 @@ def results_folder(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # it holds something by now
                 folder.rmdir()
         raise
-
-
-def make_writable(folder: Path, option: str) -> None:
-    """Make a folder and check that files can be made in it.
-
-    Raises:
-        SpecError: they can't; it names the option that chose the folder.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise SpecError(
-            option, str(folder), "a folder that you may write to", f"({error.strerror}) Choose another with {option}."
-        ) from None
 
 
 def write_results(folder: Path, *, csv: Writer, parquet: Writer, summary: Mapping[str, Any]) -> None:

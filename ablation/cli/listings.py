@@ -1,29 +1,24 @@
-"""The commands that compute nothing: which models and layers there are, and what a job would cost."""
+"""The commands that compute nothing: which models, layers and data sets there are, and what a job would cost."""
 
-import json
-import sys
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from ablation.catalog import find_checkpoint, model_facts, model_names, split_counts
-from ablation.cli.display import say_bytes, say_number, say_seconds
-from ablation.cli.options import home_option, locate, run_options, spec_options
-from ablation.plan import Plan, make_plan
+from ablation.catalog import NOTHING, Registered, dataset_facts, dataset_names, model_facts, model_names
+from ablation.cli.display import print_json, print_table, say_bytes, say_number, say_seconds
+from ablation.cli.options import home_option, json_option, locate, run_options, spec_options
+from ablation.plan import Plan, plan_spec
+from ablation.registered import GROUPS, registered_names
 from ablation.spec import JobSpec
 from worker.settings import Settings
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
     """List the models that may be asked for by name."""
-    facts = [model_facts(name) for name in model_names()]
+    registered = own_registered()
+    facts = [model_facts(name, registered) for name in model_names(registered)]
     rows = [
         {
             "name": model.name,
@@ -56,7 +51,25 @@ def layers(model: str, as_json: bool) -> None:
             "weights": layer.n_weights,
             "path": layer.path,
         }
-        for layer in model_facts(model).layers
+        for layer in model_facts(model, own_registered()).layers
+    ]
+    _print(rows, as_json)
+
+
+@click.command()
+@json_option
+def datasets(as_json: bool) -> None:
+    """List the data sets that may be asked for by name; a number that is missing is counted when a job asks for it."""
+    registered = own_registered()
+    rows = [
+        {
+            "name": data.name,
+            "needs_root": data.needs_root,
+            "classes": data.n_classes,
+            "train": data.n_examples.get("train"),
+            "test": data.n_examples.get("test"),
+        }
+        for data in (dataset_facts(name, registered) for name in dataset_names(registered))
     ]
     _print(rows, as_json)
 
@@ -69,20 +82,26 @@ def layers(model: str, as_json: bool) -> None:
 def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None, as_json: bool) -> None:
     """Say how a job would be computed and what it would cost; computes nothing."""
     spec, folders = locate(spec, settings.folders)
-    find_checkpoint(spec.model, folders)
-    made = make_plan(
-        spec,
-        model_facts(spec.model.name),
-        split_counts(spec.data, folders),
-        threads=settings.threads,
-        shard_s=settings.shard_s,
-        engine=engine,
-        batch_size=batch_size,
-    )
+    cut: dict[str, Any] = {"threads": settings.threads, "shard_s": settings.shard_s}
+    options = {**cut, "engine": engine, "batch_size": batch_size}
+    made = plan_spec(spec, folders, own_registered(), **options)
+    if made is None:  # registered data, which has to be opened
+        from ablation.run import plan_here
+
+        made = plan_here(spec, folders, **options)
     if as_json:
         click.echo(made.model_dump_json(indent=2))
     else:
         _print_plan(spec, made)
+
+
+def own_registered() -> Registered:
+    """What is registered in this Python environment; torch is loaded only if there is something."""
+    if not any(registered_names(group) for group in GROUPS):
+        return NOTHING
+    from ablation.layers import registered_here
+
+    return registered_here()
 
 
 def _print_plan(spec: JobSpec, made: Plan) -> None:
@@ -104,19 +123,4 @@ def _print_plan(spec: JobSpec, made: Plan) -> None:
 
 def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
     """A table for people, or JSON with the same fields."""
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name, value in rows[0].items():
-        table.add_column(name, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return ("x" if value and isinstance(value[0], int) else " ").join(str(part) for part in value)
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    (print_json if as_json else print_table)(rows)

@@ -6,6 +6,7 @@ In: what was typed. Out: a checked spec, and folders. Whether the layer or the d
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,24 +21,39 @@ from worker.settings import load_settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Integer(click.ParamType):
+    """A number; any other text goes to the spec as it is, which says the same of it whichever door it came through."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The number that `value` says, or `value`."""
+        return int(value) if _is_number(str(value)) else value
+
+
+INTEGER = Integer()
+
 _SPEC_OPTIONS = [
     click.option("--model", required=True, help="Name of the model; `ablation models` lists them."),
     click.option("--weights", help="torchvision weights (IMAGENET1K_V1) or a checkpoint file.  [default: its own]"),
-    click.option("--model-seed", type=int, default=0, show_default=True, help="Seed of random weights."),
+    click.option("--model-seed", type=INTEGER, default=0, show_default=True, help="Seed of random weights."),
     click.option("--layer", required=True, help="A module's name (its weight) or a parameter; see `ablation layers`."),
     click.option("--data", required=True, help="Name of the data set: digits, imagefolder, cifar10, imagenet, ..."),
     click.option("--root", help="Folder of the data set, for those that need one."),
     click.option("--train", help="Training examples: all, N or N/class.  [default: none]"),
     click.option("--test", help="Test examples: all, N or N/class.  [default: none]"),
-    click.option("--data-seed", type=int, default=0, show_default=True, help="Seed of examples drawn by N or N/class."),
+    click.option("--data-seed", type=INTEGER, default=0, show_default=True, help="Seed of the examples drawn."),
     click.option("--sites", required=True, help="Weights to ablate: N (drawn at random), all, or flat indices: 5,17,3"),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights drawn by --sites N."),
+    click.option("--seed", type=INTEGER, default=0, show_default=True, help="Seed of the weights drawn by --sites N."),
     click.option("--value", default="zero", show_default=True, help="What to set a weight to: zero or a number."),
     click.option(
-        "--precision", type=click.Choice(["mixed", "float32", "float64"]), default="mixed", show_default=True,
+        "--precision", metavar="[mixed|float32|float64]", default="mixed", show_default=True,
         help="mixed: float64 from the layer on, as exact as float64 for a model that runs in float32.",
     ),
-    click.option("--verify", type=int, default=8, show_default=True, help="Weights checked by brute force; 0: none."),
+    click.option("--verify", type=INTEGER, default=8, show_default=True, help="Weights checked by brute force."),
     click.option("--top1", is_flag=True, help="Also count the answers that become wrong and right."),
     click.option("--criteria", help="Cheap criteria to compute beside, with commas between; none in this version."),
 ]  # fmt: skip
@@ -97,11 +113,12 @@ def read_spec(
         SpecError: an option is not of its form, or the spec is not possible.
     """
     splits = {"train": read_split("train", train, data_seed), "test": read_split("test", test, data_seed)}
+    of_data = {"name": data, "root": root, **splits}
     return make_spec(
         {
             "model": {"name": model, "weights": weights, "seed": model_seed},
             "layer": layer,
-            "data": {"name": data, "root": root, **splits},
+            "data": {field: given for field, given in of_data.items() if given is not None},
             "sites": read_sites(sites, seed),
             "value": read_value(value),
             "precision": precision,
@@ -173,7 +190,7 @@ def _below(given: str | None, folder: Path) -> tuple[str | None, Path]:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return re.fullmatch(r"-?[0-9]+", text) is not None
 
 
 def _decorate(command: Any, options: list[Any]) -> Any:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from ablation.cli.display import print_files, print_summary, progress_bar
+from ablation.cli.display import print_results, progress_bar
 from ablation.cli.files import results_folder, write_results
-from ablation.cli.options import home_option, locate, out_option, run_options, spec_options
+from ablation.cli.options import home_option, json_option, locate, out_option, run_options, spec_options
 from ablation.spec import JobSpec
 from worker.settings import Settings
 
@@ -18,7 +18,10 @@ from worker.settings import Settings
 @click.option("--device", help="torch device: cpu, cuda, cuda:1.  [default: CUDA if there is one]")
 @home_option
 @out_option("ablation-out")
-def run(spec: JobSpec, settings: Settings, out: Path, device: str | None, engine: str, batch_size: int | None) -> None:
+@json_option
+def run(
+    spec: JobSpec, settings: Settings, out: Path, device: str | None, engine: str, batch_size: int | None, as_json: bool
+) -> None:
     """Compute the utility of weights, here and now.
 
     \b
@@ -28,14 +31,15 @@ def run(spec: JobSpec, settings: Settings, out: Path, device: str | None, engine
     spec, folders = locate(spec, settings.folders)
     with results_folder(out):
         with progress_bar("starting") as update:
-            from ablation.export import write_csv, write_parquet  # torch is loaded while the bar is up
+            from ablation.devices import find_device  # torch is loaded while the bar is up
+            from ablation.export import write_csv, write_parquet
             from ablation.run import run_spec
             from ablation.statistics import make_summary
 
             table = run_spec(
                 spec,
                 folders,
-                device=device or settings.device,
+                device=str(find_device(device or settings.device)),
                 engine=engine,
                 batch_size=batch_size,
                 threads=settings.threads,
@@ -44,5 +48,4 @@ def run(spec: JobSpec, settings: Settings, out: Path, device: str | None, engine
             )
         summary = make_summary(table)
         write_results(out, csv=partial(write_csv, table), parquet=partial(write_parquet, table), summary=summary)
-    print_summary(summary)
-    print_files(out)
+    print_results(summary, out, as_json)

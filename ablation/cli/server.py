@@ -10,7 +10,7 @@ import click
 
 from ablation.cli.options import home_option
 from ablation.cli.services import Services, child_environment, python_command
-from worker.settings import Settings, count_cpus, hide_password
+from worker.settings import Settings, count_cpus, hide_password, warn_of_unknown_variables
 
 TEND_S = 0.2  # how often the supervisor looks after its processes
 
@@ -35,6 +35,7 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     SIGTERM stops everything within 10 seconds, a second one kills it. What was running goes on after the next start.
     """
     raise_on_signals()
+    warn_of_unknown_variables(os.environ)
     warn_of_threads(workers, settings.threads)
     services = Services(settings, host, port, workers, say=lambda text: click.echo(text, err=True))
     started = False

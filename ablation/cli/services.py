@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ import ablation
 from ablation.cli.client import Client
 from ablation.errors import ServiceError
 from worker.redis_server import RedisServer, start_redis
-from worker.settings import Settings
+from worker.settings import Settings, make_writable
 from worker.tether import tether
 
 READY_S = 120.0  # a cold import of torch on a slow disk is the longest part of this
@@ -30,6 +31,7 @@ STOP_S = 5.0  # who is still there after this is killed; with the 5 s that Redis
 SAME_SIGNAL_S = 0.5  # `timeout` and others send a signal to a process and to its group: that is one signal, not two
 STEADY_S = 60.0  # who lived this long starts again at once when it dies
 MAX_BACK_OFF_S = 30.0
+MAX_LOG_BYTES = 10_000_000
 # Threads that wait for work sleep; those that spin take the processors from the other workers.
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
@@ -110,8 +112,12 @@ class Services:
     def start(self) -> None:
         """Take the address, start Redis, then the API and the workers side by side."""
         settings = self.settings
-        for folder in (self.home / "logs", settings.data_dir, settings.checkpoint_dir, settings.cache_dir):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_writable(self.home, "--home")
+        make_writable(self.home / "logs", "--home")
+        make_writable(settings.cache_dir, "ABLATION_CACHE_DIR")
+        for name, folder in (("DATA", settings.data_dir), ("CHECKPOINT", settings.checkpoint_dir)):
+            if not folder.is_dir():  # one that is there may be read only
+                make_writable(folder, f"ABLATION_{name}_DIR")
         self.listener = listen(self.host, self.port)
         environment = self._environment()
         fd = self.listener.fileno()
@@ -127,6 +133,8 @@ class Services:
         if self.redis and not self.redis.is_alive():
             self.say(f"Redis ended; starting it again (log: {self.home / 'redis' / 'redis.log'})")
             self._start_redis()
+        for log in (self.home / "redis" / "redis.log", *(child.log for child in self.children)):
+            bound_log(log)
         for child in self.children:
             if child.process is None:
                 if time.monotonic() >= child.start_at:
@@ -206,6 +214,18 @@ class Services:
     def _ends_of_logs(self) -> str:
         ends = (f"{child.log}:\n{child.log.read_text(errors='replace')[-1000:]}" for child in self.children)
         return "\n".join(ends)
+
+
+def bound_log(log: Path) -> None:
+    """Keep a log that has grown long as `NAME.log.1`, over the one before, and begin it anew.
+
+    Copied and cut rather than renamed, because its writer goes on with the file it was given. Everyone writes at the
+    end, wherever that is; only a line that is written between copy and cut is lost.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if log.stat().st_size > MAX_LOG_BYTES:
+            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)
 
 
 def python_command(module: str, *arguments: str) -> list[str]:

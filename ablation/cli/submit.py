@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 
 from ablation.cli.client import Client
-from ablation.cli.display import print_files, print_summary, progress_bar, show_poll
+from ablation.cli.display import print_results, progress_bar, show_poll
 from ablation.cli.files import results_folder
-from ablation.cli.options import out_option, spec_options
+from ablation.cli.options import json_option, out_option, spec_options
 from ablation.spec import JobSpec
 
 
@@ -16,7 +16,8 @@ from ablation.spec import JobSpec
               help="Base URL of the server.")  # fmt: skip
 @spec_options
 @out_option("ablation-out")
-def submit(server: str, spec: JobSpec, out: Path) -> None:
+@json_option
+def submit(server: str, spec: JobSpec, out: Path, as_json: bool) -> None:
     """Send a job to a running server, wait for it and download its results.
 
     --root is a folder below the server's data folder. Ctrl-C leaves the job running and says how to follow it.
@@ -38,5 +39,4 @@ def submit(server: str, spec: JobSpec, out: Path) -> None:
             )
             raise
         client.download(job, results, out)
-    print_summary(results["summary"])
-    print_files(out)
+    print_results(results["summary"], out, as_json)

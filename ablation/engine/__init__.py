@@ -9,10 +9,11 @@ Not here: which shards there are (`plan.py`), where batches come from (`data.py`
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ablation import baseline
@@ -23,7 +24,7 @@ from ablation.engine.head import find_head
 from ablation.engine.loss import Intact, make_intact
 from ablation.engine.rerun import Rerun
 from ablation.engine.sums import Sums
-from ablation.errors import ModelError
+from ablation.errors import ExampleError, ModelError
 from ablation.partial import PartialSums
 from ablation.precision import fit
 from ablation.reference import in_float64, intact_logits, run_reference
@@ -101,8 +102,9 @@ def run_batches(
     sums = Sums(n_sites, per_class, device)
     position = first_example
     for inputs, labels in batches:
-        intact, pieces = path.run(inputs, labels)
-        baseline.check_logits(intact.logits, len(labels), position)
+        with counting_from(position):
+            intact, pieces = path.run(inputs, labels)
+            baseline.check_logits(intact.logits, len(labels))
         if position == first_example:  # the path's intact network is the model's own, up to the model's rounding
             own = intact_logits(model, inputs)
             tolerance = baseline.COMPOSITION_TOLERANCE[own.dtype]
@@ -110,7 +112,33 @@ def run_batches(
         in_proof = torch.tensor([position + k in proof_examples for k in range(len(labels))], device=device)
         for deltas in pieces:
             sums.add(deltas, intact, in_proof)
+            with counting_from(position):
+                check_deltas(deltas, sums.float["delta"])
             on_step(position - first_example, deltas.rows.stop)
         sums.add_intact(intact)
         position += len(labels)
     return sums.finish()
+
+
+def check_deltas(deltas: Deltas, sums: Float64[Tensor, " sites"]) -> None:
+    """Refuse a loss change that is not finite: an activation that is not, or a replacement that makes one overflow.
+
+    Looks at the sums, which is cheap, and at the deltas only where a sum is wrong.
+
+    Raises:
+        ExampleError: the loss of an example is NaN or infinite with one of the weights replaced.
+    """
+    if sums[deltas.rows].isfinite().all():
+        return
+    bad = (~deltas.delta.isfinite()).any(dim=0).nonzero().flatten().tolist()
+    what = "gives a NaN or infinite loss once a weight is replaced"
+    raise ExampleError(bad[0], f"{what}; check its activations and the replacement value.")
+
+
+@contextmanager
+def counting_from(first: int) -> Iterator[None]:
+    """Let errors about an example count it from the beginning of the split, and not of the batch."""
+    try:
+        yield
+    except ExampleError as error:
+        raise ExampleError(first + error.position, error.what) from None

@@ -12,10 +12,11 @@ from ablation.errors import SpecError
 from ablation.folders import Folders
 from ablation.images import find_images
 from ablation.models import classifier_weights, default_transform
-from ablation.spec import DataSpec, ModelSpec
+from ablation.spec import DataSpec
 from tools.make_facts import make_facts
 
 TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))
+ALEXNET = catalog.model_facts("alexnet").weights
 
 
 def write_images(folder: Path, *names: str) -> None:
@@ -42,11 +43,11 @@ import sys
 from pathlib import Path
 from ablation import catalog
 from ablation.folders import Folders
-from ablation.spec import DataSpec, ModelSpec
+from ablation.spec import DataSpec
 
 folders = Folders(Path({str(folders.data)!r}), Path({str(folders.checkpoints)!r}), Path({str(folders.cache)!r}))
 assert catalog.find_layer(catalog.model_facts("alexnet"), "classifier.4").shape == (4096, 4096)
-assert catalog.find_checkpoint(ModelSpec(name="alexnet", weights="IMAGENET1K_V1"), folders) is None
+assert catalog.find_checkpoint("IMAGENET1K_V1", ("IMAGENET1K_V1",), folders) is None
 assert catalog.dataset_facts("digits").n_examples == {{"train": 1297, "test": 500}}
 counts = catalog.split_counts(DataSpec(name="imagefolder", root="pets", train="all"), folders)
 assert counts["train"].n_per_class == (1, 2), counts
@@ -94,6 +95,21 @@ def test_the_demo_layer_is_a_classifier_head() -> None:
     assert layer.n_weights >= 4096
 
 
+NO_LAYERS = {
+    "without weights": ("alexnet", "features.1", "A ReLU has none"),
+    "container": ("alexnet", "features", r"one of the layers inside it \(features.0, features.0.bias"),
+    "container of containers": ("resnet18", "layer1", r"inside it \(layer1.0.conv1, "),
+    "misspelt": ("resnet18", "layer1.0.conv3", "Did you mean 'layer1.0.conv[12]'"),
+}
+
+
+@pytest.mark.parametrize(("model", "layer", "message"), NO_LAYERS.values(), ids=NO_LAYERS)
+def test_what_is_no_layer_is_refused_with_what_it_is(model: str, layer: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        catalog.find_layer(catalog.model_facts(model), layer)
+    assert (caught.value.field, caught.value.given) == ("layer", layer)
+
+
 @pytest.mark.parametrize(("given", "expected"), [("alexnett", "alexnet"), ("ResNet18", "resnet18"), ("zzz", "models")])
 def test_an_unknown_model_names_the_nearest(given: str, expected: str) -> None:
     with pytest.raises(SpecError, match=expected) as caught:
@@ -107,9 +123,9 @@ def test_an_unknown_model_names_the_nearest(given: str, expected: str) -> None:
 def test_weights_are_a_name_of_torchvision_or_a_file(folders: Folders) -> None:
     (folders.checkpoints / "runs").mkdir()
     (folders.checkpoints / "runs" / "mine.safetensors").touch()
-    assert catalog.find_checkpoint(ModelSpec(name="alexnet"), folders) is None
-    assert catalog.find_checkpoint(ModelSpec(name="alexnet", weights="IMAGENET1K_V1"), folders) is None
-    found = catalog.find_checkpoint(ModelSpec(name="alexnet", weights="runs/mine.safetensors"), folders)
+    assert catalog.find_checkpoint(None, ALEXNET, folders) is None
+    assert catalog.find_checkpoint("IMAGENET1K_V1", ALEXNET, folders) is None
+    found = catalog.find_checkpoint("runs/mine.safetensors", ALEXNET, folders)
     assert found == folders.checkpoints.resolve() / "runs" / "mine.safetensors"
 
 
@@ -117,7 +133,7 @@ def test_weights_are_a_name_of_torchvision_or_a_file(folders: Folders) -> None:
 def test_weights_that_are_neither_are_refused_with_the_names(folders: Folders, weights: str) -> None:
     (folders.checkpoints / "runs").mkdir()
     with pytest.raises(SpecError, match=r"IMAGENET1K_V1, or a file below the checkpoint folder") as caught:
-        catalog.find_checkpoint(ModelSpec(name="vgg16", weights=weights), folders)
+        catalog.find_checkpoint(weights, catalog.model_facts("vgg16").weights, folders)
     assert caught.value.field == "model.weights"
 
 
@@ -149,7 +165,7 @@ def test_a_path_that_leads_out_is_refused(folders: Folders, given: str) -> None:
         catalog.split_counts(DataSpec(name="imagefolder", root=given, train="all"), folders)
     assert caught.value.field == "data.root"
     with pytest.raises(SpecError, match="must not lead out"):
-        catalog.find_checkpoint(ModelSpec(name="alexnet", weights=given), folders)
+        catalog.find_checkpoint(given, ALEXNET, folders)
 
 
 def test_a_link_that_stays_inside_is_followed(folders: Folders) -> None:

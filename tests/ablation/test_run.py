@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset, TensorDataset
 
-from ablation import catalog
-from ablation.errors import Cancelled
+from ablation import ablate, catalog
+from ablation.errors import Cancelled, DataError
 from ablation.folders import Folders
 from ablation.plan import make_plan
 from ablation.run import finish_job, load_job, run_shard, run_spec
@@ -146,3 +147,38 @@ def test_alexnet_end_to_end(folders: Folders, thousand_classes: str) -> None:
     rows = np.argsort(-np.abs(table.columns["utility_test"]))[:4]
     truth = brute_force(job.model, "classifier.4.weight", table.columns["index"][rows], inputs, labels)
     assert utility_error(table.columns["utility_test"][rows], truth, "mixed") <= 1e-3  # float32's own rounding
+
+
+# --- which example ---------------------------------------------------------------------------------------------------
+
+N, BAD = 70, 53  # the bad example comes in a later batch, and in another place of the split than of the data set
+ORDER = list(range(N))[::-1]
+
+
+def bad_split(kind: str) -> tuple[torch.nn.Module, Subset]:
+    random = torch.Generator().manual_seed(0)
+    inputs, labels = torch.rand(N, 4, generator=random) + 1, torch.arange(N) % 3
+    if kind == "label":
+        labels[BAD] = 3
+    if kind == "logits":
+        inputs[BAD, 1] = torch.nan
+    if kind == "activations":
+        inputs[BAD, 1] = torch.inf  # the sigmoid makes a number of it again
+    layers = [torch.nn.Linear(4, 5), torch.nn.Sigmoid(), torch.nn.Linear(5, 3)]
+    layers[0].weight.data.abs_()
+    return torch.nn.Sequential(*layers), Subset(TensorDataset(inputs, labels), ORDER)
+
+
+@pytest.mark.parametrize("engine", ["auto", "rerun", "reference"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("label", "has label 3; allowed: 0 to 2"),
+        ("logits", "gives NaN or infinite logits"),
+        ("activations", "gives a NaN or infinite loss once a weight is replaced"),
+    ],
+)
+def test_a_bad_example_is_named_as_the_data_set_counts_it(kind: str, message: str, engine: str) -> None:
+    model, split = bad_split(kind)
+    with pytest.raises(DataError, match=rf"example {BAD} {message}"):
+        ablate(model, "0", {"test": split}, engine=engine, batch_size=8, verify=0, progress=False)

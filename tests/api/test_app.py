@@ -3,7 +3,12 @@
 import subprocess
 import sys
 
-import httpx
+import pytest
+
+from tests.api.conftest import serving
+from worker import keys
+from worker.settings import Settings
+from worker.store import JobStore
 
 HEAVY = (
     "torch",
@@ -30,30 +35,26 @@ def test_the_check_sees_what_is_there() -> None:
     assert found.stdout.split() == ["worker.runner"]
 
 
-def test_requests_are_counted_by_route(api: httpx.Client) -> None:
-    api.get("/v1/jobs/qqq1")
-    api.get("/v1/jobs/qqq2")
-    text = api.get("/metrics").text
+def test_requests_are_counted_by_route(settings: Settings, store: JobStore) -> None:
+    with serving(settings) as api:
+        api.get("/v1/jobs/qqq1")
+        api.get("/v1/jobs/qqq2")
+        api.request("QQQ", "/v1/jobs")
+        text = api.get("/metrics").text
     assert 'ablation_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="404"} 2.0' in text
-    assert "qqq" not in text
+    assert 'ablation_http_requests_total{method="other",route="/v1/jobs",status="405"} 1.0' in text
+    assert "qqq" not in text.lower()
 
 
-def test_every_address_is_documented(api: httpx.Client) -> None:
-    paths = api.get("/openapi.json").json()["paths"]
-    assert {
-        "/v1/jobs", "/v1/jobs/{job_id}", "/v1/jobs/{job_id}/cancel", "/v1/jobs/{job_id}/results",
-        "/v1/jobs/{job_id}/results.csv", "/v1/jobs/{job_id}/results.parquet", "/v1/plans", "/v1/models",
-        "/v1/models/{name}/layers", "/v1/datasets", "/healthz", "/readyz", "/metrics",
-    } == set(paths)  # fmt: skip
-
-
-def test_errors_are_documented_as_they_are_sent(api: httpx.Client) -> None:
-    document = api.get("/openapi.json").json()
-    assert "HTTPValidationError" not in document["components"]["schemas"]
-    sent = api.get("/v1/jobs", params={"limit": 0}).json()
-    assert set(sent) <= set(document["components"]["schemas"]["Problem"]["properties"])
-    responses = document["paths"]["/v1/jobs/{job_id}/cancel"]["post"]["responses"]
-    assert set(responses) == {"200", "202", "404", "409", "410", "422", "503"}
-    for status in ("404", "409", "410", "422", "503"):
-        reference = {"$ref": "#/components/schemas/Problem"}
-        assert responses[status]["content"] == {"application/problem+json": {"schema": reference}}
+def test_a_fault_is_a_problem_and_counted(
+    settings: Settings, store: JobStore, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store.client.set(keys.JOBS, "not a sorted set")
+    with serving(settings) as api:
+        answer = api.get("/v1/jobs")
+        text = api.get("/metrics").text
+    assert (answer.status_code, answer.headers["content-type"]) == (500, "application/problem+json")
+    assert answer.json()["instance"] == "/v1/jobs"
+    assert not {"Traceback", "WRONGTYPE", "/", "redis"} & set(answer.json()["detail"].split())
+    assert "WRONGTYPE" in capfd.readouterr().err  # the log has the details
+    assert 'ablation_http_requests_total{method="GET",route="/v1/jobs",status="500"} 1.0' in text

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -185,8 +186,17 @@ def test_catalog(api: httpx.Client) -> None:
 
 
 def test_health_and_readiness(api: httpx.Client, store: JobStore) -> None:
-    assert api.get("/healthz").json()["status"] == "ok"
-    assert api.get("/readyz").status_code == 503
+    assert api.get("/healthz").json() == {"status": "ok", "checks": {}}
+    waiting = api.get("/readyz")
+    assert (waiting.status_code, waiting.headers["content-type"]) == (503, "application/problem+json")
+    assert waiting.json()["checks"] == {"redis": "ok", "workers": "0"}
+    assert int(waiting.headers["retry-after"]) >= 1
     store.note_worker("a-worker")
     ready = api.get("/readyz")
-    assert (ready.status_code, ready.json()["status"]) == (200, "ok")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ok", "checks": {"redis": "ok", "workers": "1"}})
+
+
+def test_readiness_without_redis(tmp_path: Path) -> None:
+    with jobs.serving(Settings(redis_url=f"unix://{tmp_path}/nobody.sock", home=tmp_path)) as api:
+        answer = api.get("/readyz")
+    assert (answer.status_code, answer.json()["checks"]) == (503, {"redis": "away", "workers": "unknown"})

@@ -4,9 +4,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from ablation.catalog import NOTHING
 from ablation.spec import JobSpec
-from api.dependencies import plan_job
 from api.schemas import MAX_POLL_S, eta_s, retry_after_s
+from worker.planner import plan_job
 from worker.settings import Settings
 from worker.states import State
 from worker.store import JobRecord, Progress
@@ -23,7 +24,7 @@ def make_job(spec: JobSpec, settings: Settings, status: State, done: float, elap
         created_at=now,
         started_at=started,
         spec=spec,
-        plan=plan_job(spec, settings),
+        plan=plan_job(spec, settings, NOTHING),
     )
 
 

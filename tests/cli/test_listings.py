@@ -8,13 +8,13 @@ import sys
 import pytest
 from click.testing import CliRunner, Result
 
-from ablation.cli import main
+from ablation.cli.commands import commands
 
 JOB = ["--model", "alexnet", "--layer", "classifier.4", "--data", "digits", "--train", "10/class", "--test", "40"]
 
 
 def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(main, [*arguments])
+    return CliRunner().invoke(commands, [*arguments])
 
 
 def test_models() -> None:
@@ -31,6 +31,16 @@ def test_layers() -> None:
     }  # fmt: skip
     line = next(line for line in invoke("layers", "alexnet").stdout.splitlines() if "classifier.4 " in line)
     assert line.split() == ["classifier.4", "Linear", "4096x4096", "16,777,216", "direct"]
+
+
+def test_datasets() -> None:
+    datasets = {data["name"]: data for data in json.loads(invoke("datasets", "--json").stdout)}
+    assert datasets["digits"] == {"name": "digits", "needs_root": False, "classes": 10, "train": 1297, "test": 500}
+    assert datasets["imagefolder"] == {
+        "name": "imagefolder", "needs_root": True, "classes": None, "train": None, "test": None
+    }  # fmt: skip
+    line = next(line for line in invoke("datasets").stdout.splitlines() if line.startswith("cifar10 "))
+    assert line.split() == ["cifar10", "yes", "10", "50,000", "10,000"]
 
 
 def test_plan() -> None:
@@ -67,7 +77,9 @@ def test_other_errors_are_code_1() -> None:
     assert "ablation serve" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["", "run", "plan", "models", "layers", "serve", "submit", "demo", "api", "worker"])
+@pytest.mark.parametrize(
+    "command", ["", "run", "plan", "models", "layers", "datasets", "serve", "submit", "demo", "api", "worker"]
+)
 def test_every_command_has_help(command: str) -> None:
     result = invoke(*command.split(), "--help")
     assert result.exit_code == 0

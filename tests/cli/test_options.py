@@ -6,6 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from ablation.cli.commands import commands
 from ablation.cli.options import locate, read_criteria, read_sites, read_split, read_value, spec_options
 from ablation.errors import SpecError
 from ablation.folders import Folders
@@ -65,7 +66,7 @@ def test_split(text: str | None, split: object) -> None:
     assert read_split("train", text, 7) == split
 
 
-@pytest.mark.parametrize("text", ["", "some", "50/classes", "/class", "-5", "1.5", "²"])
+@pytest.mark.parametrize("text", ["", "some", "50/classes", "/class", "--5", "1.5", "²"])
 def test_split_of_no_form(text: str) -> None:
     with pytest.raises(SpecError, match=r"data\.train.*50/class"):
         read_split("train", text, 0)
@@ -79,7 +80,7 @@ def test_sites(text: str, sites: object) -> None:
     assert read_sites(text, 7) == sites
 
 
-@pytest.mark.parametrize("text", ["", ",", "some", "5,,3", "5;3", "-1"])
+@pytest.mark.parametrize("text", ["", ",", "some", "5,,3", "5;3", "1.5"])
 def test_sites_of_no_form(text: str) -> None:
     with pytest.raises(SpecError, match=r"sites.*5,17,3"):
         read_sites(text, 0)
@@ -120,9 +121,26 @@ def test_other_names_are_left_to_the_operators_folders() -> None:
     assert locate(spec, folders) == (spec, folders)
 
 
-def test_choices_are_click_errors() -> None:
-    from ablation.cli import main
+@pytest.mark.parametrize(
+    ("option", "given", "says"),
+    [
+        ("--precision", "half", "precision: got 'half'; allowed: 'mixed', 'float32' or 'float64'."),
+        ("--verify", "some", "verify: got 'some'; allowed: a valid integer."),
+        ("--seed", "1.5", "sites.seed: got '1.5'; allowed: a valid integer."),
+        ("--seed", "-1", "sites.seed: got -1; allowed: greater than or equal to 0."),
+        ("--sites", "-1", "sites.count: got -1; allowed: greater than or equal to 1."),
+        ("--test", "-5/class", "data.test.per_class: got -5; allowed: greater than or equal to 1."),
+    ],
+)
+def test_what_the_spec_refuses_it_refuses_in_its_own_words(option: str, given: str, says: str) -> None:
+    options = [*MINIMAL, "--test", "all", option, given]
+    result = CliRunner().invoke(commands, ["plan", *options])
+    assert (result.exit_code, result.output) == (2, f"Error: {says}\n")
 
-    result = CliRunner().invoke(main, ["plan", *MINIMAL, "--test", "all", "--precision", "half"])
+
+def test_what_is_no_option_is_one_line() -> None:
+    result = CliRunner().invoke(commands, ["plan", "--modle", "alexnet"])
     assert result.exit_code == 2
-    assert "'mixed', 'float32', 'float64'" in result.output
+    assert result.output.startswith("Error: No such option '--modle'.")
+    assert result.output.endswith("See `commands plan --help`.\n")
+    assert len(result.output.splitlines()) == 1

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from click.testing import CliRunner
 
-from ablation.cli import main
+from ablation.cli.commands import commands
 from ablation.export import csv_header
 
 JOB = ["--model", "digits_alexnet", "--layer", "fc2", "--data", "digits"]
@@ -15,7 +16,7 @@ JOB = ["--model", "digits_alexnet", "--layer", "fc2", "--data", "digits"]
 
 def test_run_writes_the_table_twice_and_a_summary(tmp_path: Path, home: Path) -> None:
     options = ["--train", "5/class", "--test", "30", "--sites", "13", "--seed", "3", "--value", "0.5"]
-    result = CliRunner().invoke(main, ["run", *JOB, *options, "--home", str(home), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(commands, ["run", *JOB, *options, "--home", str(home), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"utility.csv", "utility.parquet", "summary.json"}
     header, *rows = csv.reader((tmp_path / "out" / "utility.csv").read_text().splitlines())
@@ -29,8 +30,42 @@ def test_run_writes_the_table_twice_and_a_summary(tmp_path: Path, home: Path) ->
     assert "100%" in result.stderr
 
 
+def test_json_is_the_summary_and_nothing_else(tmp_path: Path, home: Path) -> None:
+    options = ["--test", "30", "--sites", "3", "--home", str(home), "--out", str(tmp_path), "--json"]
+    result = CliRunner().invoke(commands, ["run", *JOB, *options])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (tmp_path / "summary.json").read_text()
+    assert json.loads(result.stdout)["sites"] == 3
+    assert "100%" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("file", "Directory '{out}' is a file."),
+        ("file/below", "--out: got '{out}'; allowed: a folder that you may write to."),
+        ("folder", "--out: got '{out}'; allowed: a folder without folders called as our files."),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_computed(tmp_path: Path, home: Path, out: str, says: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "utility.parquet").mkdir(parents=True)
+    options = ["--test", "30", "--sites", "3", "--home", str(home), "--out", str(tmp_path / out)]
+    result = CliRunner().invoke(commands, ["run", *JOB, *options])
+    assert result.exit_code == 2
+    assert says.format(out=tmp_path / out) in result.stderr
+    assert "%" not in result.stderr  # no progress: it did not begin
+
+
+def test_a_device_that_is_not_here_is_bad_input(tmp_path: Path, home: Path) -> None:
+    options = ["--test", "30", "--sites", "3", "--home", str(home), "--out", str(tmp_path / "out"), "--device", "gpu"]
+    result = CliRunner().invoke(commands, ["run", *JOB, *options])
+    assert result.exit_code == 2
+    assert "device: got 'gpu'; allowed: a device that torch finds here" in result.stderr
+
+
 def test_a_run_that_is_refused_writes_nothing(tmp_path: Path, home: Path) -> None:
     options = ["--train", "5/class", "--sites", "99999999", "--home", str(home), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(main, ["run", *JOB, *options])
+    result = CliRunner().invoke(commands, ["run", *JOB, *options])
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()

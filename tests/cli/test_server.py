@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ablation.cli import main
+from ablation.cli.commands import commands
 from ablation.cli.server import directions, warn_of_threads
 from ablation.cli.services import Services, listen
 from worker.settings import Settings, count_cpus
@@ -34,10 +34,20 @@ def test_more_threads_than_processors_are_warned_of(capsys: pytest.CaptureFixtur
     assert "ABLATION_THREADS=" in capsys.readouterr().err
 
 
+def test_a_misspelt_variable_is_warned_of(tmp_path: Path) -> None:
+    with listen("127.0.0.1", 0) as taken:  # so that it ends at once
+        port = taken.getsockname()[1]
+        command = ["serve", "--port", str(port), "--home", str(tmp_path)]
+        result = CliRunner().invoke(commands, command, env={"ABLATION_TREADS": "2"})
+    assert result.stderr.splitlines()[0] == (
+        "Warning: ABLATION_TREADS is no setting and has no effect. Did you mean ABLATION_THREADS?"
+    )
+
+
 def test_what_did_not_start_does_not_stop(tmp_path: Path) -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        result = CliRunner().invoke(main, ["serve", "--port", str(port), "--home", str(tmp_path)])
+        result = CliRunner().invoke(commands, ["serve", "--port", str(port), "--home", str(tmp_path)])
     assert result.exit_code == 1
     assert "--port" in result.stderr
     assert "Stopped" not in result.stderr

@@ -12,10 +12,11 @@ import psutil
 import pytest
 from redis import Redis
 
+from ablation.cli import services as services_module
 from ablation.cli.client import Client
 from ablation.cli.services import MAX_BACK_OFF_S, Child, Services, listen
-from ablation.errors import ServiceError
-from worker.settings import Settings
+from ablation.errors import ServiceError, SpecError
+from worker.settings import Settings, load_settings
 
 PATIENCE_S = 60.0
 
@@ -122,6 +123,42 @@ def test_who_keeps_dying_is_started_later_and_later(tmp_path: Path) -> None:
     assert waits[-1] == MAX_BACK_OFF_S
     child.started_at = time.monotonic() - 3600
     assert child.note_death() < 1
+
+
+def test_a_log_is_bounded_while_its_writer_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services_module, "MAX_LOG_BYTES", 100)
+    services = Services(Settings(home=tmp_path, redis_url="unix:///none"), "127.0.0.1", 0, 1, say=print)
+    child = Child("a", "nothing", {}, tmp_path / "a.log", start_at=time.monotonic() + 3600)
+    services.children = [child]
+    old = child.log.with_name("a.log.1")
+    with child.log.open("ab", buffering=0) as log:  # as `Child.start` opens it for a process
+        for k in range(50):
+            log.write(f"line {k} of ten\n".encode())
+            services.tend()
+            assert child.log.stat().st_size <= 100
+    assert old.stat().st_size <= 120
+    assert (old.read_text() + child.log.read_text()).endswith("line 48 of ten\nline 49 of ten\n")
+    assert old.read_text().startswith("line ")  # cut between lines, and no hole of zeros before what came after
+
+
+@pytest.mark.parametrize(
+    ("variable", "home", "says"),
+    [
+        ("ABLATION_HOME", "file/home", "--home: got"),
+        ("ABLATION_CACHE_DIR", "home", "ABLATION_CACHE_DIR: got"),
+        ("ABLATION_DATA_DIR", "home", "ABLATION_DATA_DIR: got"),
+        ("ABLATION_CHECKPOINT_DIR", "home", "ABLATION_CHECKPOINT_DIR: got"),
+    ],
+)
+def test_a_folder_that_can_t_be_used_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, home: str, says: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "folder"))
+    services = Services(load_settings(tmp_path / home), "127.0.0.1", 0, 1, say=print)
+    with pytest.raises(SpecError, match=f"{says} '{tmp_path}/file/.*a folder that you may write to"):
+        services.start()
+    services.stop()
 
 
 def test_an_address_that_is_taken_is_an_error_that_names_the_option() -> None:

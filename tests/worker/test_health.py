@@ -28,3 +28,20 @@ def test_the_exit_status_says_it(store: JobStore, settings: Settings, there: boo
         store.note_worker(f"{socket.gethostname()}:1:abc")
     check = subprocess.run([sys.executable, "-m", "worker.health"], env=os.environ | {"REDIS_URL": settings.redis_url})
     assert check.returncode == (0 if there else 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"REDIS_URL": "redis://127.0.0.1:1/0"}, "refused"),
+        ({"REDIS_URL": ""}, "Error: REDIS_URL: got nothing"),
+        ({"REDIS_URL": "http://host"}, "Error: REDIS_URL: got 'http://host'"),
+        ({"ABLATION_THREADS": "abc"}, "Error: ABLATION_THREADS: got 'abc'"),
+    ],
+)
+def test_why_it_can_t_be_known_is_one_line(variables: dict[str, str], says: str) -> None:
+    command = [sys.executable, "-m", "worker.health"]
+    check = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert check.returncode == 1
+    assert says in check.stderr
+    assert len(check.stderr.splitlines()) == 1

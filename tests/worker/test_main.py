@@ -1,18 +1,48 @@
 import os
+import re
 import subprocess
 import sys
 
+import psutil
 import pytest
 
-from worker.__main__ import describe
+from worker.inventory import describe
 from worker.settings import Settings
+from worker.store import JobStore
 
 
-def test_a_worker_says_what_it_found(settings: Settings) -> None:
-    told = describe(settings)
-    assert len(told.splitlines()) == 2
-    assert settings.redis_url in told
-    assert str(settings.cache_dir) in told
+def test_a_worker_says_what_it_found_and_its_parent_has_no_torch(settings: Settings, store: JobStore) -> None:
+    environment = os.environ | {
+        "REDIS_URL": settings.redis_url, "ABLATION_HOME": str(settings.home), "ABLATION_TREADS": "2"
+    }  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "worker"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as worker:
+        assert worker.stdout
+        told = [next(worker.stdout).rstrip("\n") for _ in range(8)]
+        parent = psutil.Process(worker.pid)
+        loaded = {process.pid: "libtorch" in str(process.memory_maps()) for process in (parent, *parent.children())}
+        worker.terminate()
+        _, errors = worker.communicate(timeout=30)
+    assert told[:7] == describe(settings).splitlines()
+    assert re.fullmatch(r"worker: device \S+ \(.+\), \d+ threads", told[7])
+    assert errors.startswith("Warning: ABLATION_TREADS is no setting")
+    assert not loaded.pop(worker.pid)
+    assert [*loaded.values()] == [True]  # the child
+
+
+def test_a_device_that_is_not_here_ends_the_worker(settings: Settings, store: JobStore) -> None:
+    environment = os.environ | {
+        "REDIS_URL": settings.redis_url, "ABLATION_HOME": str(settings.home), "ABLATION_DEVICE": "cuda:99"
+    }  # fmt: skip
+    told = subprocess.run([sys.executable, "-m", "worker"], env=environment, capture_output=True, text=True, timeout=60)
+    assert "Error: ABLATION_DEVICE: got 'cuda:99'; allowed: a device that torch finds here" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert store.n_workers() == 0
 
 
 @pytest.mark.parametrize(("url", "why"), [("redis://127.0.0.1:1/0", "refused"), ("", "REDIS_URL")])
@@ -26,7 +56,13 @@ def test_a_worker_without_redis_says_so_and_ends(url: str, why: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ABLATION_THREADS", "abc"), ("REDIS_URL", "http://host"), ("ABLATION_REDIS_PASSWORD_FILE", "/no/such/file")],
+    [
+        ("ABLATION_THREADS", "abc"),
+        ("REDIS_URL", "http://host"),
+        ("ABLATION_REDIS_PASSWORD_FILE", "/no/such/file"),
+        ("ABLATION_HOME", "~nobody-of-this-name"),
+        ("ABLATION_DEVICE", "gpu"),
+    ],
 )
 def test_a_wrong_setting_is_one_line(name: str, value: str) -> None:
     environment = os.environ | {name: value}

@@ -14,7 +14,7 @@ from ablation.spec import make_spec
 from ablation.statistics import make_summary
 from tests.worker.real_jobs import encode, plan_real, run_undisturbed
 from tests.worker.test_queue import messages
-from worker import codec, keys, runner
+from worker import codec, keys, planner, runner
 from worker.queue import make_celery
 from worker.settings import Settings
 from worker.states import State
@@ -212,3 +212,53 @@ def test_host_paths_are_hidden(settings: Settings) -> None:
     error = runner.make_error(DataError("1/2 of (N, C) / 3"), settings)
     assert error["detail"] == "1/2 of (N, C) / 3"
     assert error["title"] == DataError.__doc__
+
+
+# --- jobs that a worker has to plan ----------------------------------------------------------------------------------
+
+STRIPES = {
+    "model": {"name": "stripe_net"},
+    "layer": "3",
+    "data": {"name": "stripes", "train": "all", "test": {"per_class": 4}},
+    "sites": SITES,
+}
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_worker_plans_what_only_it_can_open(store: JobStore, celery: Celery, settings: Settings) -> None:
+    runner.publish_registered(store)
+    published = store.registered()
+    assert {"stripe_net", "batch_net"} < set(published.models)
+    assert "broken_net" not in published.models  # it can't be described
+    spec = make_spec(STRIPES)
+    assert planner.plan_job(spec, settings, published) is None
+    job = store.create(spec, None)
+    assert job is not None
+    assert (job.plan, job.progress.total) == (None, 1)
+
+    for _ in range(2):
+        runner.plan_job(store, celery, settings, "a", job.id)
+    planned = reload(store, job)
+    assert planned.plan is not None
+    assert [(split.name, split.n_examples, split.per_class) for split in planned.plan.splits] == [
+        ("train", 60, None),
+        ("test", 12, 4),
+    ]
+    shards = [shard.id for shard in planned.plan.shards]
+    assert messages(store.client, keys.SHARD_QUEUE) == [("worker.run_shard", [job.id, shard]) for shard in shards]
+    for shard in shards:
+        runner.run_shard(store, celery, settings, "b", job.id, shard)
+    runner.finalize(store, celery, settings, "b", job.id)
+    assert reload(store, job).status is State.SUCCEEDED
+    assert b"".join(store.table_blocks(job.id)) == encode(run_undisturbed(settings, spec, planned.plan))
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_can_not_be_planned_fails_with_the_reason(store: JobStore, celery: Celery, settings: Settings) -> None:
+    job = store.create(make_spec({**STRIPES, "data": {"name": "stripes", "train": {"count": 61}}}), None)
+    assert job is not None
+    runner.plan_job(store, celery, settings, "a", job.id)
+    failed = reload(store, job)
+    assert failed.status is State.FAILED
+    assert failed.error is not None
+    assert failed.error["detail"] == "data.train.count: got 61; allowed: 1 to 60, the examples of this split."

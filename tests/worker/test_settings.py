@@ -4,8 +4,20 @@ import pytest
 from pydantic import ValidationError
 from redis import Redis
 
-from ablation.errors import ServiceError
-from worker.settings import Settings, hide_password, load_settings
+from ablation.errors import ServiceError, SpecError
+from worker.queue import make_celery
+from worker.settings import (
+    OTHER_VARIABLES,
+    Address,
+    Settings,
+    hide_password,
+    load_settings,
+    make_writable,
+    variable_of,
+    warn_of_unknown_variables,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "05-operations.md"
 
 
 def test_folders_are_below_home_unless_chosen(tmp_path: Path) -> None:
@@ -81,6 +93,9 @@ def test_a_home_that_is_given_goes_first_and_the_password_still_counts(
         ("ABLATION_SHARD_S", "-1", "greater than 0"),
         ("REDIS_URL", "http://host", "redis://host:6379/0, rediss://host:6379/0 or unix:///path"),
         ("REDIS_URL", "redis://host:port/0", "redis://host:6379/0, rediss://host:6379/0 or unix:///path"),
+        ("ABLATION_HOME", "~nobody-of-this-name", "a path, or ~ and a user who has a home folder here"),
+        ("ABLATION_CACHE_DIR", "~nobody-of-this-name/x", "a path, or ~ and a user who has a home folder here"),
+        ("ABLATION_DEVICE", "gpu", "cpu, cuda or cuda:1"),
     ],
 )
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str) -> None:
@@ -97,6 +112,12 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, v
         ("rediss://user:secret@host/0", "rediss://host/0"),
         ("redis://:sec/r@et@host:6379/0", "redis://host:6379/0"),
         ("unix:///run/redis.sock", "unix:///run/redis.sock"),
+        ("redis://host:6379/0?password=secret", "redis://host:6379/0"),
+        ("unix:///run/redis.sock?password=secret", "unix:///run/redis.sock"),
+        ("redis://host/0?password=sec@ret", "redis://..."),
+        ("redis://:sec?r@et@host", "redis://..."),
+        (":secret@host", "host"),
+        ("", ""),
     ],
 )
 def test_passwords_are_not_shown(url: str, shown: str) -> None:
@@ -107,3 +128,80 @@ def test_a_wrong_address_does_not_show_its_password(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("REDIS_URL", "http://:secret@host")
     with pytest.raises(ServiceError, match="got 'http://host'"):
         load_settings()
+
+
+def test_an_option_of_the_address_that_redis_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://host/0?passwort=secret")
+    with pytest.raises(ServiceError, match=r"REDIS_URL: got 'redis://host/0'; allowed: redis://host"):
+        load_settings()
+
+
+def test_a_password_may_be_an_option_of_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery takes it only before the host."""
+    monkeypatch.setenv("REDIS_URL", "redis://somewhere:1/0?username=me&password=a%2Fb%40c")
+    settings = load_settings()
+    with Redis.from_url(settings.redis_url) as client:
+        known = client.connection_pool.connection_kwargs
+    assert (known["username"], known["password"]) == ("me", "a/b@c")
+    with make_celery(settings).connection_for_write() as connection:
+        assert (connection.userid, connection.password) == ("me", "a/b@c")
+
+
+def test_a_password_may_be_an_option_of_a_socket(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, redis_client: Redis
+) -> None:
+    monkeypatch.setenv("REDIS_URL", f"{settings.redis_url}?password=a%2Fb%40c")
+    redis_client.config_set("requirepass", "a/b@c")
+    try:
+        found = load_settings()
+        with Redis.from_url(found.redis_url) as client:
+            assert client.ping()
+        with make_celery(found).connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1)
+    finally:
+        redis_client.config_set("requirepass", "")
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ABLATION_HOME", str(tmp_path))
+    for name in ("ABLATION_DATA_DIR", "ABLATION_THREADS", "ABLATION_DEVICE", "ABLATION_REDIS_PASSWORD_FILE"):
+        monkeypatch.setenv(name, "")
+    settings = load_settings()
+    assert settings == Settings(home=tmp_path, redis_url=settings.redis_url)
+    assert settings.data_dir == tmp_path / "data"
+
+
+def test_a_variable_that_nobody_reads_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of_unknown_variables(["ABLATION_TREADS", "ABLATION_XYZZY", "ABLATION_THREADS", "PATH", "ABLATION_FD"])
+    assert capsys.readouterr().err.splitlines() == [
+        "Warning: ABLATION_TREADS is no setting and has no effect. Did you mean ABLATION_THREADS?",
+        "Warning: ABLATION_XYZZY is no setting and has no effect.",
+    ]
+
+
+def test_a_folder_that_can_t_be_written_is_named(tmp_path: Path) -> None:
+    make_writable(tmp_path / "a" / "b", "ABLATION_CACHE_DIR")
+    assert [*(tmp_path / "a" / "b").iterdir()] == []
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        SpecError, match=r"ABLATION_CACHE_DIR: got .*/file/below'; allowed: a folder that you may write"
+    ):
+        make_writable(tmp_path / "file" / "below", "ABLATION_CACHE_DIR")
+
+
+# What the page says where the default is no plain value.
+DEFAULTS = {"home": "~/.ablation", "threads": "number of CPUs", "max_redis_bytes": "4 GiB"}
+
+
+def test_the_page_on_operations_has_every_variable_with_its_default_and_meaning() -> None:
+    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    said = {name.strip("`"): (default.strip(), meaning) for name, default, meaning in rows}
+    expected = {}
+    for kind in (Settings, Address):
+        for field, about in kind.model_fields.items():
+            plain = "" if about.default_factory or about.default is None else str(about.default)
+            expected[variable_of(field)] = (DEFAULTS.get(field, plain), about.description)
+    others = {name: said.pop(name) for name in OTHER_VARIABLES if name in said}
+    assert said == expected
+    assert all(meaning for _, meaning in others.values())
+    assert set(others) | {"ABLATION_REDIS_URL"} == set(OTHER_VARIABLES)  # the last is REDIS_URL's other name

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from redis import Redis
 
+from ablation.catalog import Registered
 from ablation.errors import ServiceError, SpecError
+from ablation.plan import Plan
 from ablation.table import ImportanceTable
-from tests.worker.conftest import make_partial, make_toy
+from tests.worker.conftest import FACTS, make_partial, make_toy
 from worker import codec, keys
 from worker.settings import Settings
 from worker.states import MOVES, TERMINAL, State
@@ -441,3 +443,52 @@ def test_save_against_cancel_against_delete(stores: list[JobStore], toy_job: Mak
         assert stores[0].n_rows(job.id) == 5
     else:
         assert [key.decode() for key in stores[0].client.scan_iter(f"*{job.id}*")] == [keys.job(job.id)]
+
+
+# --- jobs that a worker has to plan ----------------------------------------------------------------------------------
+
+
+def make_unplanned(store: JobStore) -> tuple[JobRecord, Plan]:
+    """A job without a plan, and the one that it would get."""
+    spec, plan = make_toy(2)
+    job = store.create(spec, None)
+    assert job is not None
+    return job, plan
+
+
+def test_a_plan_cuts_the_job_once(store: JobStore) -> None:
+    job, plan = make_unplanned(store)
+    assert not store.set_plan(job.id, "a", plan)  # nobody holds the lease
+    assert store.claim(job.id, keys.PLAN, "a")
+    assert not store.set_plan(job.id, "b", plan)
+    assert store.set_plan(job.id, "a", plan)
+    assert not store.set_plan(job.id, "a", plan)
+    planned = store.get(job.id)
+    assert planned is not None
+    assert (planned.plan, planned.status, planned.progress.total) == (plan, State.RUNNING, 2)
+    assert finish_shards(store, planned) == [False, True]
+
+
+def test_a_planning_whose_worker_is_gone_is_sent_again(store: JobStore) -> None:
+    job, plan = make_unplanned(store)
+    store.claim(job.id, keys.PLAN, "a")
+    assert store.retry_stale(job.id, keys.PLAN, -1, 3, ERROR)
+    assert not store.set_plan(job.id, "a", plan)
+    assert store.claim(job.id, keys.PLAN, "b")
+    assert store.set_plan(job.id, "b", plan)
+
+
+def test_a_job_cancelled_while_it_is_planned_stays_so(store: JobStore) -> None:
+    job, plan = make_unplanned(store)
+    store.claim(job.id, keys.PLAN, "a")
+    assert store.cancel(job.id) is State.CANCELLING
+    assert not store.set_plan(job.id, "a", plan)
+    assert store.get(job.id).status is State.CANCELLED
+
+
+def test_what_is_registered_is_what_was_published_last(store: JobStore) -> None:
+    assert (dict(store.registered().models), store.registered().datasets) == ({}, ())
+    store.publish(Registered({"toy": FACTS}, ("mine", "also")))
+    assert (dict(store.registered().models), store.registered().datasets) == ({"toy": FACTS}, ("also", "mine"))
+    store.publish(Registered({}, ("mine",)))
+    assert (dict(store.registered().models), store.registered().datasets) == ({}, ("mine",))

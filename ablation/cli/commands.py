@@ -1,0 +1,59 @@
+"""Every command of `ablation`, and how they end: one line on stderr and an exit code, whatever happened."""
+
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from ablation.cli import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, demo, listings, run, server, submit
+from ablation.cli.display import say_error
+from ablation.errors import AblationError, SpecError
+
+
+class Commands(click.Group):
+    """A group whose commands end with errors as one line; only an error that nobody foresaw shows a traceback."""
+
+    def main(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Run the command that was asked for, and exit."""
+        try:
+            code = super().main(*arguments, **{**options, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:  # `ablation` alone is no mistake that needs a red line
+            error.show()
+            code = EXIT_BAD_INPUT
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            say_error(error.format_message() + (f" See `{context.command_path} --help`." if context else ""))
+            code = EXIT_BAD_INPUT
+        except (AblationError, OSError) as error:  # OSError: a full disk, a file that may not be written
+            say_error(str(error))
+            code = EXIT_BAD_INPUT if isinstance(error, SpecError) else EXIT_FAULT
+        except click.Abort:
+            code = EXIT_INTERRUPTED
+        sys.exit(code)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=f"""
+    \b
+    Exit codes:
+      0    done
+      {EXIT_FAULT}    a fault: the job failed, a service is away, a setting is wrong, a file can't be written
+      {EXIT_BAD_INPUT}    bad input: an option, a name or a number that is not possible
+      {EXIT_INTERRUPTED}  interrupted by Ctrl-C
+    """,  # \b is click's sign for: don't rewrap
+)
+@click.version_option(package_name="weight-ablation")
+def commands() -> None:
+    """How much does the loss change when this weight is set to zero?
+
+    Exactly, for sampled weights of a layer, over a whole data set. Begin with `ablation demo`.
+    """
+
+
+for command in (
+    demo.demo, run.run, listings.plan, listings.models, listings.layers, listings.datasets,
+    server.serve, submit.submit, server.api, server.worker,
+):  # fmt: skip
+    commands.add_command(command)

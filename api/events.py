@@ -1,0 +1,84 @@
+"""What happens to a job, as it happens: server-sent events, as long as somebody listens.
+
+In: a job's id, and the id of the last event that the client has. Out: events `status`, `progress` and at last `done`.
+The id of an event says all that was told up to it (`status:shards done`, and `:done` at the end), so a stream can be
+taken up again at any API process, and tells what has changed since. Nothing of it is kept.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Annotated, NamedTuple
+
+from fastapi import Header, HTTPException
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import ServerSentEvent
+
+from api.errors import AWAY
+from api.schemas import news
+from worker.states import TERMINAL, State
+from worker.store import JobRecord, JobStore
+
+POLL_S = 0.5
+
+
+class Told(NamedTuple):
+    """What a client knows."""
+
+    status: str = ""
+    n_done: str = ""
+    is_over: bool = False
+
+    @property
+    def event_id(self) -> str:
+        """This as the id of an event."""
+        return f"{self.status}:{self.n_done}" + ":done" * self.is_over
+
+
+def read_event_id(event_id: str) -> Told:
+    """What the client of this id knows; nothing where the id is not one of ours."""
+    found = re.fullmatch(r"([a-z]+):([0-9.e+-]*)(:done)?", event_id)
+    return Told(found[1], found[2], bool(found[3])) if found else Told()
+
+
+def read_last_event(last_event_id: Annotated[str, Header(alias="Last-Event-ID")] = "") -> Told:
+    """What the client knows, by its `Last-Event-ID`.
+
+    Raises:
+        HTTPException: 204, it knows all; that keeps browsers from coming again.
+    """
+    told = read_event_id(last_event_id)
+    if told.is_over:
+        raise HTTPException(204)
+    return told
+
+
+async def watch_job(store: JobStore, job_id: str, told: Told) -> AsyncIterator[ServerSentEvent]:
+    """Every event after `told`, until the job is over or deleted. Waits without a thread.
+
+    While Redis is away nothing is told, and the stream stays open: browsers don't come back after an error.
+    """
+    while True:
+        with suppress(*AWAY):
+            job = await run_in_threadpool(store.get, job_id)
+            if job is None or job.status == State.EXPIRED:
+                return
+            for name, after in _untold(job, told):
+                told = after
+                yield ServerSentEvent(event=name, id=told.event_id, data=news(job))
+            if told.is_over:
+                return
+        await asyncio.sleep(POLL_S)
+
+
+def _untold(job: JobRecord, told: Told) -> Iterator[tuple[str, Told]]:
+    """The events that bring a client up to date, and what it knows after each."""
+    if job.status != told.status:
+        told = told._replace(status=job.status.value)
+        yield "status", told
+    if repr(job.progress.done) != told.n_done:
+        told = told._replace(n_done=repr(job.progress.done))
+        yield "progress", told
+    if job.status in TERMINAL:
+        yield "done", told._replace(is_over=True)

@@ -1,0 +1,199 @@
+"""Every refusal: what was given, what is allowed, what to do next; at once where the API can know it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.contract.conftest import QUICK, Service
+
+Say = Callable[[str], None]
+
+
+def spec(**changes: Any) -> dict[str, Any]:
+    return {**QUICK, **changes}
+
+
+def data(**changes: Any) -> dict[str, Any]:
+    return spec(data={"name": "digits", "test": "all", **changes})
+
+
+def pets(**changes: Any) -> dict[str, Any]:
+    return spec(data={"name": "imagefolder", "root": "pets", "test": "all", **changes})
+
+
+STRIPES = {**QUICK, "data": {"name": "stripes", "test": "all"}}
+
+
+def weights(name: str) -> dict[str, Any]:
+    return spec(model={"name": "digits_alexnet", "weights": name})
+
+
+# What was wrong: the spec, the field that is named, what else the message says.
+AT_ONCE = {
+    "unknown model": (spec(model={"name": "alexnett"}), "model.name", "Did you mean 'alexnet'"),
+    "unknown layer": (spec(layer="fc22"), "layer", "Did you mean 'fc2'"),
+    "layer without weights": (spec(model={"name": "alexnet"}, layer="features.2"), "layer", "A MaxPool2d has none"),
+    "container": (spec(model={"name": "alexnet"}, layer="features"), "layer", "one of the layers inside it"),
+    "count larger than the layer": (spec(sites={"count": 65537}), "sites.count", "1 to 65536, the weights of fc2"),
+    "negative count": (spec(sites={"count": -1}), "sites.count", "greater than or equal to 1"),
+    "count of zero": (spec(sites={"count": 0}), "sites.count", "greater than or equal to 1"),
+    "true as a count": (spec(sites={"count": True}), "sites.count", "a valid integer"),
+    "text as a count": (spec(sites={"count": "5"}), "sites.count", "a valid integer"),
+    "fraction as a count": (spec(sites={"count": 5.0}), "sites.count", "a valid integer"),
+    "duplicate indices": (spec(sites={"indices": [3, 5, 3]}), "sites.indices", "3 is given twice"),
+    "index out of range": (spec(sites={"indices": [3, 65536]}), "sites.indices", "0 to 65535"),
+    "negative index": (spec(sites={"indices": [-1]}), "sites.indices.0", "greater than or equal to 0"),
+    "no index": (spec(sites={"indices": []}), "sites.indices", "at least 1 item"),
+    "unknown form of sites": (spec(sites="some"), "sites", "'all', {'count': k"),
+    "no split": (spec(data={"name": "digits"}), "data", "'train', 'test' or both"),
+    "more per class than there is": (data(test={"per_class": 51}), "data.test.per_class", "1 to 50"),
+    "more in all than there is": (data(test={"count": 501}), "data.test.count", "1 to 500"),
+    "unknown data set": (data(name="mnits"), "data.name", "Did you mean 'mnist'"),
+    "missing root": (pets(root=None), "data.root", "Say where imagefolder is"),
+    "absent root": (pets(root="cats"), "data.root", "no such folder"),
+    "needless root": (data(root="pets"), "data.root", "digits is bundled"),
+    "root with ..": (pets(root="../secret"), "data.root", "must not lead out of that folder"),
+    "absolute root": (pets(root="/etc"), "data.root", "must not lead out of that folder"),
+    "root with NUL": (pets(root="pets\0"), "data.root", "must not lead out of that folder"),
+    "root through a link": (pets(root="link"), "data.root", "must not lead out of that folder"),
+    "files of the data set missing": (data(name="cifar10", root="pets"), "data.root", "Missing: test_batch"),
+    "unknown weights": (weights("IMAGENET1K_V1"), "model.weights", "a file below the checkpoint folder"),
+    "checkpoint with ..": (weights("../secret/out.safetensors"), "model.weights", "must not lead out"),
+    "absolute checkpoint": (weights("/etc/passwd"), "model.weights", "must not lead out"),
+    "checkpoint through a link": (weights("link.safetensors"), "model.weights", "must not lead out"),
+    "checkpoint with NUL": (weights("good\0.pth"), "model.weights", "must not lead out"),
+    "unknown field": (spec(layers="fc2"), "layers", "Did you mean 'layer'"),
+    "field missing": ({name: value for name, value in QUICK.items() if name != "layer"}, "layer", "it is required"),
+    "infinite value": (spec(value={"constant": "Infinity"}), "value.constant", "a finite number"),
+    "unknown precision": (spec(precision="float16"), "precision", "'mixed', 'float32' or 'float64'"),
+    "unknown criterion": (spec(criteria=["taylor9"]), "criteria", ""),
+    "negative seed": (spec(sites={"count": 5, "seed": -1}), "sites.seed", "greater than or equal to 0"),
+    "not an object": ([QUICK], "spec", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "field", "message"), AT_ONCE.values(), ids=AT_ONCE)
+def test_refused_at_once(
+    service: Service, say: Say, request: pytest.FixtureRequest, body: Any, field: str, message: str
+) -> None:
+    answer = service.client.post("/v1/jobs", json=body)
+    problem = check_problem(answer, 422)
+    assert problem["field"] == field
+    assert message in problem["detail"]
+    assert problem["allowed"]
+    planned = check_problem(service.client.post("/v1/plans", json=body), 422)
+    assert planned["detail"] == problem["detail"]
+    say(f"{request.node.callspec.id}: 422 {problem['detail']}")
+
+
+def check_problem(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The problem document that an answer is."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = answer.json()
+    assert problem["status"] == status
+    assert {"type", "title", "detail", "instance"} <= set(problem)
+    assert "Traceback" not in answer.text
+    assert not {"/home/", "/tmp/", "/root/"} & set(answer.text.split('"')), answer.text
+    return problem
+
+
+JSON = {"content-type": "application/json"}
+NOT_READ = {
+    "broken JSON": (b'{"model": ', JSON, 400),
+    "JSON after the end": (b"{} {}", JSON, 400),
+    "invalid UTF-8": (b'{"layer": "\xff"}', JSON, 400),
+    "deep nesting": (b"[" * 100_000, JSON, 400),
+    "empty body": (b"", JSON, 400),
+    "form instead of JSON": (b"layer=fc2", {"content-type": "application/x-www-form-urlencoded"}, 415),
+    "text instead of JSON": (b"{}", {"content-type": "text/plain"}, 415),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/plans"])
+@pytest.mark.parametrize(("body", "headers", "status"), NOT_READ.values(), ids=NOT_READ)
+def test_a_body_that_is_no_spec_is_refused(
+    service: Service, say: Say, request: pytest.FixtureRequest,
+    path: str, body: bytes, headers: dict[str, str], status: int,
+) -> None:  # fmt: skip
+    problem = check_problem(service.client.post(path, content=body, headers=headers), status)
+    say(f"{request.node.callspec.id}: {status} {problem['detail']}")
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["with its length", "in chunks"])
+def test_a_body_of_100_mb_is_refused(service: Service, say: Say, told: bool) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * (1 << 20)
+
+    body = b" " * (100 << 20) if told else chunks()
+    problem = check_problem(service.client.post("/v1/jobs", content=body, headers=JSON), 413)
+    assert "8" in problem["detail"]
+    assert service.client.get("/healthz").status_code == 200
+    say(f"a body of 100 MB {'with its length' if told else 'in chunks'}: 413 {problem['detail']}")
+
+
+# What is wrong: the spec, the type of the job's error, what its detail says.
+BY_THE_JOB = {
+    "a truncated JPEG": (pets(root="damaged", train="all"), "data-error", "class01/1.jpg"),
+    "a checkpoint with a missing key": (weights("missing.safetensors"), "checkpoint-error", "fc2.bias is missing"),
+    "a checkpoint with an unexpected key": (
+        weights("unexpected.safetensors"), "checkpoint-error", "fc4.weight is unknown",
+    ),
+    "a checkpoint of another shape": (
+        weights("seven.safetensors"), "checkpoint-error", "fc3.weight has shape (7, 256), wanted (10, 256)",
+    ),
+    "a pickle with code in it": (weights("code.pth"), "checkpoint-error", "code.pth can't be read"),
+    "a bare pickle with code in it": (weights("code.pkl"), "checkpoint-error", "code.pkl can't be read"),
+    "no checkpoint at all": (weights("text.safetensors"), "checkpoint-error", "text.safetensors can't be read"),
+    "labels outside the model's classes": (
+        pets(root="many"), "data-error", "(class10/0.jpg) has label 10; allowed: 0 to 9",
+    ),
+    "activations that are not finite": (
+        {**weights("nan.safetensors"), "data": {"name": "imagefolder", "root": "pets", "test": "all"}},
+        "data-error", "(class00/0.jpg) gives NaN or infinite",
+    ),
+    "a batch norm without running statistics": (
+        {**STRIPES, "model": {"name": "batch_net"}, "layer": "4"}, "model-error", "has no running statistics",
+    ),
+    "a model that is not deterministic": (
+        {**STRIPES, "model": {"name": "restless_net"}, "layer": "3"}, "model-error", "logits differ by",
+    ),
+    "a model whose examples see each other": (
+        {**STRIPES, "model": {"name": "mean_net"}, "layer": "3"}, "model-error", "logits differ by",
+    ),
+    "registered data that can't be opened": (
+        spec(model={"name": "stripe_net"}, layer="3", data={"name": "broken_data", "test": "all"}),
+        "data-error", "'broken_data' can't be opened",
+    ),
+    "more registered data than there is": (
+        spec(model={"name": "stripe_net"}, layer="3", data={"name": "stripes", "test": {"count": 31}}),
+        "spec-error", "1 to 30",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "kind", "message"), BY_THE_JOB.values(), ids=BY_THE_JOB)
+def test_refused_by_the_job(
+    service: Service, say: Say, request: pytest.FixtureRequest, body: dict[str, Any], kind: str, message: str
+) -> None:
+    url, job = service.over(body)
+    assert job["status"] == "failed", job
+    assert job["error"]["type"] == kind
+    assert message in job["error"]["detail"]
+    assert str(service.home) not in str(job)
+    for address in ("results", "results.csv", "results.parquet"):
+        problem = check_problem(service.client.get(f"{url}/{address}"), 409)
+        assert job["error"]["detail"].rstrip(".") in problem["detail"]
+    say(f"{request.node.callspec.id}: failed, {job['error']['detail']}")
+    assert not (service.home / "surprise.txt").exists()
+
+
+def test_a_model_that_can_not_be_made_is_not_offered(service: Service, say: Say) -> None:
+    problem = check_problem(service.client.post("/v1/jobs", json=spec(model={"name": "broken_net"})), 422)
+    assert problem["field"] == "model.name"
+    log = (service.home / "logs" / "worker-1.log").read_text()
+    assert "not offered: the registered model 'broken_net' can't be made: FileNotFoundError" in log
+    say("a registered model whose factory fails: 422, and the worker's log says why it is not offered")

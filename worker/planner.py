@@ -1,0 +1,30 @@
+"""How is a job of the service cut? The same way by whoever asks: the API, or a worker where only it can open the data.
+
+In: a spec, settings, what is registered. Out: a plan that fits into Redis. Torch-free.
+"""
+
+from ablation.catalog import Registered, SplitCounts
+from ablation.errors import SpecError
+from ablation.plan import Plan, plan_spec
+from ablation.spec import JobSpec
+from worker.settings import Settings
+
+
+def plan_job(
+    spec: JobSpec, settings: Settings, registered: Registered, counts: dict[str, SplitCounts] | None = None
+) -> Plan | None:
+    """The plan of a job here; None where a worker has to open its data first, to bring the `counts`.
+
+    Raises:
+        SpecError: it asks for something that there is not, or for more than Redis may hold.
+    """
+    options = {"threads": settings.threads, "shard_s": settings.shard_s}
+    plan = plan_spec(spec, settings.folders, registered, counts=counts, **options)
+    if plan and plan.estimate.redis_bytes > settings.max_redis_bytes:
+        raise SpecError(
+            "sites",
+            f"{plan.n_sites} sites in {len(plan.shards)} shards",
+            f"what fits into {settings.max_redis_bytes} bytes of Redis; this needs {plan.estimate.redis_bytes}",
+            "Ask for fewer sites, or raise ABLATION_MAX_REDIS_BYTES.",
+        )
+    return plan
