@@ -16,6 +16,7 @@ from tests.cli.terminal import ABLATION
 INTERRUPTED = """
 import os, runpy, signal, sys
 module, moment, *arguments = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in a shell's background has ignored
 class Interrupter:
     def find_spec(name, *_):
         if name == moment:
