@@ -26,7 +26,7 @@ _PICTURES = (("RGB", 224), ("RGB", 32), ("L", 28), ("L", 8))
 def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tuple[str, ...] = ()) -> ModelFacts:
     """The facts of `model`, found by one forward pass over `example`, a batch of at least two examples.
 
-    A parameter that no call has used still is a layer: its path is `rerun`, its utility 0.
+    A parameter that no call has used still is a layer: its path is `finite`, its utility 0.
     """
     calls = record_calls(model, example, count_flops=True)
     owners = {
@@ -40,7 +40,7 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
             kind=owners[parameter],
             shape=tuple(tensor.shape),
             path=find_path(calls, parameter),
-            flops_after=sum(call.flops for call, _ in calls.dependents(parameter)) / calls.n_examples,
+            **_costs(calls, parameter),
         )
         for parameter, tensor in model.named_parameters(remove_duplicate=False)
         if tensor.is_floating_point()
@@ -61,6 +61,28 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
     )
 
 
+def _costs(calls: Calls, parameter: str) -> dict[str, Any]:
+    """What depends on a parameter; and of it, where more than one unit moves: behind the next matrix product."""
+    way = [call for call, _ in calls.dependents(parameter)]
+    next_product = next((k for k, call in enumerate(way) if k and call.flops), len(way))
+    spread = way[next_product:]
+    return {
+        "flops_after": sum(call.flops for call in way) / calls.n_examples,
+        "flops_spread": sum(call.flops for call in spread[1:]) / calls.n_examples,
+        "values_spread": sum(_n_numbers(call.output_shapes, calls.n_examples) for call in spread),
+        "widest_spread": max((_spread_width(call, calls.n_examples) for call in spread), default=calls.n_classes),
+    }
+
+
+def _spread_width(call: Call, n_examples: int) -> int:
+    """How many numbers that may move go into and out of one call."""
+    return _n_numbers(call.input_shapes[:1] + call.output_shapes, n_examples)
+
+
+def _n_numbers(shapes: tuple[tuple[int, ...], ...], n_examples: int) -> int:
+    return sum(math.prod(shape) // (n_examples if shape[:1] == (n_examples,) else 1) for shape in shapes)
+
+
 def _width(call: Call, n_examples: int) -> int:
     """How many numbers per example go into and out of one call."""
     shapes = [shape for shape in call.input_shapes + call.output_shapes if shape[:1] == (n_examples,)]
@@ -68,8 +90,8 @@ def _width(call: Call, n_examples: int) -> int:
 
 
 def find_path(calls: Calls, parameter: str) -> str:
-    """`direct` for classifier heads, `rerun` for everything else."""
-    return "direct" if find_head(calls, parameter) is not None else "rerun"
+    """`direct` for classifier heads, `finite` for everything else."""
+    return "direct" if find_head(calls, parameter) is not None else "finite"
 
 
 @cache

@@ -93,7 +93,7 @@ def ablate(
         value: `"zero"`, or a number: what the weight is replaced by.
         device: where to compute; default: where the model is.
         precision: `"mixed"`, `"float32"` or `"float64"`.
-        engine: `"auto"`, `"direct"`, `"rerun"` or `"reference"`.
+        engine: `"auto"`, `"direct"`, `"finite"`, `"rerun"` or `"reference"`.
         batch_size: examples per batch; default: by the plan.
         verify: how many sites to prove against the reference; 0: no proof.
         top1: also count `broken` and `fixed` examples.

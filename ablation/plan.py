@@ -26,20 +26,26 @@ from ablation.errors import SpecError
 from ablation.folders import Folders
 from ablation.spec import CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
 
-Path = Literal["direct", "rerun", "reference"]
-ENGINES = ("auto", "direct", "rerun", "reference")
+Path = Literal["direct", "finite", "rerun", "reference"]
+ENGINES = ("auto", "direct", "finite", "rerun", "reference")
 
 # The fixed cost table. Rough on purpose: it sets the cut and the estimate, never the result.
 FLOPS_PER_S = {"float32": 40e9, "float64": 20e9}  # per thread
 CALL_S = 2e-3  # one run of the rest of a model, beside its flops
 PAIR_S = 25e-9  # one (site, example) pair in the direct path: finding out whether it moves, per thread
-PAIR_CLASS_S = 0.1 * 1.2e-9  # and one class of it, times the share of pairs that move
+VALUE_S = 2e-9  # one number of a delta carried through one operation, per thread
+REPLAY_S = 2e-2  # one run of the rest of a model with deltas, beside its flops
+CLASS_S = 1.2e-9  # and one class of it
+PAIR_CLASS_S = 0.1 * CLASS_S  # the same, times the share of pairs that move
 
 SHARD_S = 60.0  # a shard aims at this many seconds
 MAX_SHARDS = 4096  # of one split
 MAX_SITES_PER_SHARD = 1 << 20
 MAX_BATCH = 256
 BATCH_VALUES = 1 << 24  # numbers that one batch of inputs may hold
+MAX_LANES = 512  # sites carried at once
+LANE_VALUES = 1 << 26  # numbers that their deltas may have at the widest place: 256 MB in float32
+LANE_FLOPS = 5e11  # of one run with deltas: some seconds, after which a job can be cancelled
 PROOF_EXAMPLES = 64
 PROOF_SHARE = 0.1  # of the job's cost, at most
 BYTES_PER_SITE = 56  # of a partial: seven float64 or int64 a site
@@ -94,6 +100,7 @@ class Plan(Record):
     path: Path
     precision: Precision
     batch_size: int
+    lanes: int = Field(description="sites whose deltas are carried at once; 1 where each is run by itself")
     threads: int
     splits: tuple[SplitPlan, ...] = Field(strict=False)
     shards: tuple[Shard, ...] = Field(strict=False)
@@ -190,8 +197,10 @@ def make_plan(
     path = _choose_path(layer, engine)
     n_sites = count_sites(spec, layer)
     splits = tuple(count_asked(name, asked, counts[name]) for name, asked in spec.data.splits.items())
-    batch_size = batch_size or _choose_batch_size(facts)
-    seconds = {split.name: _estimate_s(split, facts, layer, path, n_sites, batch_size, threads) for split in splits}
+    lanes, batch_size = _choose_lanes(facts, layer, path, n_sites, batch_size)
+    seconds = {
+        split.name: _estimate_s(split, facts, layer, path, n_sites, batch_size, lanes, threads) for split in splits
+    }
     shards = tuple(
         shard for split in splits for shard in _cut(split, n_sites, batch_size, seconds[split.name] / shard_s)
     )
@@ -204,11 +213,12 @@ def make_plan(
         path=path,
         precision=spec.precision,
         batch_size=batch_size,
+        lanes=lanes,
         threads=threads,
         splits=splits,
         shards=shards,
         proof=_plan_proof(shards, min(spec.verify, n_sites), sum(seconds.values()), facts, threads),
-        estimate=_estimate(splits, shards, facts, n_sites, batch_size, threads, sum(seconds.values())),
+        estimate=_estimate(splits, shards, facts, layer, n_sites, batch_size, lanes, threads, sum(seconds.values())),
     )
 
 
@@ -219,7 +229,7 @@ def _choose_path(layer: LayerFacts, engine: str) -> Path:
         raise SpecError(
             "engine",
             engine,
-            "auto, rerun or reference for this layer",
+            "auto, finite, rerun or reference for this layer",
             f"{layer.name} is not part of a classifier head.",
         )
     return layer.path if engine == "auto" else engine  # type: ignore[return-value]
@@ -231,19 +241,46 @@ def _choose_batch_size(facts: ModelFacts) -> int:
     return min(MAX_BATCH, 1 << (fits.bit_length() - 1))
 
 
+def _choose_lanes(
+    facts: ModelFacts, layer: LayerFacts, path: Path, n_sites: int, batch_size: int | None
+) -> tuple[int, int]:
+    """How many sites at once on how many examples: as many pairs as their deltas fit, sites before examples.
+
+    Many sites share one run of the intact network, and one look at which of its units are active.
+    """
+    largest = batch_size or _choose_batch_size(facts)
+    if path != "finite":
+        return 1, largest
+    n_pairs = max(1, min(LANE_VALUES // max(1, layer.widest_spread), int(LANE_FLOPS / max(1, layer.flops_spread))))
+    lanes = max(1, min(n_sites, MAX_LANES, n_pairs // (batch_size or 1)))
+    return lanes, batch_size or min(largest, 1 << (max(1, n_pairs // lanes).bit_length() - 1))
+
+
 def _pass_s(facts: ModelFacts, threads: int) -> float:
     """One example of one plain float32 pass."""
     return max(facts.flops, 1e6) / (FLOPS_PER_S["float32"] * threads)
 
 
 def _estimate_s(
-    split: SplitPlan, facts: ModelFacts, layer: LayerFacts, path: Path, n_sites: int, batch_size: int, threads: int
+    split: SplitPlan,
+    facts: ModelFacts,
+    layer: LayerFacts,
+    path: Path,
+    n_sites: int,
+    batch_size: int,
+    lanes: int,
+    threads: int,
 ) -> float:
     """Seconds for one split by the fixed cost table."""
     n, n_batches = split.n_examples, math.ceil(split.n_examples / batch_size)
     base_s = n * (_pass_s(facts, threads) + layer.flops_after / (FLOPS_PER_S["float64"] * threads))
     if path == "direct":
         return base_s + n * n_sites * (PAIR_S + PAIR_CLASS_S * facts.n_classes) / threads
+    if path == "finite":
+        n_replays = math.ceil(n_sites / lanes)
+        replay_s = n * layer.flops_after / (FLOPS_PER_S["float64"] * threads) + n_batches * REPLAY_S
+        pair_s = layer.flops_spread / FLOPS_PER_S["float32"] + layer.values_spread * VALUE_S + PAIR_S
+        return base_s + n_replays * replay_s + n * n_sites * (pair_s + facts.n_classes * CLASS_S) / threads
     flops = layer.flops_after if path == "rerun" else facts.flops
     run_s = n * flops / (FLOPS_PER_S["float64"] * threads) + n_batches * CALL_S
     return base_s + n_sites * run_s
@@ -292,17 +329,24 @@ def _estimate(
     splits: tuple[SplitPlan, ...],
     shards: tuple[Shard, ...],
     facts: ModelFacts,
+    layer: LayerFacts,
     n_sites: int,
     batch_size: int,
+    lanes: int,
     threads: int,
     seconds: float,
 ) -> Estimate:
     n_examples = sum(split.n_examples for split in splits)
-    n_parameters = sum(layer.n_weights for layer in facts.layers)
+    n_parameters = sum(each.n_weights for each in facts.layers)
+    deltas_bytes = 12 * lanes * batch_size * layer.widest_spread if lanes > 1 else 0
     return Estimate(
         n_examples=n_examples,
         passes=seconds / (n_examples * _pass_s(facts, threads)),
         seconds=seconds,
-        memory_bytes=12 * n_parameters + 12 * batch_size * facts.widest + WORKSPACE_BYTES + n_sites * BYTES_PER_ROW,
+        memory_bytes=12 * n_parameters
+        + 12 * batch_size * facts.widest
+        + deltas_bytes
+        + WORKSPACE_BYTES
+        + n_sites * BYTES_PER_ROW,
         redis_bytes=sum(shard.sites[1] - shard.sites[0] for shard in shards) * BYTES_PER_SITE + n_sites * BYTES_PER_ROW,
     )

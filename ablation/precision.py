@@ -21,8 +21,48 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _NARROWING = {"float", "to", "type", "type_as", "half", "bfloat16"}  # methods that would throw float64 away again
 
 
+class Lifts:
+    """Parameters in float64, each lifted once however often it is asked for, and the way back."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+        self._narrow: dict[int, Tensor] = {}
+        self._lengths: dict[tuple[Any, ...], Tensor] = {}
+
+    def lift(self, tensor: Tensor) -> Tensor:
+        """The tensor in float64."""
+        if not isinstance(tensor, torch.nn.Parameter) or tensor.dtype not in _NARROW:
+            return _lift(tensor)
+        own, wide, versions = self._held.get(id(tensor), (None, tensor, (0, 0)))
+        if own is None or versions != (own._version, wide._version):
+            wide = tensor.detach().double()
+            self._held[id(tensor)] = (tensor, wide, (tensor._version, wide._version))
+            self._narrow[wide.untyped_storage()._cdata] = tensor.detach()
+        return wide
+
+    def narrow(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor in a narrower type: of a lifted parameter, or a view of it, what it was lifted from."""
+        own = self._narrow.get(tensor.untyped_storage()._cdata)
+        if own is None or own.dtype != dtype or tensor.dtype == dtype:
+            return tensor.to(dtype)
+        return own.as_strided(tensor.shape, tensor.stride(), own.storage_offset() + tensor.storage_offset())
+
+    def lengths(self, matrix: Tensor) -> Tensor:
+        """The Euclidean length of each column, kept for parameters."""
+        if all(own.untyped_storage()._cdata != matrix.untyped_storage()._cdata for own in self._narrow.values()):
+            return matrix.norm(dim=0)
+        key = (matrix.data_ptr(), matrix.shape, matrix.stride())
+        if key not in self._lengths:
+            self._lengths[key] = matrix.norm(dim=0)
+        return self._lengths[key]
+
+
 class Float64Spreads(TorchFunctionMode):
     """While active, whatever depends on a float64 tensor is computed in float64, whatever the model casts it to."""
+
+    def __init__(self, lifts: Lifts | None = None) -> None:
+        super().__init__()
+        self.lifts = lifts or Lifts()
 
     def __torch_function__(
         self, call: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -41,7 +81,7 @@ class Float64Spreads(TorchFunctionMode):
         args, kwargs = tree_map_only(
             torch.dtype, lambda dtype: torch.float64 if dtype in _NARROW else dtype, (args, kwargs)
         )
-        args, kwargs = tree_map_only(Tensor, _lift, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, self.lifts.lift, (args, kwargs))
         return call(*args, **kwargs)
 
     def _look_at(self, tensors: list[Tensor]) -> None:
@@ -76,8 +116,8 @@ class FromTargetOn(Float64Spreads):
     `seen` tells whether any call has used the target so far: everything before that is the prefix.
     """
 
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
+    def __init__(self, target: Tensor, lifts: Lifts | None = None) -> None:
+        super().__init__(lifts)
         self.target = target
         self.seen = False
 

@@ -37,6 +37,8 @@ from ablation.sites import Sites, draw_indices, make_sites
 from ablation.spec import JobSpec, PerClass
 from ablation.table import ImportanceTable, make_table
 
+N_CHECKED = 32  # examples at the beginning of a split that the model is checked on
+
 
 @dataclass(frozen=True)
 class Split:
@@ -136,11 +138,15 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     with threads_of(job.plan), example_of(job.splits[shard.split], np.arange(last)):
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
-            inputs = next(read(job, shard.split, positions[: job.plan.batch_size]))[0]
+            batches = [batch for batch, _ in read(job, shard.split, positions[:N_CHECKED])]
+            inputs = torch.cat(batches)
             baseline.check_repeatable(example, inputs)
+            on_batch(0.0)
             baseline.check_composition(job.model, inputs)
+            on_batch(0.0)
             if job.plan.path != "direct":  # whose own look at the model has found the parameter
                 baseline.check_used(job.model, job.plan.parameter, inputs)
+            on_batch(0.0)
         return run_batches(
             open_engine(job, job.sites[rows], example),
             job.model,
@@ -159,7 +165,16 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
 def open_engine(job: Job, sites: Sites, example: Tensor) -> Any:
     """The plan's path for these sites."""
     plan = job.plan
-    return open_path(plan.path, job.model, plan.parameter, sites, example, precision=plan.precision, top1=job.spec.top1)
+    return open_path(
+        plan.path,
+        job.model,
+        plan.parameter,
+        sites,
+        example,
+        precision=plan.precision,
+        top1=job.spec.top1,
+        lanes=plan.lanes,
+    )
 
 
 def read(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

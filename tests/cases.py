@@ -247,7 +247,7 @@ def make_cases() -> tuple[Case, ...]:
         Case("relu-mlp", mlp, "5.bias", x, y, "direct"),
         Case("relu-mlp", mlp, "3.weight", x, y, "direct"),
         Case("relu-mlp", mlp, "3.bias", x, y, "direct"),
-        Case("relu-mlp", mlp, "0.weight", x, y, "rerun"),
+        Case("relu-mlp", mlp, "0.weight", x, y, "finite"),
         Case("smooth-mlp", smooth, "0.weight", x, y, "direct"),
         Case(
             "one-linear", _seeded(9, lambda: nn.Sequential(nn.Flatten(), nn.Linear(11, 5))), "1.weight", x, y, "direct"
@@ -256,26 +256,26 @@ def make_cases() -> tuple[Case, ...]:
         Case("two-classes", two, "0.weight", x, y % 2, "direct"),
         Case("one-example", mlp, "3.weight", x[:1], y[:1], "direct"),
         Case("confident", sure, "2.weight", sure_x, sure_y, "direct"),
-        Case("confident", sure, "0.weight", sure_x, sure_y, "rerun"),
+        Case("confident", sure, "0.weight", sure_x, sure_y, "finite"),
         Case("convnet", convnet, "fc1.weight", images, image_labels, "direct"),
-        Case("convnet", convnet, "conv2.weight", images, image_labels, "rerun"),
-        Case("convnet", convnet, "norm1.weight", images, image_labels, "rerun"),
-        Case("late-write", _seeded(10, LateWrite), "target.weight", seven, seven_y, "rerun"),
+        Case("convnet", convnet, "conv2.weight", images, image_labels, "finite"),
+        Case("convnet", convnet, "norm1.weight", images, image_labels, "finite"),
+        Case("late-write", _seeded(10, LateWrite), "target.weight", seven, seven_y, "finite"),
         *(
             Case(
-                f"writes-{how}", _seeded(15, lambda how=how: WritesInto(how)), "target.weight", seven, seven_y, "rerun"
+                f"writes-{how}", _seeded(15, lambda how=how: WritesInto(how)), "target.weight", seven, seven_y, "finite"
             )
             for how in ("slice", "mask", "view", "out", "result")
         ),
-        Case("in-place-residual", in_place, "conv2.weight", images, image_labels, "rerun"),
-        Case("in-place-residual", in_place, "conv1.weight", images, image_labels, "rerun"),
-        Case("channels-last", channels_last, "conv1.weight", images, image_labels, "rerun"),
-        Case("module-twice", _seeded(16, _same_module_twice), "0.weight", six, six_y, "rerun"),
-        Case("twice", _seeded(11, Twice), "loop.weight", eight, eight_y, "rerun"),
-        Case("tied", _seeded(12, Tied), "first.weight", six, six_y, "rerun"),
-        Case("attention", attention, "attention.in_proj_weight", tokens, token_labels, "rerun"),
-        Case("attention", attention, "attention.out_proj.weight", tokens, token_labels, "rerun"),
-        Case("attention", attention, "mlp.0.weight", tokens, token_labels, "rerun"),
-        Case("side-output", side, "side.weight", six, six_y, "rerun"),
+        Case("in-place-residual", in_place, "conv2.weight", images, image_labels, "finite"),
+        Case("in-place-residual", in_place, "conv1.weight", images, image_labels, "finite"),
+        Case("channels-last", channels_last, "conv1.weight", images, image_labels, "finite"),
+        Case("module-twice", _seeded(16, _same_module_twice), "0.weight", six, six_y, "finite"),
+        Case("twice", _seeded(11, Twice), "loop.weight", eight, eight_y, "finite"),
+        Case("tied", _seeded(12, Tied), "first.weight", six, six_y, "finite"),
+        Case("attention", attention, "attention.in_proj_weight", tokens, token_labels, "finite"),
+        Case("attention", attention, "attention.out_proj.weight", tokens, token_labels, "finite"),
+        Case("attention", attention, "mlp.0.weight", tokens, token_labels, "finite"),
+        Case("side-output", side, "side.weight", six, six_y, "finite"),
         Case("side-output", side, "body.weight", six, six_y, "direct"),
     )

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from ablation.catalog import DEMO_MODEL, ModelFacts, line_from_facts
+from ablation.catalog import DEMO_MODEL, LayerFacts, ModelFacts, line_from_facts
 from ablation.demo import prepare_digit
 from ablation.layers import describe_model
 from ablation.models import build_demo_model, build_model, classifier_weights, default_transform
@@ -39,8 +39,13 @@ _BLANK = Image.new("L", (640, 480))
 
 
 def _rounded(facts: ModelFacts) -> ModelFacts:
-    layers = tuple(layer.model_copy(update={"flops_after": _three_digits(layer.flops_after)}) for layer in facts.layers)
+    layers = tuple(layer.model_copy(update=_rounded_costs(layer)) for layer in facts.layers)
     return facts.model_copy(update={"flops": _three_digits(facts.flops), "layers": layers})
+
+
+def _rounded_costs(layer: LayerFacts) -> dict[str, int]:
+    costs = "flops_after", "flops_spread", "values_spread", "widest_spread"
+    return {name: _three_digits(getattr(layer, name)) for name in costs}
 
 
 def _three_digits(flops: float) -> int:

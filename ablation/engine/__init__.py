@@ -2,7 +2,9 @@
 
     calls   what a network does with its parameters, written down      loss    loss change from a logit change
     head    is the way to the loss a classifier head?                  direct  heads, many sites at once
-    prefix  what comes before the target, once per batch               rerun   any target, one site at a time
+    prefix  what comes before the target, once per batch               finite  any target, many sites at once
+    carry   every operation, with the deltas beside it                 rerun   any target, one site at a time
+    rules, products   how each operation carries a change              shadow, moves   where deltas are kept, and how
     deltas  what every path yields                                     sums    deltas -> partial sums
 
 Not here: which shards there are (`plan.py`), where batches come from (`data.py`), what the sums become (`table.py`).
@@ -20,6 +22,7 @@ from ablation import baseline
 from ablation.engine.calls import record_calls
 from ablation.engine.deltas import Deltas
 from ablation.engine.direct import Direct
+from ablation.engine.finite import Finite
 from ablation.engine.head import find_head
 from ablation.engine.loss import Intact, make_intact
 from ablation.engine.rerun import Rerun
@@ -70,13 +73,16 @@ def open_path(
     *,
     precision: str,
     top1: bool,
+    lanes: int,
 ) -> EnginePath:
     """Make the path ready for one shard. `example` is a small batch, looked at to find the classifier head."""
     if path == "direct":
         head = find_head(record_calls(model, example), parameter)
         if head is None:
-            raise ModelError(f"{parameter} is not part of a classifier head on this data; use engine='rerun'.")
+            raise ModelError(f"{parameter} is not part of a classifier head on this data; use engine='finite'.")
         return Direct(model, head, sites, precision=precision, top1=top1)
+    if path == "finite":
+        return Finite(model, parameter, sites, precision=precision, top1=top1, lanes=lanes)
     if path == "rerun":
         return Rerun(model, parameter, sites, precision=precision, top1=top1)
     return Reference(model, parameter, sites)

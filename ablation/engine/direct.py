@@ -19,15 +19,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ablation.engine.deltas import Deltas
+from ablation.engine.deltas import HUGE_STEP, VALUES_AT_ONCE, Deltas
 from ablation.engine.head import Head, activate, relu_delta
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.precision import as_found, in_own_precision, run
 from ablation.sites import Sites
 
 PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs looked at together: 8 MB a float64 matrix
-HUGE_STEP = 1e12  # replacement minus weight: beyond it float32 deltas could overflow
-VALUES_AT_ONCE = 1 << 19  # (pair, class) numbers scored together: stays in the cache
 
 
 class _Caught(BaseException):

@@ -15,7 +15,7 @@ from ablation import baseline
 from ablation.engine.deltas import Deltas
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.engine.prefix import Prefix
-from ablation.precision import FromTargetOn, as_found, run_with
+from ablation.precision import FromTargetOn, Lifts, as_found, run_with
 from ablation.sites import Sites
 
 
@@ -32,17 +32,18 @@ class Rerun:
             memory_format=torch.contiguous_format
         )
         self.prefix = Prefix(model)
+        self.lifts = Lifts()
         self.is_checked = False
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of one site after the other."""
-        mode = FromTargetOn(self.weights)
+        mode = FromTargetOn(self.weights, self.lifts)
         with as_found(self.model), self.prefix.remember(mode):
             logits = run_with(self.model, self.parameter, self.weights, inputs, mode=mode)
         baseline.check_logits(logits, len(inputs))
         if not self.is_checked:
             with as_found(self.model), self.prefix.replay():
-                again = run_with(self.model, self.parameter, self.weights, inputs)
+                again = self._run(inputs)
             baseline.check_agreement(again, logits, "with its prefix replayed", tolerance=1e-9)
             self.is_checked = True
         intact = make_intact(logits, labels)
@@ -64,6 +65,10 @@ class Rerun:
         try:
             flat[index] = self.sites.replacements[row]
             with as_found(self.model), self.prefix.replay():
-                return run_with(self.model, self.parameter, self.weights, inputs)
+                return self._run(inputs)
         finally:
             flat[index] = weight
+
+    def _run(self, inputs: Tensor) -> Float[Tensor, "examples classes"]:
+        mode = FromTargetOn(self.weights, self.lifts)
+        return run_with(self.model, self.parameter, self.weights, inputs, mode=mode)

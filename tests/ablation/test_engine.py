@@ -22,7 +22,14 @@ def run(case: Case, path: str, precision: str, indices: np.ndarray, cut: int, va
     inputs = case.inputs.to(weights.dtype)
     sites = make_sites(weights, indices, value)
     engine = open_path(
-        path, model, case.parameter, sites, inputs[:2], precision=precision, top1=options.pop("top1", False)
+        path,
+        model,
+        case.parameter,
+        sites,
+        inputs[:2],
+        precision=precision,
+        top1=options.pop("top1", False),
+        lanes=options.pop("lanes", 24),
     )
     defaults = {"first_example": 0, "per_class": None, "proof_examples": frozenset()}
     return run_batches(
@@ -47,7 +54,7 @@ def test_the_path_is_found(case: Case) -> None:
 
 
 @pytest.mark.parametrize("precision", ["mixed", "float64"])
-@pytest.mark.parametrize("path", ["direct", "rerun", "reference"])
+@pytest.mark.parametrize("path", ["direct", "finite", "rerun", "reference"])
 @pytest.mark.parametrize("case", make_cases(), ids=str)
 def test_equals_brute_force(case: Case, path: str, precision: str) -> None:
     if path == "direct" and case.path != "direct":
@@ -113,7 +120,7 @@ def test_constants(value: float) -> None:
     case = next(case for case in make_cases() if case.parameter == "3.weight")
     from ablation.spec import Constant
 
-    for path in ("direct", "rerun"):
+    for path in ("direct", "finite", "rerun"):
         partial = run(case, path, "float64", some(case), cut=7, value=Constant(constant=value))
         truth = brute_force(case.model, case.parameter, some(case), case.inputs, case.labels, value)
         assert utility_error(partial.delta / len(case.labels), truth, "float64") <= 1e-9
@@ -126,7 +133,7 @@ def test_touched_counts_exactly_the_examples_with_an_input() -> None:
     inputs[[2, 5, 11], 4] = 0
     silent = Case(case.name, case.model, case.parameter, inputs, case.labels, case.path)
     indices = np.array([4, 11 + 4, 5])
-    for path in ("direct", "rerun", "reference"):
+    for path in ("direct", "finite", "rerun", "reference"):
         assert run(silent, path, "mixed", indices, cut=8).touched.tolist() == [26, 26, 29]
 
 
@@ -149,7 +156,7 @@ def test_top1_counts() -> None:
     assert sum(fixed)
     from ablation.spec import Constant
 
-    for path in ("direct", "rerun", "reference"):
+    for path in ("direct", "finite", "rerun", "reference"):
         partial = run(case, path, "mixed", indices, cut=10, value=Constant(constant=2.0), top1=True)
         np.testing.assert_array_equal(partial.broken, broken)
         np.testing.assert_array_equal(partial.fixed, fixed)

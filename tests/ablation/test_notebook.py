@@ -97,7 +97,7 @@ def test_everything_is_left_as_it_was_found() -> None:
     np.random.seed(3)
     randomness = torch.get_rng_state(), np.random.get_state()[1].tolist()
     threads = torch.get_num_threads()
-    for engine in ("auto", "rerun", "reference"):
+    for engine in ("auto", "finite", "rerun", "reference"):
         ablation.ablate(model, "fc1", {"test": (case.inputs, case.labels)}, sites=3, engine=engine, progress=False)
     assert torch.equal(randomness[0], torch.get_rng_state())
     assert randomness[1] == np.random.get_state()[1].tolist()

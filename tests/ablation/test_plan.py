@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ablation.catalog import LayerFacts, ModelFacts
 from ablation.errors import SpecError
-from ablation.plan import MAX_SITES_PER_SHARD, Plan, SplitCounts, make_plan
+from ablation.plan import LANE_VALUES, MAX_SITES_PER_SHARD, Plan, SplitCounts, make_plan
 from ablation.spec import make_spec
 
 FACTS = ModelFacts(
@@ -18,7 +18,16 @@ FACTS = ModelFacts(
     flops=1e8,
     widest=100_000,
     layers=(
-        LayerFacts(parameter="conv.weight", kind="Conv2d", shape=(16, 8, 3, 3), path="rerun", flops_after=9e7),
+        LayerFacts(
+            parameter="conv.weight",
+            kind="Conv2d",
+            shape=(16, 8, 3, 3),
+            path="finite",
+            flops_after=9e7,
+            flops_spread=5e7,
+            values_spread=200_000,
+            widest_spread=50_000,
+        ),
         LayerFacts(parameter="fc.weight", kind="Linear", shape=(2048, 1024), path="direct", flops_after=5e6),
     ),
 )
@@ -90,9 +99,22 @@ def test_the_same_arguments_give_the_same_plan() -> None:
 
 
 def test_estimates_order_paths_and_grow_with_work() -> None:
-    direct, rerun, reference = (plan(engine=engine).estimate for engine in ("direct", "rerun", "reference"))
-    assert direct.passes < rerun.passes < reference.passes
+    engines = ("direct", "finite", "rerun", "reference")
+    direct, finite, rerun, reference = (plan(engine=engine).estimate for engine in engines)
+    assert direct.passes < finite.passes < rerun.passes < reference.passes
     assert plan(n=1000).estimate.seconds < plan(n=2000).estimate.seconds
+
+
+def test_as_many_sites_at_once_as_their_deltas_fit() -> None:
+    assert plan("fc").lanes == 1  # direct: has its own way of many at once
+    assert plan("conv", 100).lanes == 100
+    wide = plan("conv", 1000)
+    assert (wide.lanes, wide.batch_size) == (512, 2)
+    assert wide.lanes * wide.batch_size * 50_000 <= LANE_VALUES
+    few = plan("conv", 10)
+    assert (few.lanes, few.batch_size) == (10, 128)
+    assert plan("conv", 1000, batch_size=16).lanes == LANE_VALUES // 50_000 // 16
+    assert plan("conv", engine="rerun").lanes == 1
 
 
 @pytest.mark.parametrize(
@@ -103,7 +125,7 @@ def test_estimates_order_paths_and_grow_with_work() -> None:
         ({"layer": "conv", "sites": {"indices": [3, 1152]}}, "sites.indices", "0 to 1151"),
         ({"train": {"per_class": 501}}, "data.train.per_class", "1 to 500"),
         ({"train": None, "test": {"count": 5001}}, "data.test.count", "1 to 5000"),
-        ({"engine": "fast"}, "engine", "auto, direct, rerun, reference"),
+        ({"engine": "fast"}, "engine", "auto, direct, finite, rerun, reference"),
         ({"layer": "conv", "engine": "direct"}, "engine", "not part of a classifier head"),
     ],
 )

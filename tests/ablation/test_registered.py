@@ -49,7 +49,7 @@ def test_names_and_facts_stand_beside_the_built_in_ones() -> None:
     facts = catalog.model_facts("stripe_net", here)
     assert (facts.n_classes, facts.input_shape) == (3, (1, 9, 9))
     assert {layer.name: layer.path for layer in facts.layers if layer.kind != "ReLU"} == {
-        "0": "rerun", "0.bias": "rerun", "3": "direct", "3.bias": "direct", "5": "direct", "5.bias": "direct"
+        "0": "finite", "0.bias": "finite", "3": "direct", "3.bias": "direct", "5": "direct", "5.bias": "direct"
     }  # fmt: skip
     assert catalog.facts_from_line(catalog.line_from_facts(facts)) == facts
     assert len(catalog.model_facts("alexnet", here).layers) == 16  # the built-in one
@@ -102,5 +102,34 @@ def test_what_fails_says_so(folders: Folders) -> None:
         describe_registered("broken_net")
     with pytest.raises(DataError, match=r"train split of the registered data set 'stripes' can't be opened: TypeError"):
         load_data("stripes", None, "train")
+    with pytest.raises(DataError, match=r"FileNotFoundError: there is no train in data\. Its factory takes"):
+        load_data("broken_data", folders.data, "train")
     with pytest.raises(ModelError, match="running statistics"):
         run_spec(make_spec({**SPEC, "model": {"name": "batch_net"}, "layer": "4"}), folders)
+
+
+def test_a_registered_data_set_without_examples_by_index_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "streams-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: streams\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(
+        "[ablation.datasets]\nendless = streams:make\nempty = streams:make_empty\n"
+    )
+    (tmp_path / "streams.py").write_text(
+        "from torch.utils.data import IterableDataset\n"
+        "class Endless(IterableDataset):\n"
+        "    __iter__ = lambda self: iter(())\n"
+        "make = lambda root, split: Endless()\n"
+        "make_empty = lambda root, split: []\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError) as caught:
+        load_data("endless", None, "train")
+    assert str(caught.value) == (
+        "the train split of the registered data set 'endless' is an Endless, which has no examples by index; "
+        "let its factory give a map-style Dataset."
+    )
+    with pytest.raises(DataError, match=r"^the test split of the registered data set 'empty' has no examples; give at"):
+        load_data("empty", None, "test")

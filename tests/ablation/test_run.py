@@ -169,7 +169,7 @@ def bad_split(kind: str) -> tuple[torch.nn.Module, Subset]:
     return torch.nn.Sequential(*layers), Subset(TensorDataset(inputs, labels), ORDER)
 
 
-@pytest.mark.parametrize("engine", ["auto", "rerun", "reference"])
+@pytest.mark.parametrize("engine", ["auto", "finite", "rerun", "reference"])
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -1,0 +1,96 @@
+"""The forms that a delta can take beside plain numbers (ablations, *shape): what structure saves (DESIGN.md 3.3).
+
+    Block     one unit moves: a short run of entries along one axis, elsewhere for each ablation
+    Columns   after a ReLU only open units move: of each row of a batch, a few columns, the same for all ablations
+    Product   a Linear's result that is not computed before it is known which entries are needed
+
+All of them can be written out with `dense`. Not here: where deltas are kept (`shadow.py`), who makes which (`rules.py`,
+`products.py`).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """A delta that is 0 along one axis but for a short run of entries, each ablation's at a place of its own."""
+
+    axis: int  # of the tensor, without the axis of the ablations
+    first: Int64[Tensor, " ablations"]
+    numbers: Float[Tensor, "ablations ..."]  # the tensor's shape, with `axis` cut to the run
+    size: int  # of the whole axis
+
+    @property
+    def length(self) -> int:
+        """Of the run."""
+        return self.numbers.shape[self.axis + 1]
+
+    def places(self) -> Int64[Tensor, "ablations run"]:
+        """Which entries along the axis the run is."""
+        return self.first[:, None] + torch.arange(self.length, device=self.first.device)
+
+    def dense(self) -> Float[Tensor, "ablations ..."]:
+        """With all entries along the axis."""
+        shape = list(self.numbers.shape)
+        shape[self.axis + 1] = self.size
+        places = self.places().view(len(self.first), *[1] * self.axis, -1, *[1] * (len(shape) - self.axis - 2))
+        return self.numbers.new_zeros(shape).scatter_(self.axis + 1, places.expand(self.numbers.shape), self.numbers)
+
+    def of(self, tensor: Tensor, axis: int) -> Tensor:
+        """What another tensor has at the same entries of its `axis`: (ablations, *shape with that axis cut)."""
+        axis %= tensor.dim()
+        taken = tensor.index_select(axis, self.places().flatten())
+        return taken.unflatten(axis, (len(self.first), self.length)).movedim(axis, 0)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A matrix's delta of which, row by row, only these columns move; `numbers` (ablations, columns) of each row."""
+
+    columns: tuple[Int64[Tensor, " _"], ...]
+    numbers: tuple[Float[Tensor, "ablations _"], ...]
+    size: int
+
+    def dense(self) -> Float[Tensor, "ablations rows size"]:
+        """With all columns."""
+        whole = self.numbers[0].new_zeros(len(self.numbers[0]), len(self.numbers), self.size)
+        for row, (columns, numbers) in enumerate(zip(self.columns, self.numbers, strict=True)):
+            whole[:, row, columns] = numbers
+        return whole
+
+
+@dataclass(frozen=True)
+class Product:
+    """dA B, with what moves of A."""
+
+    factor: Columns | Block
+    matrix: Float[Tensor, "inputs outputs"]
+    lengths: Float[Tensor, " outputs"]  # of the matrix's columns
+
+    def dense(self) -> Float[Tensor, "ablations rows outputs"]:
+        """All entries."""
+        if isinstance(self.factor, Block):
+            return self._of_block
+        rows = zip(self.factor.columns, self.factor.numbers, strict=True)
+        return torch.stack([numbers @ self.matrix.index_select(0, columns) for columns, numbers in rows], dim=1)
+
+    def row(self, row: int, outputs: Int64[Tensor, " outputs"]) -> Float[Tensor, "ablations outputs"]:
+        """Some entries of one row."""
+        if isinstance(self.factor, Block):
+            return self._of_block[:, row].index_select(1, outputs)
+        return self.factor.numbers[row] @ self.matrix[self.factor.columns[row][:, None], outputs]
+
+    def reach(self, row: int) -> Float[Tensor, " outputs"]:
+        """What no entry of the row exceeds for any ablation: |dA| |B_o| (Cauchy-Schwarz), with room for rounding."""
+        numbers = self.factor.numbers[row] if isinstance(self.factor, Columns) else self.factor.numbers[:, row]
+        return numbers.double().norm(dim=1).amax() * (1 + 1e-3) * self.lengths
+
+    @cached_property
+    def _of_block(self) -> Float[Tensor, "ablations rows outputs"]:
+        assert isinstance(self.factor, Block)
+        return torch.bmm(self.factor.numbers, self.matrix[self.factor.places()])
