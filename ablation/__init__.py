@@ -5,15 +5,16 @@ The map, in reading order (a file imports only files above it):
     errors      the error tree, drawn              reference   zero, forward, restore: the truth
     spec        JobSpec: what was asked            baseline    intact loss; determinism check
     folders     where data and checkpoints are     partial     raw sums over one shard: zero, add, merge, join
-    images      image folders: classes, files      engine/     run one shard -> PartialSums
-    published   MNIST's and CIFAR's own files      layers      what a model's layers are, the path each takes
-    registered  what an operator has added         table       one frozen row per site
-    catalog     names and facts; torch-free        statistics, export   read the table only
-    data        name -> batches in fixed order     plots       a figure of the table
-    demo        the built-in model, its training   proof       the job's own check against the reference
-    models      name -> module in eval mode        devices     what torch finds here to compute on
-    sites       list weights, draw sampled ones    run         the whole walk on one screen
-    plan        spec + shapes -> shards, cost      notebook    `ablation.ablate` and the table it returns
+    images      image folders: classes, files      cache       activations kept between jobs
+    published   MNIST's and CIFAR's own files      engine/     run one shard -> PartialSums
+    registered  what an operator has added         layers      what a model's layers are, the path each takes
+    catalog     names and facts; torch-free        table       one frozen row per site
+    data        name -> batches in fixed order     statistics, export   read the table only
+    demo        the built-in model, its training   plots       a figure of the table
+    models      name -> module in eval mode        proof       the job's own check against the reference
+    sites       list weights, draw sampled ones    devices     what torch finds here to compute on
+    plan        spec + shapes -> shards, cost      run         the whole walk on one screen
+    views       what is told of models and plans   notebook    `ablation.ablate` and the table it returns
     precision   float64 from the target on         cli/        an edge: reads the environment, starts services
 """
 

@@ -32,8 +32,11 @@ class LayerFacts(Record):
     parameter: str = Field(description="full name, e.g. classifier.4.weight")
     kind: str = Field(description="class of the module that owns it, e.g. Linear")
     shape: tuple[int, ...] = Field(strict=False)
-    path: str = Field(description="how the engine computes it: direct or rerun")
+    path: str = Field(description="how the engine computes it: direct or finite")
     flops_after: float = Field(description="flops per example of everything that depends on this parameter")
+    flops_spread: float = Field(default=0, description="the same, from where one weight moves more than one unit on")
+    values_spread: int = Field(default=0, description="numbers per example that are computed there")
+    widest_spread: int = Field(default=1, description="most numbers per example in and out of one call there")
 
     @property
     def name(self) -> str:
@@ -196,8 +199,8 @@ def model_facts(name: str, registered: Registered = NOTHING) -> ModelFacts:
     if name in registered.models:
         return registered.models[name]
     names = model_names(registered)
-    next_step = nearest(name.lower(), names) or "`ablation models` lists them all."
-    raise SpecError("model.name", name, f"one of {len(names)} models ({', '.join(names[:3])}, ...)", next_step)
+    allowed = f"one of {len(names)} models ({', '.join(names[:3])}, ...)"
+    raise SpecError("model.name", name, allowed, nearest(name.lower(), names))
 
 
 def line_from_facts(facts: ModelFacts) -> str:
@@ -213,8 +216,9 @@ def line_from_facts(facts: ModelFacts) -> str:
     return json.dumps(fields, separators=(",", ":"))
 
 
-def _in_common(layer: LayerFacts) -> tuple[str, str, str, float]:
-    return layer.parameter.rpartition(".")[0], layer.kind, layer.path, layer.flops_after
+def _in_common(layer: LayerFacts) -> tuple[str | float, ...]:
+    costs = layer.flops_after, layer.flops_spread, layer.values_spread, layer.widest_spread
+    return layer.parameter.rpartition(".")[0], layer.kind, layer.path, *costs
 
 
 def facts_from_line(line: str) -> ModelFacts:
@@ -222,9 +226,16 @@ def facts_from_line(line: str) -> ModelFacts:
     name, weights, n_classes, input_shape, flops, widest, modules, without_weights = json.loads(line)
     layers = tuple(
         LayerFacts(
-            parameter=f"{module}.{own}" if module else own, kind=kind, shape=shape, path=path, flops_after=flops_after
+            parameter=f"{module}.{own}" if module else own,
+            kind=kind,
+            shape=shape,
+            path=path,
+            flops_after=flops_after,
+            flops_spread=flops_spread,
+            values_spread=values_spread,
+            widest_spread=widest_spread,
         )
-        for module, kind, path, flops_after, parameters in modules
+        for module, kind, path, flops_after, flops_spread, values_spread, widest_spread, parameters in modules
         for own, shape in parameters
     )
     return ModelFacts(

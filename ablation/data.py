@@ -150,20 +150,22 @@ class Transformed(Dataset):
 
 def _registered(name: str, root: str | os.PathLike[str] | None, split: str, transform: Transform | None) -> Dataset:
     """What the factory of a registered data set gives, checked."""
+    what = f"the {split} split of the registered data set {name!r}"
     try:
-        dataset = _checked(load_factory(DATASETS, name)(root, split))
+        dataset = load_factory(DATASETS, name)(root, split)
     except Exception as error:
         raise DataError(
-            f"the {split} split of the registered data set {name!r} can't be opened: {type(error).__name__}: {error}. "
-            "Its factory takes (root, split) and gives a map-style Dataset, the same one in every worker."
+            f"{what} can't be opened: {type(error).__name__}: {str(error).rstrip('.')}. Its factory takes "
+            "(root, split) and gives a map-style Dataset, the same one in every worker."
         ) from error
+    dataset = _checked(dataset, what, "let its factory give a map-style Dataset")
     return Transformed(dataset, transform) if transform else dataset
 
 
 def _load_published(facts: DatasetFacts, root: Path, split: str, transform: Transform | None) -> Pictures:
     """What the published files hold: the same pictures in the same order as torchvision's own classes read."""
     pixels, labels = read_examples(facts.name, root, split)
-    check_classes(facts.name, labels, facts.n_classes or 0)
+    check_classes(facts.name, root, labels, facts.n_classes or 0)
     return Pictures(pixels, labels, transform)
 
 
@@ -192,15 +194,16 @@ def as_dataset(split: Any) -> tuple[Dataset, Int64[np.ndarray, " examples"] | No
     return _checked(split), None, None
 
 
-def _checked(dataset: Any) -> Dataset:
+def _checked(
+    dataset: Any,
+    what: str = "a split",
+    next_step: str = "give a map-style Dataset, a DataLoader over one, or a pair of tensors (inputs, labels)",
+) -> Dataset:
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if isinstance(dataset, IterableDataset | str | bytes | dict | tuple | Tensor | np.ndarray) or not indexed:
-        raise DataError(
-            f"a split is {_article(type(dataset).__name__)}, which has no examples by index; give a map-style Dataset, "
-            "a DataLoader over one, or a pair of tensors (inputs, labels)."
-        )
+        raise DataError(f"{what} is {_article(type(dataset).__name__)}, which has no examples by index; {next_step}.")
     if len(dataset) == 0:
-        raise DataError("a split has no examples; give at least one.")
+        raise DataError(f"{what} has no examples; give at least one.")
     return dataset
 
 

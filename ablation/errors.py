@@ -8,11 +8,13 @@ AblationError
 ├── CheckpointError   a checkpoint file can't be loaded into the model
 ├── ProofError        the job's own check against the reference failed; both numbers are in the message
 ├── Cancelled         the job was cancelled while it ran; not a fault
-└── ServiceError      a part of the service (Redis, a server) is missing or unreachable
+└── ServiceError      a part of the service is missing or unreachable (Redis, a server), or set up wrongly (a folder)
 """
 
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 LONGEST_SHOWN = 200  # characters of what was given that a message repeats
 
@@ -28,15 +30,25 @@ class SpecError(AblationError, ValueError):
     """
 
     def __init__(self, field: str, given: object, allowed: str, next_step: str = "") -> None:
-        shown = repr(given)
         self.field = field
-        self.given = given if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+        self.given = shorten(given)
         self.allowed = allowed
         self.next_step = next_step
-        super().__init__(f"{field}: got {self.given!r}; allowed: {allowed}." + (f" {next_step}" if next_step else ""))
+        super().__init__(f"{field}: got {say_given(given)}; allowed: {allowed}. {next_step}".rstrip())
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
         return (type(self), (self.field, self.given, self.allowed, self.next_step))
+
+
+@contextmanager
+def as_given(given: Mapping[str, object]) -> Iterator[None]:
+    """Let errors about these fields show what was given there, where the code inside knows it in another form only."""
+    try:
+        yield
+    except SpecError as error:
+        if error.field not in given:
+            raise
+        raise SpecError(error.field, given[error.field], error.allowed, error.next_step) from None
 
 
 class ModelError(AblationError):
@@ -72,7 +84,28 @@ class Cancelled(AblationError):
 
 
 class ServiceError(AblationError):
-    """A part of the service is missing or can't be reached."""
+    """A part of the service is missing, can't be reached, or is set up wrongly."""
+
+
+def say_given(given: object) -> str:
+    """What was given, as a message shows it: text in quotes, everything else as JSON, which a job spec is."""
+    short = shorten(given)
+    return repr(short) if isinstance(given, str) else _as_json(short)
+
+
+def shorten(given: object) -> object:
+    """What was given; where it is too long to be shown again, the beginning of it as text."""
+    text = given if isinstance(given, str) else _as_json(given)
+    return given if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+
+
+def _as_json(given: object) -> str:
+    if isinstance(given, str):
+        return given
+    try:
+        return json.dumps(given)
+    except (TypeError, ValueError):
+        return repr(given)
 
 
 def nearest(given: str, allowed: Iterable[str], n: int = 3) -> str:

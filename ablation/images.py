@@ -49,11 +49,11 @@ def find_images(name: str, root: Path, split: str, n_classes: int | None = None)
             splits have different ones, or the devkit can't be read.
     """
     folder, devkit = _split_folder(name, root, split), _find_devkit(name, root, n_classes)
-    if flat := _flat_names(name, split, folder):
+    if flat := _flat_names(name, root, split, folder):
         return _sort_flat(root, folder, flat, devkit)
     folders = _class_folders(name, root, split, folder, n_classes, devkit)
     images = {label: list(_image_paths(each)) if each else [] for label, each in folders.items()}
-    _check_filled(folder, {label: len(paths) for label, paths in images.items()}, devkit)
+    _check_filled(root, folder, {label: len(paths) for label, paths in images.items()}, devkit)
     return images
 
 
@@ -64,11 +64,11 @@ def count_images(name: str, root: Path, split: str, n_classes: int | None = None
         SpecError: as `find_images`.
     """
     folder, devkit = _split_folder(name, root, split), _find_devkit(name, root, n_classes)
-    if flat := _flat_names(name, split, folder):
+    if flat := _flat_names(name, root, split, folder):
         return tuple(len(paths) for paths in _sort_flat(root, folder, flat, devkit).values())
     folders = _class_folders(name, root, split, folder, n_classes, devkit)
     counts = {label: _count(str(each)) if each else 0 for label, each in folders.items()}
-    _check_filled(folder, counts, devkit)
+    _check_filled(root, folder, counts, devkit)
     return tuple(counts.values())
 
 
@@ -81,7 +81,7 @@ def _split_folder(name: str, root: Path, split: str) -> Path:
     archive, where = _ARCHIVES[split]
     packed = name == "imagenet" and (root / archive).is_file()
     next_step = f"Unpack {archive}{where}." if packed else f"The {split} split is missing; unpack it there."
-    raise SpecError("data.root", root.name, f"a folder with {names}", next_step)
+    raise SpecError("data.root", str(root), f"a folder with {names}", next_step)
 
 
 # --- class folders ---------------------------------------------------------------------------------------------------
@@ -91,43 +91,44 @@ def _class_folders(
     name: str, root: Path, split: str, folder: Path, n_classes: int | None, devkit: "Devkit | None"
 ) -> dict[str, Path | None]:
     """Class -> its folder, in the order of the class numbers; None for a class of the devkit that has none."""
-    present = _class_names(folder)
+    present = _class_names(root, folder)
     if devkit:
         if odd := sorted(set(present) - set(devkit.classes)):
             allowed = f"class folders named as in {DEVKIT} (such as {devkit.classes[0]})"
-            raise SpecError("data.root", f"{folder.name}/{odd[0]}", allowed, "Rename or remove it.")
+            raise SpecError("data.root", str(root), allowed, f"Rename or remove {folder.name}/{odd[0]}.")
         return {label: folder / label if label in present else None for label in devkit.classes}
     if not present or n_classes not in (None, len(present)):
         wanted = "class folders" if n_classes is None else f"{n_classes} class folders"
         some = f" To use some of the classes, place {DEVKIT}.tar.gz beside it." if name == "imagenet" else ""
         next_step = f"The {split} split has {len(present)}.{some}"
-        raise SpecError("data.root", root.name, f"{wanted} in each split", next_step)
+        raise SpecError("data.root", str(root), f"{wanted} in each split", next_step)
     _check_same_classes(name, root, split, present)
     return {label: folder / label for label in present}
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def _class_names(root: Path, folder: Path) -> tuple[str, ...]:
     try:
         with os.scandir(folder) as entries:
             return tuple(sorted(entry.name for entry in entries if entry.is_dir()))
     except OSError as error:
-        raise SpecError("data.root", folder.name, "a folder that can be read", error.strerror or "") from None
+        next_step = f"{folder.name}/ can't be: {error.strerror}."
+        raise SpecError("data.root", str(root), "a folder that can be read", next_step) from None
 
 
 def _check_same_classes(name: str, root: Path, split: str, classes: tuple[str, ...]) -> None:
     for other, folders in SPLIT_FOLDERS[name].items():
         if other != split and any((root / folder).is_dir() for folder in folders):
-            odd = sorted(set(classes).symmetric_difference(_class_names(_split_folder(name, root, other))))
+            odd = sorted(set(classes).symmetric_difference(_class_names(root, _split_folder(name, root, other))))
             if odd:
-                raise SpecError("data.root", root.name, "the same classes in every split", f"Only one has {odd[0]!r}.")
+                raise SpecError("data.root", str(root), "the same classes in every split", f"Only one has {odd[0]!r}.")
 
 
-def _check_filled(folder: Path, counts: dict[str, int], devkit: "Devkit | None") -> None:
+def _check_filled(root: Path, folder: Path, counts: dict[str, int], devkit: "Devkit | None") -> None:
     empty = [label for label, count in counts.items() if not count]
     if empty and (devkit is None or len(empty) == len(counts)):
-        given = folder.name if devkit else f"{folder.name}/{empty[0]}"
+        where = f"those in {folder.name}/." if devkit else f"{folder.name}/{empty[0]}, or remove it."
         allowed = f"class folders with pictures ({', '.join(IMAGE_SUFFIXES)})"
-        raise SpecError("data.root", given, allowed, "Add pictures to it" + ("." if devkit else " or remove it."))
+        raise SpecError("data.root", str(root), allowed, f"Add pictures to {where}")
 
 
 def _image_paths(folder: Path) -> Iterator[str]:
@@ -171,10 +172,11 @@ def _find_devkit(name: str, root: Path, n_classes: int | None) -> Devkit | None:
     try:
         devkit = _read_devkit(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
     except Exception as error:  # a damaged archive or MATLAB file can raise anything
-        reason = f"It can't be read ({type(error).__name__}). Place it again."
-        raise SpecError("data.root", DEVKIT, allowed, reason) from None
+        reason = f"{DEVKIT} can't be read ({type(error).__name__}). Place it again."
+        raise SpecError("data.root", str(root), allowed, reason) from None
     if n_classes not in (None, len(devkit.classes)):
-        raise SpecError("data.root", DEVKIT, allowed, f"It has {len(devkit.classes)} classes instead of {n_classes}.")
+        reason = f"{DEVKIT} has {len(devkit.classes)} classes instead of {n_classes}."
+        raise SpecError("data.root", str(root), allowed, reason)
     return devkit
 
 
@@ -197,9 +199,9 @@ def _devkit_contents(paths: list[str]) -> list[bytes]:
         return [archive.extractfile(f"{DEVKIT}/{file}").read() for file in _DEVKIT_FILES]  # type: ignore[union-attr]
 
 
-def _flat_names(name: str, split: str, folder: Path) -> list[str]:
+def _flat_names(name: str, root: Path, split: str, folder: Path) -> list[str]:
     """The validation pictures that lie in val/ itself, where it has no class folders."""
-    if (name, split) != ("imagenet", "test") or _class_names(folder):
+    if (name, split) != ("imagenet", "test") or _class_names(root, folder):
         return []
     return sorted(file for file in os.listdir(folder) if _VALIDATION.fullmatch(file))
 
@@ -209,12 +211,12 @@ def _sort_flat(root: Path, folder: Path, names: list[str], devkit: Devkit | None
     if devkit is None:
         allowed = f"class folders in {folder.name}/, or {DEVKIT}.tar.gz beside it"
         next_step = f"{folder.name}/ has pictures without class folders; only the devkit tells their classes."
-        raise SpecError("data.root", root.name, allowed, next_step)
+        raise SpecError("data.root", str(root), allowed, next_step)
     images: dict[str, list[str]] = {label: [] for label in devkit.classes}
     for name in names:
         number = int(name.removeprefix("ILSVRC2012_val_").removesuffix(".JPEG"))
         if not 1 <= number <= len(devkit.validation):
             allowed = f"validation pictures 1 to {len(devkit.validation)}, which the devkit has classes for"
-            raise SpecError("data.root", f"{folder.name}/{name}", allowed, "Remove it.")
+            raise SpecError("data.root", str(root), allowed, f"Remove {folder.name}/{name}.")
         images[devkit.validation[number - 1]].append(str(folder / name))
     return images

@@ -4,8 +4,6 @@ In: a name, and weights: torchvision's by their enum name, a checkpoint file, or
 Out: (module, transform). Which models there are and what can be known without building one: `catalog.py`.
 """
 
-import http.client
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,6 @@ from urllib.parse import urlparse
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,11 +23,6 @@ from ablation.registered import MODELS, load_factory, registered_names
 
 Transform = Callable[[Any], Tensor]
 
-# What a damaged, foreign or missing file makes of torch.load, safetensors and urllib.
-_UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError),
-    *(SafetensorError, pickle.UnpicklingError, http.client.HTTPException),
-)
 _AUXILIARY = ("aux1", "aux2", "AuxLogits")  # GoogLeNet's and Inception's classifiers for training, idle in eval mode
 
 
@@ -93,8 +85,8 @@ def _registered(name: str, checkpoint: Path | None, seed: int) -> tuple[nn.Modul
             made = load_factory(MODELS, name)()
     except Exception as error:
         raise ModelError(
-            f"the registered model {name!r} can't be made: {type(error).__name__}: {error}. Its factory takes no "
-            "arguments and must work in every worker."
+            f"the registered model {name!r} can't be made: {type(error).__name__}: {str(error).rstrip('.')}. Its "
+            "factory takes no arguments and must work in every worker."
         ) from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise ModelError(
@@ -165,7 +157,7 @@ def _pretrained(name: str, member: Any) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             module = _torchvision().get_model(name, weights=member)
-    except _UNREADABLE as error:
+    except Exception as error:  # the network's and the file system's, and whatever a damaged file makes of torch.load
         raise CheckpointError(_what_to_place(name, member, error)) from error
     return _without_auxiliary(module).eval()
 
@@ -189,21 +181,53 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
     tensors = _read_checkpoint(path)
     wanted = module.state_dict()
     given = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in _AUXILIARY or name in wanted}
-    wrong = [
-        *(f"{name} is missing" for name in wanted if name not in given),
-        *(f"{name} is unknown" for name in given if name not in wanted),
-        *(
-            f"{name} has shape {tuple(given[name].shape)}, wanted {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in given and given[name].shape != tensor.shape
-        ),
-    ]
+    wrong = _misfits(given, wanted)
     if wrong:
         raise CheckpointError(
             f"{path.name} doesn't fit the model: {'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''} "
             f"({len(wrong)} of {len(wanted)} tensors). Save the state dict of this very model."
         )
+    if broken := [name for name, tensor in wanted.items() if _breaks(given[name], tensor)]:
+        raise CheckpointError(
+            f"{path.name} holds numbers that are not finite in {', '.join(broken[:3])}"
+            f"{', ...' if len(broken) > 3 else ''} ({len(broken)} of {len(wanted)} tensors); allowed: finite ones. "
+            "Training has diverged, or the file was converted badly; take another one."
+        )
     module.load_state_dict(given)
+
+
+def _misfits(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """Why these tensors can't take the place of those, one reason for each that can't."""
+    shared = [(name, given[name], tensor) for name, tensor in wanted.items() if name in given]
+    return [
+        *(f"{name} is missing" for name in wanted if name not in given),
+        *(f"{name} is unknown" for name in given if name not in wanted),
+        *(f"{name} {reason}" for name, ours, theirs in shared if (reason := _misfit(ours, theirs))),
+    ]
+
+
+def _misfit(given: Tensor, wanted: Tensor) -> str:
+    """Why one tensor can't take another's place; empty if it can. (torch itself would take 0.3 as an integer's 0.)"""
+    if given.shape != wanted.shape:
+        return f"has shape {tuple(given.shape)}, wanted {tuple(wanted.shape)}"
+    if _kind(given) != _kind(wanted):
+        return f"is {_dtype(given)}, wanted {_dtype(wanted)}"
+    dense = given.layout is torch.strided and not given.is_meta and not given.is_quantized
+    return "" if dense else "is not stored number by number"
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Real, complex or whole: within one kind numbers become each other, whatever their width."""
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _breaks(given: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor brings NaN or infinity to where the model has none itself (a mask may be made of them)."""
+    return not given.to(wanted.dtype).isfinite().all() and bool(wanted.isfinite().all())
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -212,7 +236,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"{path.name} can't be read ({type(error).__name__}); allowed: a .safetensors file, or a state dict of "
             "tensors saved by torch.save (files with other Python objects are not opened)."
@@ -220,6 +244,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):  # how training scripts usually wrap it
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+    items = loaded.items() if isinstance(loaded, dict) else [(None, loaded)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise CheckpointError(f"{path.name} holds a {type(loaded).__name__}; allowed: a state dict, names to tensors.")
     return loaded

@@ -70,7 +70,8 @@ class Float64Spreads(TorchFunctionMode):
         """Run one call, in float64 if one of its tensors is."""
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._look_at(tensors)
+        if not _looks(call):
+            self._look_at(tensors)
         if not any(tensor.dtype == torch.float64 for tensor in tensors):
             return call(*args, **kwargs)
         if _name(call) in _NARROWING and args and args[0].dtype == torch.float64:
@@ -97,8 +98,22 @@ class Float64Spreads(TorchFunctionMode):
             tensor.data = base.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
+# What of a tensor is not its numbers: methods, and attributes.
+_FORM = {
+    "size", "dim", "numel", "stride", "is_contiguous", "element_size", "is_floating_point", "get_device", "__len__",
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_leaf", "is_quantized", "is_sparse",
+    "untyped_storage", "is_inference", "_version", "data_ptr", "storage_offset", "_base",
+}  # fmt: skip
+
+
 def _name(call: Callable[..., Any]) -> str:
     return getattr(call, "__name__", "")
+
+
+def _looks(call: Callable[..., Any]) -> bool:
+    """Whether a call looks at a tensor's form and not at its numbers."""
+    name = _name(call)
+    return (_name(call.__self__) if name == "__get__" and hasattr(call, "__self__") else name) in _FORM
 
 
 def _written(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -113,16 +128,20 @@ def _written(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 class FromTargetOn(Float64Spreads):
     """While active, whatever depends on `target` (a float64 tensor) is computed in float64.
 
-    `seen` tells whether any call has used the target so far: everything before that is the prefix.
+    `seen` tells whether any call has used the target so far: everything before that is the prefix. `on_look` is told
+    what each call is given, but for those that look at a tensor's form only.
     """
 
     def __init__(self, target: Tensor, lifts: Lifts | None = None) -> None:
         super().__init__(lifts)
         self.target = target
         self.seen = False
+        self.on_look: Callable[[list[Tensor]], None] | None = None
 
     def _look_at(self, tensors: list[Tensor]) -> None:
         self.seen = self.seen or any(tensor is self.target for tensor in tensors)
+        if self.on_look is not None:
+            self.on_look(tensors)
 
 
 def in_own_precision(model: torch.nn.Module) -> AbstractContextManager[object]:

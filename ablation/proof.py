@@ -143,7 +143,13 @@ def _sum_errors(split: Compared) -> Float64[np.ndarray, " sites"]:
 def _spread(deltas: Float64[np.ndarray, "sites examples"]) -> Float64[np.ndarray, " sites"]:
     """max(mean_n |delta_n|, 0.1 of its rms over sites)."""
     mean = np.abs(deltas).mean(axis=1)
-    return np.maximum(mean, 0.1 * np.sqrt((mean * mean).mean()))
+    return np.maximum(mean, 0.1 * rms(mean))
+
+
+def rms(values: Float64[np.ndarray, " _"]) -> float:
+    """Root mean square, also where the squares are too large for float64: an infinite scale would prove anything."""
+    peak = float(np.abs(values).max())
+    return peak * float(np.sqrt(np.mean((values / peak) ** 2))) if 0 < peak < np.inf else peak
 
 
 def _ratio(difference: np.ndarray, scale: np.ndarray) -> np.ndarray:

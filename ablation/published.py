@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ablation.errors import SpecError
+from ablation.errors import SpecError, as_given
 
 
 class _Form(NamedTuple):
@@ -53,8 +53,9 @@ def read_labels(name: str, root: Path, split: str) -> np.ndarray:
     Raises:
         SpecError: files are missing or damaged, or there are not as many labels as pictures.
     """
-    stats = [(file, file.stat()) for file in _find_files(name, root, split)]
-    return _read_labels(name, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+    with as_given({"data.root": str(root)}):
+        stats = [(file, file.stat()) for file in _find_files(name, root, split)]
+        return _read_labels(name, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
 
 
 @lru_cache(maxsize=16)
@@ -79,12 +80,13 @@ def read_examples(name: str, root: Path, split: str) -> tuple[np.ndarray, np.nda
     Raises:
         SpecError: files are missing or damaged, or there are not as many labels as pictures.
     """
-    files = _find_files(name, root, split)
-    if _FORMS[name].label_key:
-        return _read_cifar(files, _FORMS[name].label_key)
-    labels, pixels = _read_idx(files[0], 1), _read_idx(files[1], 3)
-    _check_counts(files[0], len(labels), len(pixels))
-    return pixels, labels.astype(np.int64)
+    with as_given({"data.root": str(root)}):
+        files = _find_files(name, root, split)
+        if _FORMS[name].label_key:
+            return _read_cifar(files, _FORMS[name].label_key)
+        labels, pixels = _read_idx(files[0], 1), _read_idx(files[1], 3)
+        _check_counts(files[0], len(labels), len(pixels))
+        return pixels, labels.astype(np.int64)
 
 
 def published_counts(name: str, root: Path, split: str, n_classes: int) -> tuple[int, ...]:
@@ -94,21 +96,21 @@ def published_counts(name: str, root: Path, split: str, n_classes: int) -> tuple
         SpecError: as `read_labels`; or a label is not in 0..n_classes-1.
     """
     labels = read_labels(name, root, split)
-    check_classes(name, labels, n_classes)
+    check_classes(name, root, labels, n_classes)
     return tuple(np.bincount(labels, minlength=n_classes).tolist())
 
 
-def check_classes(name: str, labels: np.ndarray, n_classes: int) -> None:
-    """Every label is the number of a class.
+def check_classes(name: str, root: Path, labels: np.ndarray, n_classes: int) -> None:
+    """Every label in the files of a data set is the number of a class.
 
     Raises:
         SpecError: one is not; the message says which.
     """
     outside = np.flatnonzero((labels < 0) | (labels >= n_classes))
     if len(outside):
-        given = f"label {labels[outside[0]]} of example {outside[0]}"
         allowed = f"files of {name} with labels from 0 to {n_classes - 1}"
-        raise SpecError("data.root", given, allowed, "Place the published files.")
+        next_step = f"Example {outside[0]} has label {labels[outside[0]]}. Place the published files."
+        raise SpecError("data.root", str(root), allowed, next_step)
 
 
 def _find_files(name: str, root: Path, split: str) -> list[Path]:
@@ -120,7 +122,7 @@ def _find_files(name: str, root: Path, split: str) -> list[Path]:
     if missing:
         allowed = f"a folder with {form.folders[0]}/ and in it {', '.join(names)}"
         next_step = f"Missing: {', '.join(missing)}. They are in {form.source}; place them there."
-        raise SpecError("data.root", root.name, allowed, next_step)
+        raise SpecError("data.root", str(root), allowed, next_step)
     return [path for path in best if path]
 
 
@@ -129,15 +131,18 @@ def _existing(path: Path) -> Path | None:
     return next((each for each in candidates if os.path.isfile(each)), None)
 
 
-def _unusable(path: Path, allowed: str, reason: str) -> SpecError:
+def _unusable(path: Path, wanted: str, reason: str) -> SpecError:
+    """The error about one file; the folder it is in is named by whoever was given it."""
     next_step = f"{reason}. Place the published file again."
-    return SpecError("data.root", "/".join(path.parts[-2:]), allowed, next_step)
+    return SpecError("data.root", None, f"a folder in which {path.name} {wanted}", next_step)
 
 
 def _check_counts(path: Path, n_labels: int, n_pictures: int) -> None:
     if n_labels != n_pictures or not n_labels:
         raise _unusable(
-            path, "as many labels as pictures, and at least one", f"{n_labels} labels, {n_pictures} pictures"
+            path,
+            "has as many labels as there are pictures, and at least one",
+            f"{n_labels} labels, {n_pictures} pictures",
         )
 
 
@@ -155,7 +160,9 @@ def _check_length(path: Path, n_bytes: int, shape: tuple[int, ...]) -> None:
     n_wanted = 4 + 4 * len(shape) + math.prod(shape)
     if n_bytes != n_wanted:
         sizes = "x".join(map(str, shape))
-        raise _unusable(path, "a whole IDX file", f"By its head, {sizes}, it has {n_wanted} bytes; there are {n_bytes}")
+        raise _unusable(
+            path, "is a whole IDX file", f"By its head, {sizes}, it has {n_wanted} bytes; there are {n_bytes}"
+        )
 
 
 def _idx_shape(path: Path, content: bytes, n_axes: int) -> tuple[int, ...]:
@@ -164,7 +171,7 @@ def _idx_shape(path: Path, content: bytes, n_axes: int) -> tuple[int, ...]:
         reason = (
             f"It starts with {content[:4].hex(' ') or 'nothing'}" if content[:4] != magic else "Its head is cut off"
         )
-        raise _unusable(path, f"an IDX file that starts with {magic.hex(' ')}", reason)
+        raise _unusable(path, f"is an IDX file that starts with {magic.hex(' ')}", reason)
     return tuple(np.frombuffer(content, ">u4", n_axes, offset=4).tolist())
 
 
@@ -173,7 +180,7 @@ def _read(path: Path, n_bytes: int = -1) -> bytes:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return file.read(n_bytes)
     except Exception as error:  # the file system's, and whatever gzip and zlib have for damaged files
-        raise _unusable(path, "a file that can be read", _reason(error)) from None
+        raise _unusable(path, "can be read", _reason(error)) from None
 
 
 def _reason(error: Exception) -> str:
@@ -191,16 +198,16 @@ def _read_cifar(paths: list[Path], label_key: str) -> tuple[np.ndarray, np.ndarr
 
 
 def _read_batch(path: Path, label_key: str) -> tuple[np.ndarray, np.ndarray]:
-    allowed = f"a pickle of a dictionary with 'data' (bytes, 3,072 a picture) and {label_key!r} (whole numbers)"
+    wanted = f"is a pickle of a dictionary with 'data' (bytes, 3,072 a picture) and {label_key!r} (whole numbers)"
     try:
         with path.open("rb") as file:
             entry = {_text(key): value for key, value in _Unpickler(file, encoding="bytes").load().items()}
         pixels, labels = _array(entry["data"]), _array(entry[label_key])
     except Exception as error:  # a damaged pickle can raise anything
-        raise _unusable(path, allowed, _reason(error)) from None
+        raise _unusable(path, wanted, _reason(error)) from None
     if pixels.dtype != np.uint8 or pixels.size % 3072 or labels.dtype.kind not in "iu" or labels.ndim != 1:
         reason = f"'data' is {pixels.dtype} {pixels.shape}, {label_key!r} is {labels.dtype} {labels.shape}"
-        raise _unusable(path, allowed, reason)
+        raise _unusable(path, wanted, reason)
     _check_counts(path, len(labels), pixels.size // 3072)
     return pixels.reshape(-1, 3, 32, 32), labels.astype(np.int64)
 

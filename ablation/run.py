@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ablation import baseline
-from ablation.catalog import SplitCounts, find_root
+from ablation.cache import Activations, hash_of
+from ablation.catalog import SplitCounts, find_root, model_names
 from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example
 from ablation.devices import find_device
 from ablation.engine import open_path, run_batches
@@ -31,7 +32,7 @@ from ablation.models import load_model
 from ablation.partial import PartialSums, join, merge
 from ablation.plan import SHARD_S, Plan, Shard, plan_spec
 from ablation.precision import fit
-from ablation.proof import choose_rows, compare, make_proof
+from ablation.proof import choose_rows, compare, make_proof, rms
 from ablation.reference import in_float64
 from ablation.sites import Sites, draw_indices, make_sites
 from ablation.spec import JobSpec, PerClass
@@ -58,6 +59,7 @@ class Job:
     model: torch.nn.Module
     splits: dict[str, Split]
     device: torch.device
+    activations: Activations | None = None
 
     @property
     def sites(self) -> Sites:
@@ -77,7 +79,26 @@ def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None 
     for name, dataset in open_splits(spec, folders, transform).items():
         labels = labels_of(dataset) if plan_of(plan, name).per_class else None
         splits[name] = Split(dataset, draw_examples(spec.data.splits[name], labels, len(dataset)))
-    return make_job(spec, plan, model.to(where), splits)
+    job = make_job(spec, plan, model.to(where), splits)
+    return replace(job, activations=_activations_of(job, folders))
+
+
+def _activations_of(job: Job, folders: Folders) -> Activations | None:
+    """The activations that earlier jobs on the same prefix have left; None where none are kept.
+
+    Of a registered model only the weights can be told apart, and not its code: its activations are not kept.
+    """
+    if not folders.cache_bytes or job.spec.model.name not in model_names():
+        return None
+    about = hash_of(
+        [
+            *(version("weight-ablation"), torch.__version__, platform.machine(), job.device.type),
+            *(job.spec.model.name, job.plan.parameter, job.plan.path, job.plan.precision, str(job.plan.threads)),
+            *job.model.state_dict().values(),
+        ]
+    )
+    n_examples = sum(split.n_examples for split in job.plan.splits)
+    return Activations(folders.cache / "activations", folders.cache_bytes, about, n_examples)
 
 
 def open_splits(spec: JobSpec, folders: Folders, transform: Callable[[Any], Any] | None = None) -> dict[str, Any]:
@@ -174,6 +195,7 @@ def open_engine(job: Job, sites: Sites, example: Tensor) -> Any:
         precision=plan.precision,
         top1=job.spec.top1,
         lanes=plan.lanes,
+        activations=job.activations,
     )
 
 
@@ -257,6 +279,7 @@ def run_proof(job: Job, totals: dict[str, PartialSums]) -> dict[str, Any]:
     touched = np.stack([total.touched for total in totals.values()])
     chosen = choose_rows(utility, touched, job.plan.proof.n_sites)
     everything = job.sites
+    job = replace(job, activations=None)  # computed anew here
     sites = Sites(everything.indices[chosen], everything.weights[chosen], everything.replacements[chosen])
     compared = {}
     for row, (name, total) in enumerate(totals.items()):
@@ -269,7 +292,7 @@ def run_proof(job: Job, totals: dict[str, PartialSums]) -> dict[str, Any]:
             sites,
             read(job, name, positions),
             sums=total.proof[chosen],
-            utility_rms=float(np.sqrt(np.mean(utility[row] ** 2))),
+            utility_rms=rms(utility[row]),
             loss=total.loss / total.n_examples,
         )
     return make_proof(compared, job.plan.precision)

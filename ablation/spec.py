@@ -140,7 +140,7 @@ class JobSpec(Record):
             raise ValueError("none in this version: leave it empty")
         return criteria
 
-    @field_validator("value", mode="before")
+    @field_validator("value", mode="before", json_schema_input_type=ValueSpec | float)
     @classmethod
     def _number_is_constant(cls, value: object) -> object:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -160,15 +160,33 @@ def make_spec(fields: dict[str, Any]) -> JobSpec:
 
 
 # The forms of the fields that take one of several, for whoever gave none of them.
-_SPLIT_FORMS = "'all', {'per_class': k, 'seed': s} or {'count': k, 'seed': s}"
+_SPLIT_FORMS = '"all", {"per_class": k, "seed": s} or {"count": k, "seed": s}'
 FORMS = {
-    "sites": "'all', {'count': k, 'seed': s} or {'indices': [...]}",
-    "value": "'zero', a number, or {'constant': number}",
+    "sites": '"all", {"count": k, "seed": s} or {"indices": [...]}',
+    "value": '"zero", a number, or {"constant": number}',
     "data.train": _SPLIT_FORMS,
     "data.test": _SPLIT_FORMS,
 }
 # The records that a spec is made of, where a field takes no other form.
 _RECORDS: dict[str, type[Record]] = {"": JobSpec, "model": ModelSpec, "data": DataSpec}
+# What is allowed, by the type of pydantic's error; the names in braces are from that error's context.
+_ALLOWED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("string_type", "string_unicode"), "text"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("model_type", "model_attributes_type"), "an object"),
+    **dict.fromkeys(("literal_error", "enum"), "{expected}"),
+    "string_too_short": "{min_length} or more characters",
+    "string_too_long": "at most {max_length} characters",
+    "too_short": "{min_length} or more of them",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "value_error": "{error}",
+}
 # What says only that it is not this form (the last as FastAPI asks for it).
 _OTHER_FORM = ("literal_error", "missing", "extra_forbidden", "model_type", "model_attributes_type")
 
@@ -192,8 +210,12 @@ def spec_error(errors: Sequence[Mapping[str, Any]]) -> SpecError:
         return SpecError(field or "spec", None, "a value; it is required")
     if first["type"] == "extra_forbidden":
         return _unknown_field(field, first["input"])
-    allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return SpecError(field or "spec", first.get("input"), allowed)
+    return SpecError(field or "spec", first.get("input"), allowed_by(first))
+
+
+def allowed_by(error: Mapping[str, Any]) -> str:
+    """What is allowed where pydantic found this error (with its context), in our words."""
+    return _ALLOWED[error["type"]].format(**error.get("ctx", {})) if error["type"] in _ALLOWED else error["msg"]
 
 
 def _unknown_field(field: str, given: object) -> SpecError:

@@ -55,7 +55,8 @@ def describe_split(table: ImportanceTable, split: str) -> dict[str, Any]:
     baseline, spread = table.about["baseline"][split], measure_spread(table, split)
     utility = table.columns[f"utility_{split}"]
     utility = utility[np.isfinite(utility)]
-    after = (baseline["loss"] + utility).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large for float32 is another loss, too
+        after = (baseline["loss"] + utility).astype(np.float32)
     return {
         **baseline,
         "provably_without_effect": int((table.columns[f"touched_{split}"] == 0).sum()),

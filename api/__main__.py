@@ -8,6 +8,10 @@ import os
 import signal
 import socket
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.settings import Address
 
 SHUTDOWN_S = 3  # how long open requests may take to end
 
@@ -25,22 +29,36 @@ def main() -> None:
     try:
         address = read_environment(Address)
         app = make_app(load_settings())
+        listener = open_listener(address)
     except ServiceError as error:
         sys.exit(f"Error: {error}")
     config = uvicorn.Config(
         app,
-        host=address.host,
-        port=address.port,
         timeout_graceful_shutdown=SHUTDOWN_S,
         access_log=False,  # /metrics counts; a poll a second would drown the log
     )
+    uvicorn.Server(config).run([listener])
+
+
+def open_listener(address: "Address") -> socket.socket:
+    """The socket that is given, or one of its own, whose address goes to the log.
+
+    Raises:
+        ServiceError: it can't be had; the message names the setting to change.
+    """
+    from ablation.errors import ServiceError
+    from worker.listener import listen, url_of
+
+    if address.fd is None:
+        listener = listen(address.host, address.port, "ABLATION_HOST", "ABLATION_PORT")
+        print(f"The API is running on {url_of(listener)}", file=sys.stderr, flush=True)
+        return listener
     try:
-        sockets = None if address.fd is None else [socket.socket(fileno=address.fd)]
+        return socket.socket(fileno=address.fd)
     except OSError as error:
-        sys.exit(
-            f"Error: ABLATION_FD: got {address.fd} ({error.strerror}); allowed: an open listening socket. Unset it."
-        )
-    uvicorn.Server(config).run(sockets)
+        raise ServiceError(
+            f"ABLATION_FD: got {address.fd} ({error.strerror}); allowed: an open listening socket. Unset it."
+        ) from None
 
 
 if __name__ == "__main__":

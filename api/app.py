@@ -17,7 +17,9 @@ from worker.settings import Settings
 
 DESCRIPTION = """How much does the loss change when one weight is set to zero?
 
-POST a job, poll its results, download a CSV with the exact utility of every weight that was asked for."""
+POST a job, poll its results, download a CSV with the exact utility of every weight that was asked for.
+
+HEAD is answered at every address that has GET: its status and headers, without the body."""
 
 
 def make_app(settings: Settings) -> FastAPI:
@@ -36,8 +38,38 @@ def make_app(settings: Settings) -> FastAPI:
     add_error_handlers(app)
     finish_document(app)
     app.add_middleware(LimitBody)
-    app.add_middleware(CountRequests, registry=registry)  # the last one added is the outermost
+    app.add_middleware(CountRequests, registry=registry)
+    app.add_middleware(AnswerHead)  # the last one added is the outermost
     return app
+
+
+class AnswerHead:
+    """Answer HEAD as GET up to the headers; what makes the body is stopped before it begins, also a stream of events.
+
+    Inside, a HEAD is a GET, also for who counts.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+
+        async def send_headers(message: Message) -> None:
+            await send(message)
+            await send({"type": "http.response.body"})
+            raise _Enough
+
+        try:
+            await self.app({**scope, "method": "GET"}, receive, send_headers)
+        except* _Enough:  # out of a stream it comes in a group
+            pass
+
+
+class _Enough(Exception):
+    """The headers have been sent."""
 
 
 class CountRequests:

@@ -90,7 +90,7 @@ def read_spec(body: Annotated[bytes, Depends(read_json)]) -> JobSpec:
     try:
         return JobSpec.model_validate_json(body)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False)
+        errors = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
         where = errors[0]["msg"].removeprefix("Invalid JSON: ")
         raise HTTPException(400, f"The body is not JSON: {where}. Send a job spec; /docs shows one.")

@@ -6,12 +6,12 @@ from typing import Annotated
 
 from celery import Celery
 from fastapi import Depends, Path, Request
-from redis import Redis
 
-from ablation.catalog import Registered
+from ablation.catalog import NOTHING, Registered, dataset_names, model_names
+from ablation.errors import SpecError, nearest
 from ablation.plan import Plan
 from ablation.spec import JobSpec
-from api.errors import gone, not_found
+from api.errors import AWAY, gone, not_found
 from worker.planner import plan_job
 from worker.queue import make_celery
 from worker.settings import Settings
@@ -21,18 +21,18 @@ from worker.store import JobRecord, JobStore, connect
 
 @dataclass(frozen=True)
 class Desk:
-    """Everything that the handlers share."""
+    """Everything that the handlers share; the hasty store doesn't wait for a Redis that is away."""
 
     settings: Settings
-    redis: Redis
     store: JobStore
+    hasty_store: JobStore
     celery: Celery
 
 
 def make_desk(settings: Settings) -> Desk:
     """The desk of one process; connects at the first request, not now."""
-    client = connect(settings)
-    return Desk(settings, client, JobStore(client), make_celery(settings))
+    store, hasty_store = JobStore(connect(settings)), JobStore(connect(settings, n_retries=1))
+    return Desk(settings, store, hasty_store, make_celery(settings))
 
 
 def get_desk(request: Request) -> Desk:
@@ -56,20 +56,43 @@ def get_job(job_id: Annotated[str, Path(max_length=100)], store: Annotated[JobSt
     return job
 
 
-def get_registered(store: Annotated[JobStore, Depends(get_store)]) -> Registered:
-    """What workers have published beside what is built in."""
-    return store.registered()
+def get_registered(desk: Annotated[Desk, Depends(get_desk)]) -> Registered | None:
+    """What workers have published beside what is built in; None where Redis is away."""
+    try:
+        return desk.hasty_store.registered()
+    except AWAY:
+        return None
 
 
-def get_planner(
-    desk: Annotated[Desk, Depends(get_desk)], registered: Annotated[Registered, Depends(get_registered)]
-) -> Callable[[JobSpec], Plan | None]:
-    """The function that plans a spec with this service's settings; None: a worker has to open its data first."""
-    return lambda spec: plan_job(spec, desk.settings, registered)
+def get_planner(desk: Annotated[Desk, Depends(get_desk)]) -> Callable[[JobSpec], Plan | None]:
+    """The function that plans a spec with this service's settings; None: a worker has to open its data first.
+
+    Redis is asked only for what is not built in.
+    """
+
+    def plan(spec: JobSpec) -> Plan | None:
+        is_built_in = spec.model.name in model_names() and spec.data.name in dataset_names()
+        return plan_job(spec, desk.settings, NOTHING if is_built_in else desk.store.registered())
+
+    return plan
+
+
+async def refuse_unknown_parameters(request: Request) -> None:
+    """Let no query parameter pass that the address does not have: it would be a misspelt one without effect.
+
+    Raises:
+        SpecError: there is one; the message names those that the address has.
+    """
+    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]  # of its handler
+    for name, given in request.query_params.items():
+        if name not in known:
+            allowed = f"only the parameters {', '.join(known)}" if known else "no parameters"
+            next_step = f"There is no such parameter. {nearest(name, known)}".rstrip()
+            raise SpecError(name, given, allowed, next_step)
 
 
 DeskDep = Annotated[Desk, Depends(get_desk)]
 StoreDep = Annotated[JobStore, Depends(get_store)]
 JobDep = Annotated[JobRecord, Depends(get_job)]
-RegisteredDep = Annotated[Registered, Depends(get_registered)]
+RegisteredDep = Annotated[Registered | None, Depends(get_registered)]
 PlannerDep = Annotated[Callable[[JobSpec], Plan | None], Depends(get_planner)]

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Match
 
-from ablation.errors import ServiceError, SpecError
+from ablation.errors import ServiceError, SpecError, shorten
 from ablation.spec import spec_error
 from worker.store import TooManyJobs
 
@@ -24,8 +24,14 @@ log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 RETRY_S = 5  # how soon to come back when a part of the service is away
 QUOTA_RETRY_S = 30  # and when there are as many jobs as there may be
-MAX_GIVEN = 200  # characters of a wrong value that are shown again
-METHODS = ("DELETE", "GET", "HEAD", "POST")
+METHODS = ("DELETE", "GET", "POST")
+
+# What to do next where a message has nothing better to say: where the names are that may be given.
+HINTS = {
+    "model.name": "GET /v1/models lists them.",
+    "layer": "GET /v1/models/NAME/layers lists those of a model.",
+    "data.name": "GET /v1/datasets lists them.",
+}
 
 # Redis can't be reached right now.
 AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
@@ -47,8 +53,8 @@ def make_problem(request: Request, status: int, detail: str, **more: Any) -> JSO
 
 
 def gone(what: str) -> HTTPException:
-    """The error for something that was here and has expired."""
-    return HTTPException(410, f"{what} has expired; send its spec again to have it computed again.")
+    """The error for something that was here once."""
+    return HTTPException(410, f"{what} has expired or was deleted; send its spec again to have it computed again.")
 
 
 def not_found(what: str, where: str, next_step: str = "") -> HTTPException:
@@ -80,10 +86,15 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _answer_spec_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SpecError)
-    given = _short(error.given)
-    detail = f"{error.field}: got {given!r}; allowed: {error.allowed}. {error.next_step}".rstrip()
+    hint = "" if error.next_step else HINTS.get(error.field, "")
     return make_problem(
-        request, 422, detail, field=error.field, given=given, allowed=error.allowed, next_step=error.next_step
+        request,
+        422,
+        f"{error} {hint}".rstrip(),
+        field=error.field,
+        given=_plain(error.given),
+        allowed=error.allowed,
+        next_step=error.next_step or hint,
     )
 
 
@@ -103,7 +114,7 @@ def _answer_http_error(request: Request, error: Exception) -> Response:
         detail = f"{request.method} is not possible here; allowed: {allowed}."
         headers = {"Allow": allowed}
     elif detail == "Not Found":  # by the framework, not by a route of ours
-        detail = f"There is no address {request.url.path[:MAX_GIVEN]!r}; GET /docs shows those there are."
+        detail = f"There is no address {shorten(request.url.path)!r}; GET /docs shows those there are."
     return make_problem(request, error.status_code, detail, headers=headers)
 
 
@@ -112,7 +123,7 @@ def _allowed_methods(request: Request) -> str:
     scopes = ({**request.scope, "method": method} for method in METHODS)
     routes = request.app.router.routes
     found = [one["method"] for one in scopes if any(route.matches(one)[0] == Match.FULL for route in routes)]
-    return ", ".join(found)
+    return ", ".join(found).replace("GET", "GET, HEAD")
 
 
 def _answer_quota(request: Request, error: Exception) -> JSONResponse:
@@ -129,13 +140,10 @@ def _answer_fault(request: Request, error: Exception) -> JSONResponse:
     return make_problem(request, 500, detail, headers={"Connection": "close"})  # the server cuts it after a fault
 
 
-def _short(given: object) -> object:
-    """The wrong value as JSON, cut where it is too long to send back."""
-    text = given if isinstance(given, str) else repr(given)
-    if len(text) > MAX_GIVEN:
-        return text[:MAX_GIVEN] + "..."
+def _plain(given: object) -> object:
+    """The wrong value, or what says it where it can't be JSON."""
     try:
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError):
-        return text
+        return str(given)
     return given

@@ -31,10 +31,12 @@ _PLAN: dict[str, Any] = {
     "parameter": "fc2.weight",
     "kind": "Linear",
     "shape": [256, 256],
+    "n_classes": 10,
     "n_sites": 64,
     "path": "direct",
     "precision": "mixed",
     "batch_size": 256,
+    "lanes": 1,
     "threads": 2,
     "splits": [
         {"name": "train", "n_examples": 1297, "per_class": None},
@@ -55,7 +57,7 @@ _JOB: dict[str, Any] = {
     "id": _JOB_ID,
     "status": "queued",
     "progress": {"done": 0.0, "total": 2},
-    "eta_seconds": 2.5,
+    "eta_seconds": None,
     "created_at": "2026-01-05T12:00:00.250000Z",
     "started_at": None,
     "finished_at": None,
@@ -80,7 +82,19 @@ _RUNNING: dict[str, Any] = {
     "started_at": "2026-01-05T12:00:00.750000Z",
 }
 
-_CANCELLING: dict[str, Any] = {**_RUNNING, "status": "cancelling"}
+_FAILED: dict[str, Any] = {
+    **_RUNNING,
+    "status": "failed",
+    "eta_seconds": None,
+    "finished_at": "2026-01-05T12:00:02.500000Z",
+    "error": {
+        "type": "data-error",
+        "title": "A data set or one of its examples can't be used.",
+        "detail": "example 17 of 'pets' (cats/17.jpg) can't be read: image file is truncated",
+    },
+}
+
+_CANCELLING: dict[str, Any] = {**_RUNNING, "status": "cancelling", "eta_seconds": None}
 
 _CANCELLED: dict[str, Any] = {
     **_RUNNING,
@@ -96,6 +110,49 @@ _COLUMNS = [
     "utility_train", "stderr_train", "touched_train", "utility_test", "stderr_test", "touched_test",
 ]  # fmt: skip
 
+_SPLIT_SUMMARY: dict[str, Any] = {
+    "n_examples": 1297,
+    "loss": 0.015625,
+    "accuracy": 0.9969,
+    "provably_without_effect": 9,
+    "float32_would_call_zero": 31,
+    "negative": 27,
+    "mean_utility": 2.5e-06,
+    "reliability": 0.25,
+}
+
+_CORRELATIONS = {"pearson": 0.375, "spearman": 0.5, "pearson_touched": 0.375, "spearman_touched": 0.4375}
+
+_SUMMARY: dict[str, Any] = {
+    "sites": 64,
+    "weights_in_layer": 65_536,
+    "layer": "fc2",
+    "parameter": "fc2.weight",
+    "path": "direct",
+    "precision": "mixed",
+    "splits": {"train": _SPLIT_SUMMARY, "test": {**_SPLIT_SUMMARY, "n_examples": 100, "reliability": None}},
+    "magnitude": {"train": _CORRELATIONS, "test": _CORRELATIONS},
+    "proof": {
+        "n_sites": 8,
+        "n_examples": 8,
+        "arithmetic_error": 3.2e-07,
+        "arithmetic_bound": 0.0001,
+        "model_rounding_median": 1.5e-06,
+        "model_rounding_p99": 1.2e-05,
+        "sum_error": 2.1e-06,
+        "sum_bound": 0.01,
+    },
+    "not_finite": 0,
+    "seconds": 1.75,
+    "train_test": {
+        **_CORRELATIONS,
+        "ceiling": None,
+        "ratio": None,
+        "ceiling_at": {"100": None, "1000": None, "10000": None, "100000": None},
+        "examples_for_ceiling": {"0.9": None, "0.99": None},
+    },
+}
+
 _RESULTS: dict[str, Any] = {
     "columns": _COLUMNS,
     "rows": [
@@ -103,7 +160,7 @@ _RESULTS: dict[str, Any] = {
         [260, 1, 4, 0.03125, 0.03125, 0.0, 0.0, 0, 0.0, 0.0, 0],
     ],
     "total_rows": 64,
-    "summary": {"n_sites": 64},
+    "summary": _SUMMARY,
 }
 
 _CSV = ",".join(_COLUMNS) + "\n137,0,137,-0.0625,0.0625,1.25e-06,2.5e-07,412,-3.5e-06,1.75e-06,31\n"
@@ -143,11 +200,12 @@ _DATASET: dict[str, Any] = {
 _DETAILS = {
     400: "The body is not JSON: EOF while parsing a value at line 1 column 9. Send a job spec; /docs shows one.",
     404: f"There is no job '{_JOB_ID}'; GET /v1/jobs lists those there are.",
+    405: "PUT is not possible here; allowed: GET, HEAD, POST.",
     409: f"Job {_JOB_ID} is running; cancel it first, or wait until it is over.",
-    410: f"Job {_JOB_ID} has expired; send its spec again to have it computed again.",
+    410: f"Job {_JOB_ID} has expired or was deleted; send its spec again to have it computed again.",
     413: "The body is too large; allowed: 8388608 bytes. Ask for fewer indices, or for a count.",
     415: "Content-Type: got 'text/plain'; allowed: application/json, application/*+json.",
-    422: "sites.count: got 0; allowed: greater than or equal to 1.",
+    422: "sites.count: got 0; allowed: 1 or more.",
     429: "10000 jobs are queued or at work, and no more are allowed at once.",
     500: "This is a fault of the service, not of the request; its log has the details.",
     503: "A part of the service is away. Ask again in 5 seconds.",
@@ -165,15 +223,16 @@ EXAMPLES: dict[str, Any] = {
     "running": _RUNNING,
     "cancelling": _CANCELLING,
     "cancelled": _CANCELLED,
+    "failed": _FAILED,
     "jobs": {"data": [_JOB], "next_cursor": None},
     "pending": _PENDING,
     "results": _RESULTS,
     "csv": _CSV,
     "events": _EVENTS,
     "plan": _PLAN,
-    "models": {"data": [_MODEL], "next_cursor": None},
+    "models": {"data": [_MODEL], "next_cursor": None, "is_complete": True},
     "layers": {"data": [_LAYER], "next_cursor": None},
-    "datasets": {"data": [_DATASET], "next_cursor": None},
+    "datasets": {"data": [_DATASET], "next_cursor": None, "is_complete": True},
     "alive": {"status": "ok", "checks": {}},
     "ready": {"status": "ok", "checks": {"redis": "ok", "workers": "1"}},
     **{f"problem-{status}": _problem(status, detail) for status, detail in _DETAILS.items()},
@@ -181,6 +240,6 @@ EXAMPLES: dict[str, Any] = {
 EXAMPLES["problem-422"] |= {
     "field": "sites.count",
     "given": 0,
-    "allowed": "greater than or equal to 1",
+    "allowed": "1 or more",
     "next_step": "",
 }

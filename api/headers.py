@@ -59,9 +59,8 @@ def _liking(kind: str, ranges: Sequence[tuple[str, float]]) -> tuple[float, int]
 
 
 def make_etag(job: JobView) -> str:
-    """A weak tag of all that is said of a job, but for the time that is left, which changes by itself."""
-    text = job.model_dump_json(exclude={"eta_seconds"})
-    return f'W/"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+    """A weak tag of all that is said of a job."""
+    return f'W/"{hashlib.sha256(job.model_dump_json().encode()).hexdigest()[:32]}"'
 
 
 def is_known(etag: str, if_none_match: Sequence[str]) -> bool:

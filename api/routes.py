@@ -13,17 +13,26 @@ import numpy as np
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from ablation.catalog import dataset_facts, dataset_names, model_facts, model_names
+from ablation.catalog import NOTHING, dataset_facts, dataset_names, model_facts, model_names
 from ablation.errors import SpecError, nearest
 from ablation.export import csv_chunks, parquet_chunks
 from ablation.plan import Plan
 from ablation.spec import JobSpec
+from ablation.views import PlanView, layer_view, plan_view
 from api import document
 from api.body import SpecDep
-from api.dependencies import Desk, DeskDep, JobDep, PlannerDep, RegisteredDep, StoreDep
+from api.dependencies import (
+    Desk,
+    DeskDep,
+    JobDep,
+    PlannerDep,
+    RegisteredDep,
+    StoreDep,
+    refuse_unknown_parameters,
+)
 from api.errors import AWAY, conflict, gone, not_found, unavailable
 from api.events import Told, read_last_event, watch_job
 from api.headers import IdempotencyKey, choose_type, is_known, make_etag
@@ -34,22 +43,19 @@ from api.schemas import (
     JobView,
     LayerPage,
     ModelPage,
-    PlanView,
     Results,
     job_view,
-    layer_view,
-    model_view,
+    linked_model,
     pending,
-    plan_view,
     retry_after_s,
 )
 from worker import keys
 from worker.codec import decode_block
-from worker.queue import enqueue_shard
+from worker.queue import enqueue_shards
 from worker.states import TERMINAL, State
 from worker.store import JobRecord, JobStore
 
-routes = APIRouter(responses=document.EVERYWHERE)
+routes = APIRouter(responses=document.EVERYWHERE, dependencies=[Depends(refuse_unknown_parameters)])
 
 Blocks = Iterable[Mapping[str, np.ndarray]]
 
@@ -179,12 +185,15 @@ def post_plan(spec: SpecDep, plan_of: PlannerDep) -> PlanView:
 @routes.get("/v1/models", tags=["catalog"], responses=document.LIST_MODELS)
 def list_models(registered: RegisteredDep) -> ModelPage:
     """Every model that may be asked for."""
-    return ModelPage(data=[model_view(model_facts(name, registered)) for name in model_names(registered)])
+    known = registered or NOTHING
+    models = [linked_model(model_facts(name, known)) for name in model_names(known)]
+    return ModelPage(data=models, is_complete=registered is not None)
 
 
 @routes.get("/v1/models/{name}/layers", tags=["catalog"], responses=document.LIST_LAYERS)
-def list_layers(name: str, registered: RegisteredDep) -> LayerPage:
+def list_layers(name: str, store: StoreDep) -> LayerPage:
     """Every layer of a model, with the path that it takes."""
+    registered = NOTHING if name in model_names() else store.registered()
     names = model_names(registered)
     if name not in names:
         raise not_found(f"model {name!r}", "GET /v1/models", nearest(name.lower(), names))
@@ -194,7 +203,9 @@ def list_layers(name: str, registered: RegisteredDep) -> LayerPage:
 @routes.get("/v1/datasets", tags=["catalog"], responses=document.LIST_DATASETS)
 def list_datasets(registered: RegisteredDep) -> DatasetPage:
     """Every data set that may be asked for."""
-    return DatasetPage(data=[dataset_facts(name, registered) for name in dataset_names(registered)])
+    known = registered or NOTHING
+    data_sets = [dataset_facts(name, known) for name in dataset_names(known)]
+    return DatasetPage(data=data_sets, is_complete=registered is not None)
 
 
 @routes.get("/healthz", tags=["health"], responses=document.HEALTHZ)
@@ -231,9 +242,8 @@ def _create(desk: Desk, spec: JobSpec, plan: Plan | None, idempotency_key: str |
         posted = desk.store.posted(idempotency_key)
         assert posted is not None  # it was there a moment ago
         return posted
-    with suppress(OperationalError):  # Redis went away just now: the sweeper sends what waits without a message
-        for shard_id in [shard.id for shard in plan.shards] if plan else [keys.PLAN]:
-            enqueue_shard(desk.celery, job.id, shard_id)
+    with suppress(KombuError):  # Redis went away just now: the sweeper sends what waits without a message
+        enqueue_shards(desk.celery, job.id, [shard.id for shard in plan.shards] if plan else [keys.PLAN])
     return job
 
 

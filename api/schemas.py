@@ -1,37 +1,31 @@
 """What goes over the wire: the answers of every route as plain records. What comes in is `ablation.spec.JobSpec`.
 
-In: the worker's and the catalog's records. Out: their public form, without what only machines need (a plan's shards).
+In: the worker's and the catalog's records. Out: their public form; what the command line tells too is in
+`ablation.views`, and a finished job's summary in `summary.py`.
 """
 
-from datetime import UTC, datetime
-from typing import Any, Literal
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from ablation.catalog import DatasetFacts, LayerFacts, ModelFacts
-from ablation.plan import Estimate, Plan, ProofPlan, SplitPlan
-from ablation.spec import JobSpec, Precision
-from worker.states import TERMINAL, State
+from ablation.catalog import DatasetFacts, ModelFacts
+from ablation.spec import JobSpec
+from ablation.views import LayerView, ModelView, PlanView, model_view, plan_view
+from api.summary import Summary
+from worker.states import State
 from worker.store import JobRecord
 
 MAX_POLL_S = 30  # nobody should have to wait longer than this for news that is there
 
 
-class PlanView(BaseModel):
-    """How a job is cut and what it will cost; its shards only as a number, since there may be many."""
-
-    parameter: str
-    kind: str
-    shape: tuple[int, ...]
-    n_sites: int
-    path: str
-    precision: Precision
-    batch_size: int
-    threads: int
-    splits: tuple[SplitPlan, ...]
-    n_shards: int
-    proof: ProofPlan
-    estimate: Estimate
+EtaSeconds = Annotated[
+    float | None,
+    Field(
+        description="seconds that are left at the pace measured from the first progress to the last; null until there "
+        "is one, for the merge and the proof at the end, and once the job is over"
+    ),
+]
 
 
 class Progress(BaseModel):
@@ -52,19 +46,27 @@ class Urls(BaseModel):
     events: str
 
 
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    type: str = Field(description="what kind of error, for programs: data-error, checkpoint-error, worker-lost, ...")
+    title: str = Field(description="what that means")
+    detail: str = Field(description="what happened, without paths of the host")
+
+
 class JobView(BaseModel):
     """One job, in whatever state it is."""
 
     id: str
     status: State
     progress: Progress
-    eta_seconds: float | None
+    eta_seconds: EtaSeconds
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     spec: JobSpec
-    plan: PlanView | None
-    error: dict[str, Any] | None
+    plan: PlanView | None = Field(description="null until a worker has opened the data and cut the job")
+    error: JobError | None = Field(description="null unless the job has failed")
     urls: Urls
 
 
@@ -81,13 +83,13 @@ class Pending(BaseModel):
     id: str
     status: State
     progress: Progress
-    eta_seconds: float | None
+    eta_seconds: EtaSeconds
 
 
 class News(Pending):
     """What an event says of a job; `error` is there once it has failed."""
 
-    error: dict[str, Any] | None
+    error: JobError | None
 
 
 class Results(BaseModel):
@@ -96,37 +98,26 @@ class Results(BaseModel):
     columns: list[str]
     rows: list[list[int | float | None]]
     total_rows: int
-    summary: dict[str, Any]
+    summary: Summary
 
 
-class ModelView(BaseModel):
-    """One model that may be asked for."""
+IsComplete = Annotated[
+    bool, Field(description="false while Redis is away: those that an operator has registered are missing then")
+]
 
-    name: str
-    weights: tuple[str, ...]
-    n_classes: int
-    input_shape: tuple[int, ...]
-    flops: float
-    n_layers: int
+
+class LinkedModel(ModelView):
+    """One model that may be asked for, and where its layers are."""
+
     layers_url: str
 
 
 class ModelPage(BaseModel):
     """Every model that may be asked for."""
 
-    data: list[ModelView]
+    data: list[LinkedModel]
     next_cursor: None = None
-
-
-class LayerView(BaseModel):
-    """One layer that may be a target, and the path it takes."""
-
-    name: str
-    parameter: str
-    kind: str
-    shape: tuple[int, ...]
-    n_weights: int
-    path: str
+    is_complete: IsComplete
 
 
 class LayerPage(BaseModel):
@@ -141,6 +132,7 @@ class DatasetPage(BaseModel):
 
     data: list[DatasetFacts]
     next_cursor: None = None
+    is_complete: IsComplete
 
 
 class Health(BaseModel):
@@ -169,12 +161,6 @@ class Problem(BaseModel):
     checks: dict[str, str] | None = None
 
 
-def plan_view(plan: Plan) -> PlanView:
-    """The public form of a plan."""
-    same = {name: getattr(plan, name) for name in PlanView.model_fields if name != "n_shards"}
-    return PlanView(n_shards=len(plan.shards), **same)
-
-
 def job_view(job: JobRecord) -> JobView:
     """The public form of a job."""
     url = f"/v1/jobs/{job.id}"
@@ -188,7 +174,7 @@ def job_view(job: JobRecord) -> JobView:
         finished_at=job.finished_at,
         spec=job.spec,
         plan=plan_view(job.plan) if job.plan else None,
-        error=job.error,
+        error=_error(job),
         urls=Urls(
             self=url,
             cancel=f"{url}/cancel",
@@ -207,25 +193,16 @@ def pending(job: JobRecord) -> Pending:
 
 def news(job: JobRecord) -> News:
     """What an event says of a job."""
-    return News(**pending(job).model_dump(), error=job.error)
+    return News(**pending(job).model_dump(), error=_error(job))
 
 
-def model_view(facts: ModelFacts) -> ModelView:
-    """The public form of a model's facts."""
-    return ModelView(
-        name=facts.name,
-        weights=facts.weights,
-        n_classes=facts.n_classes,
-        input_shape=facts.input_shape,
-        flops=facts.flops,
-        n_layers=len(facts.layers),
-        layers_url=f"/v1/models/{facts.name}/layers",
-    )
+def linked_model(facts: ModelFacts) -> LinkedModel:
+    """A model, and where its layers are."""
+    return LinkedModel(**model_view(facts).model_dump(), layers_url=f"/v1/models/{facts.name}/layers")
 
 
-def layer_view(layer: LayerFacts) -> LayerView:
-    """The public form of a layer's facts."""
-    return LayerView(**{name: getattr(layer, name) for name in LayerView.model_fields})
+def _error(job: JobRecord) -> JobError | None:
+    return JobError(**job.error) if job.error else None
 
 
 def _progress(job: JobRecord) -> Progress:
@@ -233,17 +210,18 @@ def _progress(job: JobRecord) -> Progress:
 
 
 def eta_s(job: JobRecord) -> float | None:
-    """Seconds that are left: by the plan at first, more and more by the job's own pace; None once it is over."""
-    if job.status in TERMINAL or job.plan is None:
+    """Seconds that are left, by the job's own pace; None where there is none to go by.
+
+    It changes with the progress alone, not with the clock: what has not been heard of is not guessed.
+    """
+    if job.status != State.RUNNING or job.shards_per_s is None:
         return None
-    planned_s, done = job.plan.estimate.seconds, job.progress.done / job.progress.total
-    if job.started_at is None or done <= 0:
-        return planned_s
-    elapsed_s = max(0.0, (datetime.now(UTC) - job.started_at).total_seconds())
-    by_pace = min(1.0, elapsed_s / planned_s)  # a job's first seconds go into reading its model and data
-    return (1 - done) * (by_pace * elapsed_s / done + (1 - by_pace) * planned_s)
+    return max(0.0, job.progress.total - job.progress.done) / job.shards_per_s
 
 
 def retry_after_s(job: JobRecord) -> int:
-    """When to ask again: a tenth of the time that is left, from one second to half a minute."""
-    return round(min(MAX_POLL_S, max(1.0, (eta_s(job) or 0.0) / 10)))
+    """When to ask again: a tenth of the time that is left, from one second to half a minute; at first by the plan."""
+    left_s = eta_s(job)
+    if left_s is None and job.plan and job.status in (State.QUEUED, State.RUNNING):
+        left_s = job.plan.estimate.seconds
+    return round(min(MAX_POLL_S, max(1.0, (left_s or 0.0) / 10)))

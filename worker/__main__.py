@@ -23,7 +23,7 @@ def main() -> None:
     warnings.simplefilter("ignore", SecurityWarning)  # of root, as in a container: it is about pickle, and we take JSON
     warn_of_unknown_variables(os.environ)
     try:
-        from worker.tasks import app, settings  # reads the settings
+        from worker.tasks import app, exit_code, settings  # reads the settings
 
         make_writable(settings.cache_dir, "ABLATION_CACHE_DIR")
         print(describe(settings), flush=True)
@@ -33,6 +33,7 @@ def main() -> None:
         sys.exit(f"Error: the Redis that REDIS_URL names can't be used ({error}); start it, or set another one.")
     queues = f"--queues={keys.FINALIZE_QUEUE},{keys.SHARD_QUEUE}"
     app.worker_main(["--quiet", "worker", *ARGUMENTS, queues, f"--hostname=worker-{secrets.token_hex(4)}@%h"])
+    sys.exit(exit_code())
 
 
 if __name__ == "__main__":

@@ -37,7 +37,11 @@ def posted(idempotency_key: str) -> str:
 
 
 def job(job_id: str) -> str:
-    """Hash: status, seq, created_at, started_at, finished_at, n_shards, spec, plan, error."""
+    """Hash: status, seq, created_at, started_at, finished_at, n_shards, spec, plan, error.
+
+    And what its pace is measured by: first_done (the shards that were done when any part of one was), first_done_at,
+    last_done_at.
+    """
     return f"ablation:job:{job_id}"
 
 

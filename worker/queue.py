@@ -4,6 +4,8 @@ In: settings. Out: the Celery application with every Celery setting, and one fun
 A message is only a hint that there is work: what is to be done, by whom and how often is decided in the store.
 """
 
+from collections.abc import Iterable
+
 from celery import Celery
 
 from worker import keys
@@ -51,6 +53,17 @@ def enqueue_shard(celery: Celery, job_id: str, shard_id: str) -> None:
         enqueue_finalize(celery, job_id)
     else:
         celery.send_task(RUN_SHARD, args=[job_id, shard_id], ignore_result=True)
+
+
+def enqueue_shards(celery: Celery, job_id: str, shard_ids: Iterable[str]) -> None:
+    """Send workers to all of these shards, in a few round trips.
+
+    Raises:
+        KombuError: Redis is away; some of them may have been sent.
+    """
+    with celery.producer_or_acquire() as producer, producer.batch():
+        for shard_id in shard_ids:
+            celery.send_task(RUN_SHARD, args=[job_id, shard_id], ignore_result=True, producer=producer)
 
 
 def enqueue_finalize(celery: Celery, job_id: str) -> None:

@@ -7,18 +7,18 @@ Not here: signals and Celery's wrappers (`tasks.py`), recovery (`sweeper.py`), t
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from celery import Celery
 from redis.exceptions import RedisError
 
-from ablation.catalog import Registered
-from ablation.errors import AblationError, Cancelled
+from ablation.catalog import Registered, dataset_names, model_names
+from ablation.errors import AblationError, Cancelled, as_given
 from ablation.plan import Plan
 from worker import codec, keys, planner
-from worker.queue import enqueue_finalize, enqueue_shard
+from worker.queue import enqueue_finalize, enqueue_shard, enqueue_shards
 from worker.settings import Settings
 from worker.states import State
 from worker.store import JobRecord, JobStore
@@ -107,22 +107,28 @@ def plan_job(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
         plan = planner.plan_job(spec, settings, registered_here(), count_splits(spec, settings.folders))
         assert plan is not None  # for given counts it never is
         if store.set_plan(job_id, owner, plan):
-            for shard in plan.shards:
-                enqueue_shard(celery, job_id, shard.id)
+            enqueue_shards(celery, job_id, [shard.id for shard in plan.shards])
 
 
-def publish_registered(store: JobStore) -> None:
-    """Say what is registered here, for the API to offer; what can't be described is left out, with the reason."""
+def find_registered() -> Registered:
+    """What is registered here and a job may name; the log says of everything else why not."""
     from ablation.layers import registered_here
 
     here = registered_here()
     models = {}
-    for name in here.models:
+    for name in without_built_in(here.models, model_names(), "model"):
         try:
             models[name] = here.models[name]
         except AblationError as error:
             log.warning("not offered: %s", error)
-    store.publish(Registered(models, here.datasets))
+    return Registered(models, without_built_in(here.datasets, dataset_names(), "data set"))
+
+
+def without_built_in(names: Iterable[str], built_in: Sequence[str], kind: str) -> tuple[str, ...]:
+    """The names that are not those of something built in, which goes first."""
+    for name in set(names) & set(built_in):
+        log.warning("not offered: the registered %s %r, since a built-in one has that name; rename it", kind, name)
+    return tuple(name for name in names if name not in built_in)
 
 
 def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> None:
@@ -185,7 +191,8 @@ def load(record: JobRecord, settings: Settings) -> "Job":
 
     if record.id not in _loaded:
         _loaded.clear()
-        _loaded[record.id] = load_job(record.spec, plan_of(record), settings.folders, device=settings.device)
+        with as_given({"data.root": record.spec.data.root}):
+            _loaded[record.id] = load_job(record.spec, plan_of(record), settings.folders, device=settings.device)
     return _loaded[record.id]
 
 

@@ -136,7 +136,14 @@ BEAT = _script("""
 local shard, owner, fraction = ARGV[2], ARGV[3], ARGV[4]
 if redis.call('HGET', owners, shard) ~= owner then return false end
 redis.call('ZADD', leases, now, shard)
-if shard ~= FINALIZE and shard ~= PLAN then redis.call('HSET', fractions, shard, fraction) end
+if shard ~= FINALIZE and shard ~= PLAN and redis.call('HGET', fractions, shard) ~= fraction then
+  redis.call('HSET', fractions, shard, fraction)
+  if tonumber(fraction) > 0 then
+    redis.call('HSETNX', job, 'first_done', fraction)
+    redis.call('HSETNX', job, 'first_done_at', now)
+    redis.call('HSET', job, 'last_done_at', now)
+  end
+end
 return status
 """)
 

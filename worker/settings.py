@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis import Redis
 
-from ablation.errors import ServiceError, SpecError
+from ablation.errors import ServiceError
 from ablation.folders import Folders
+from ablation.spec import allowed_by
 
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
 
 PREFIX = "ABLATION_"
+BEATS = 3  # of a lease, so that one that comes late or is lost does no harm
+MAX_SWEEP_S = 5.0  # a worker says that it is alive at every sweep, and counts as gone after 10 s of silence
+HOUR_S, DAY_S, CENTURY_DAYS = 3600.0, 86400.0, 36500.0  # whoever asks for more has mistaken the unit
 # Not settings of a process: what `ablation submit` and compose read, and the other name of REDIS_URL.
 OTHER_VARIABLES = ("ABLATION_SERVER", "ABLATION_REDIS_MAXMEMORY", "ABLATION_REDIS_URL")
 
@@ -60,15 +64,26 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(
         default_factory=_below_home("cache"), description="activations, demo model; default: cache/ below home"
     )
-    threads: int = Field(default_factory=count_cpus, ge=1, description="threads per worker; the plan records it")
-    shard_s: float = Field(default=60, gt=0, description="a shard aims at this many seconds")
-    lease_s: float = Field(default=8, gt=0, description="a lease without a beat for this long is stale")
-    beat_s: float = Field(default=1, gt=0, description="seconds between two beats of a lease")
-    sweep_s: float = Field(default=2, gt=0, description="seconds between two sweeps")
-    lost_s: float = Field(default=30, gt=0, description="a waiting shard without a message for this long is sent again")
-    max_attempts: int = Field(default=3, ge=1, description="a shard that fails this often fails its job")
-    result_days: float = Field(default=7, gt=0, description="results are kept this long")
-    tombstone_days: float = Field(default=30, gt=0, description="and what is left of the job this much longer")
+    cache_bytes: int = Field(
+        default=8 << 30, ge=0, description="activations kept between jobs take at most this much; 0: none are kept"
+    )
+    threads: int = Field(
+        default_factory=count_cpus, ge=1, le=1024, description="threads per worker; the plan records it"
+    )
+    shard_s: float = Field(default=60, gt=0, le=DAY_S, description="a shard aims at this many seconds")
+    lease_s: float = Field(default=8, gt=0, le=HOUR_S, description="a lease without a beat for this long is stale")
+    beat_s: float = Field(
+        default_factory=lambda chosen: chosen["lease_s"] / 8, gt=0, description="seconds between two beats of a lease"
+    )
+    sweep_s: float = Field(default=2, gt=0, le=MAX_SWEEP_S, description="seconds between two sweeps")
+    lost_s: float = Field(
+        default=30, gt=0, le=DAY_S, description="a waiting shard without a message for this long is sent again"
+    )
+    max_attempts: int = Field(default=3, ge=1, le=1000, description="a shard that fails this often fails its job")
+    result_days: float = Field(default=7, gt=0, le=CENTURY_DAYS, description="results are kept this long")
+    tombstone_days: float = Field(
+        default=30, gt=0, le=CENTURY_DAYS, description="and what is left of the job this much longer"
+    )
     max_jobs: int = Field(default=10_000, ge=1, description="jobs that may be queued or at work at once")
     max_redis_bytes: int = Field(default=4 << 30, gt=0, description="what one job may hold in Redis")
     device: str | None = Field(
@@ -92,6 +107,14 @@ class Settings(BaseSettings):
             raise ValueError("cpu, cuda or cuda:1")
         return device
 
+    @field_validator("beat_s")
+    @classmethod
+    def _several_beats_a_lease(cls, beat_s: float, info: ValidationInfo) -> float:
+        lease_s = info.data.get("lease_s", beat_s * BEATS)  # absent if it is wrong itself
+        if beat_s > lease_s / BEATS:
+            raise ValueError(f"at most a third of ABLATION_LEASE_S, which is {lease_s:g}")
+        return beat_s
+
     @field_validator("redis_url")
     @classmethod
     def _redis_address(cls, url: str) -> str:
@@ -105,7 +128,7 @@ class Settings(BaseSettings):
     @property
     def folders(self) -> Folders:
         """The folders that a job may read from."""
-        return Folders(data=self.data_dir, checkpoints=self.checkpoint_dir, cache=self.cache_dir)
+        return Folders(self.data_dir, self.checkpoint_dir, self.cache_dir, self.cache_bytes)
 
 
 class Address(BaseSettings):
@@ -144,9 +167,10 @@ def read_environment(kind: type[AnySettings], **given: Any) -> AnySettings:
         first = error.errors(include_url=False)[0]
     field = str(first["loc"][0])
     name = variable_of(field)
-    allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable to")[0]
     shown = hide_password(str(first["input"])) if field == "redis_url" else str(first["input"])
-    raise ServiceError(f"{name}: got {shown!r}; allowed: {allowed}. Set it to that, or unset it for its default.")
+    raise ServiceError(
+        f"{name}: got {shown!r}; allowed: {allowed_by(first)}. Set it to that, or unset it for its default."
+    )
 
 
 def variable_of(field: str) -> str:
@@ -169,14 +193,15 @@ def make_writable(folder: Path, name: str) -> None:
     """Make a folder and check that files can be made in it.
 
     Raises:
-        SpecError: they can't; it names the option or variable that chose the folder.
+        ServiceError: they can't; it names the option or variable that chose the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise SpecError(
-            name, str(folder), "a folder that you may write to", f"({error.strerror}) Choose another with {name}."
+        raise ServiceError(
+            f"{name}: got {str(folder)!r}; allowed: a folder that you may write to. ({error.strerror}) Choose another "
+            f"with {name}."
         ) from None
 
 

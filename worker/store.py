@@ -48,6 +48,7 @@ class JobRecord(Record):
     id: str
     status: State
     progress: Progress
+    shards_per_s: float | None = Field(default=None, description="measured pace; None: there is no measure yet")
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -59,8 +60,8 @@ class JobRecord(Record):
 Page = tuple[list[JobRecord], str | None]  # jobs, and the cursor of the next page
 
 
-def connect(settings: Settings) -> Redis:
-    """A client for the store; it outlives a restart of Redis that takes a second or two.
+def connect(settings: Settings, n_retries: int = 5) -> Redis:
+    """A client for the store; with so many retries it outlives a restart of Redis that takes a second or two.
 
     Raises:
         ServiceError: no Redis is configured.
@@ -72,7 +73,7 @@ def connect(settings: Settings) -> Redis:
         )
     return Redis.from_url(
         settings.redis_url,
-        retry=Retry(ExponentialBackoff(cap=1, base=0.05), 5),
+        retry=Retry(ExponentialBackoff(cap=1, base=0.05), n_retries),
         retry_on_error=[BusyLoadingError, ConnectionError, TimeoutError],
         socket_connect_timeout=5,
         socket_timeout=30,
@@ -373,6 +374,7 @@ def _make_record(job_id: str, raw: dict[bytes, bytes], n_done: int, fractions: l
         id=job_id,
         status=status,
         progress=Progress(done=min(done, total), total=total),
+        shards_per_s=_pace(fields, done),
         created_at=_time(fields["created_at"]),
         started_at=_time(fields["started_at"]) if "started_at" in fields else None,
         finished_at=_time(fields["finished_at"]) if "finished_at" in fields else None,
@@ -380,6 +382,15 @@ def _make_record(job_id: str, raw: dict[bytes, bytes], n_done: int, fractions: l
         plan=Plan.model_validate_json(fields["plan"]) if fields["plan"] else None,
         error=json.loads(fields["error"]) if "error" in fields else None,
     )
+
+
+def _pace(fields: Mapping[str, bytes], done: float) -> float | None:
+    """Shards a second, from when anything was done for the first time: reading model and data is before that."""
+    if "first_done" not in fields:
+        return None
+    n_shards = done - float(fields["first_done"])
+    seconds = float(fields["last_done_at"]) - float(fields["first_done_at"])
+    return n_shards / seconds if n_shards > 0 and seconds > 0 else None
 
 
 def _time(seconds: bytes) -> datetime:

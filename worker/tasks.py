@@ -19,8 +19,9 @@ from typing import Any
 from celery.signals import worker_process_init, worker_ready, worker_shutting_down
 from redis.exceptions import RedisError
 
+from ablation.catalog import Registered
 from ablation.errors import SpecError
-from worker import keys, runner
+from worker import inventory, keys, runner
 from worker.queue import FINALIZE, RUN_SHARD, enqueue_shard, make_celery
 from worker.settings import load_settings
 from worker.store import JobStore, connect
@@ -36,6 +37,7 @@ PARENT_PID = os.getpid()  # this and the next are made before the fork: parent a
 OWNER = f"{socket.gethostname()}:{PARENT_PID}:{secrets.token_hex(4)}"
 stopping = threading.Event()
 loaded = multiprocessing.Event()  # set by the child: a worker counts as seen once it could begin a shard at once
+refused = multiprocessing.Event()  # set by the child: a setting is wrong, so that no job could ever be worked on here
 
 
 @cache
@@ -63,6 +65,9 @@ def finalize(job_id: str) -> None:
 def start_child(**_: Any) -> None:
     """Tie the child to its parent, and load torch now rather than in the first job."""
     tether(signal.SIGKILL, PARENT_PID)
+    # A supervisor tells the whole group. The parent puts the shard back and lets the child come to the end of a batch;
+    # a child that died of the signal would be one that crashed: two tracebacks in the log. (SIGINT: Celery does it.)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     import ablation.run
     import ablation.statistics  # noqa: F401
     from ablation.devices import describe_device, find_device
@@ -71,19 +76,22 @@ def start_child(**_: Any) -> None:
         device = describe_device(find_device(settings.device, field="ABLATION_DEVICE"))
     except SpecError as error:
         print(f"Error: {error}", file=sys.__stderr__, flush=True)
+        refused.set()
         os.kill(PARENT_PID, signal.SIGTERM)
         return
     # Not by way of Celery, which calls everything that is printed a warning.
     print(f"worker: device {device}, {settings.threads} threads", file=sys.__stdout__, flush=True)
-    while not announce():  # without Redis there is nothing to do
+    offered = runner.find_registered()
+    print(inventory.describe_registered(offered), file=sys.__stdout__, flush=True)
+    while not announce(offered):  # without Redis there is nothing to do
         time.sleep(1)
     loaded.set()
 
 
-def announce() -> bool:
-    """Say what is registered here and that this worker could begin; False where Redis is away."""
+def announce(offered: Registered) -> bool:
+    """Publish what is registered here and that this worker could begin; False where Redis is away."""
     try:
-        runner.publish_registered(child_store())
+        child_store().publish(offered)
         child_store().note_worker(OWNER)
     except (RedisError, OSError) as error:
         log.warning("starting: Redis is away (%s); trying again", error)
@@ -101,9 +109,14 @@ def start_parent(**_: Any) -> None:
 def stop_parent(**_: Any) -> None:
     """Stop sweeping and put back what the child works on, from threads: this is a signal handler."""
     stopping.set()
-    for thread in (threading.Thread(target=leave), threading.Timer(GRACE_S, os._exit, [0])):
+    for thread in (threading.Thread(target=leave), threading.Timer(GRACE_S, os._exit, [exit_code()])):
         thread.daemon = True
         thread.start()
+
+
+def exit_code() -> int:
+    """What the worker ends with when it is told to stop: by others, or by its own child."""
+    return int(refused.is_set())
 
 
 def leave() -> None:

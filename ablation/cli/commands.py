@@ -9,6 +9,13 @@ from ablation.cli import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, demo, lis
 from ablation.cli.display import say_error
 from ablation.errors import AblationError, SpecError
 
+# What to do next where a message has nothing better to say: where the names are that may be given.
+HINTS = {
+    "model.name": "`ablation models` lists them.",
+    "layer": "`ablation layers MODEL` lists those of a model.",
+    "data.name": "`ablation datasets` lists them.",
+}
+
 
 class Commands(click.Group):
     """A group whose commands end with errors as one line; only an error that nobody foresaw shows a traceback."""
@@ -24,9 +31,12 @@ class Commands(click.Group):
             context = getattr(error, "ctx", None)
             say_error(error.format_message() + (f" See `{context.command_path} --help`." if context else ""))
             code = EXIT_BAD_INPUT
+        except SpecError as error:
+            say_error(f"{error} {'' if error.next_step else HINTS.get(error.field, '')}")
+            code = EXIT_BAD_INPUT
         except (AblationError, OSError) as error:  # OSError: a full disk, a file that may not be written
             say_error(str(error))
-            code = EXIT_BAD_INPUT if isinstance(error, SpecError) else EXIT_FAULT
+            code = EXIT_FAULT
         except click.Abort:
             code = EXIT_INTERRUPTED
         sys.exit(code)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ablation.errors import SpecError
+from ablation.errors import ServiceError
 from worker.settings import make_writable
 
 CSV, PARQUET, SUMMARY = RESULT_FILES = ("utility.csv", "utility.parquet", "summary.json")
@@ -22,13 +22,16 @@ def results_folder(folder: Path) -> Iterator[None]:
     """Make the folder before anything is computed for it; if nothing comes of it, it goes again.
 
     Raises:
-        SpecError: it can't be made or written to.
+        ServiceError: it can't be made or written to.
     """
     was_there = folder.exists()
     make_writable(folder, "--out")
     for name in RESULT_FILES:
         if (folder / name).is_dir():
-            raise SpecError("--out", str(folder), "a folder without folders called as our files", f"{name} is one.")
+            raise ServiceError(
+                f"--out: got {str(folder)!r}; allowed: a folder that our files can be written to. ({name} in it is a "
+                "folder.) Choose another with --out."
+            )
     try:
         yield
     except BaseException:

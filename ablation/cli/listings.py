@@ -1,15 +1,18 @@
 """The commands that compute nothing: which models, layers and data sets there are, and what a job would cost."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
+from pydantic import BaseModel
 
 from ablation.catalog import NOTHING, Registered, dataset_facts, dataset_names, model_facts, model_names
 from ablation.cli.display import print_json, print_table, say_bytes, say_number, say_seconds
-from ablation.cli.options import home_option, json_option, locate, run_options, spec_options
+from ablation.cli.options import home_option, json_option, located, run_options, spec_options
 from ablation.plan import Plan, plan_spec
 from ablation.registered import GROUPS, registered_names
 from ablation.spec import JobSpec
+from ablation.views import layer_view, model_view, plan_view
 from worker.settings import Settings
 
 
@@ -18,19 +21,19 @@ from worker.settings import Settings
 def models(as_json: bool) -> None:
     """List the models that may be asked for by name."""
     registered = own_registered()
-    facts = [model_facts(name, registered) for name in model_names(registered)]
-    rows = [
+    views = [model_view(model_facts(name, registered)) for name in model_names(registered)]
+    rows = (
         {
             "name": model.name,
-            "layers": len(model.layers),
+            "layers": model.n_layers,
             "classes": model.n_classes,
             "input": list(model.input_shape),
             "gflops": round(model.flops / 1e9, 3),
             "weights": list(model.weights),
         }
-        for model in facts
-    ]
-    _print(rows, as_json)
+        for model in views
+    )
+    _print(views, rows, as_json)
 
 
 @click.command()
@@ -41,9 +44,10 @@ def layers(model: str, as_json: bool) -> None:
 
     \b
     direct   part of the classifier head: thousands of weights a second
-    rerun    the rest of the model runs once per weight
+    finite   finite differences carried forward: hundreds of weights at once behind one run of the rest of the model
     """  # \b is click's sign for: don't rewrap
-    rows = [
+    views = [layer_view(layer) for layer in model_facts(model, own_registered()).layers]
+    rows = (
         {
             "name": layer.name,
             "kind": layer.kind,
@@ -51,9 +55,9 @@ def layers(model: str, as_json: bool) -> None:
             "weights": layer.n_weights,
             "path": layer.path,
         }
-        for layer in model_facts(model, own_registered()).layers
-    ]
-    _print(rows, as_json)
+        for layer in views
+    )
+    _print(views, rows, as_json)
 
 
 @click.command()
@@ -61,7 +65,8 @@ def layers(model: str, as_json: bool) -> None:
 def datasets(as_json: bool) -> None:
     """List the data sets that may be asked for by name; a number that is missing is counted when a job asks for it."""
     registered = own_registered()
-    rows = [
+    facts = [dataset_facts(name, registered) for name in dataset_names(registered)]
+    rows = (
         {
             "name": data.name,
             "needs_root": data.needs_root,
@@ -69,9 +74,9 @@ def datasets(as_json: bool) -> None:
             "train": data.n_examples.get("train"),
             "test": data.n_examples.get("test"),
         }
-        for data in (dataset_facts(name, registered) for name in dataset_names(registered))
-    ]
-    _print(rows, as_json)
+        for data in facts
+    )
+    _print(facts, rows, as_json)
 
 
 @click.command()
@@ -81,16 +86,16 @@ def datasets(as_json: bool) -> None:
 @json_option
 def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None, as_json: bool) -> None:
     """Say how a job would be computed and what it would cost; computes nothing."""
-    spec, folders = locate(spec, settings.folders)
     cut: dict[str, Any] = {"threads": settings.threads, "shard_s": settings.shard_s}
     options = {**cut, "engine": engine, "batch_size": batch_size}
-    made = plan_spec(spec, folders, own_registered(), **options)
-    if made is None:  # registered data, which has to be opened
-        from ablation.run import plan_here
+    with located(spec, settings.folders) as (spec, folders):
+        made = plan_spec(spec, folders, own_registered(), **options)
+        if made is None:  # registered data, which has to be opened
+            from ablation.run import plan_here
 
-        made = plan_here(spec, folders, **options)
+            made = plan_here(spec, folders, **options)
     if as_json:
-        click.echo(made.model_dump_json(indent=2))
+        print_json(plan_view(made).model_dump(mode="json"))
     else:
         _print_plan(spec, made)
 
@@ -121,6 +126,9 @@ def _print_plan(spec: JobSpec, made: Plan) -> None:
         click.echo(f"{name:9} {text}")
 
 
-def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """A table for people, or JSON with the same fields."""
-    (print_json if as_json else print_table)(rows)
+def _print(told: Sequence[BaseModel], rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    """What is told: as JSON, the objects that the API gives; else as rows of a table for people."""
+    if as_json:
+        print_json([one.model_dump(mode="json") for one in told])
+    else:
+        print_table([*rows])

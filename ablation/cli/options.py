@@ -3,17 +3,18 @@
 In: what was typed. Out: a checked spec, and folders. Whether the layer or the data exist is not known here.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from ablation.errors import SpecError
+from ablation.errors import SpecError, as_given
 from ablation.folders import Folders
 from ablation.plan import ENGINES
 from ablation.spec import JobSpec, make_spec
@@ -35,6 +36,28 @@ class Integer(click.ParamType):
 
 
 INTEGER = Integer()
+
+
+@dataclasses.dataclass
+class WholeNumber(click.ParamType):
+    """A whole number of an option that no spec checks."""
+
+    least: int
+    most: int | None = None
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number that `value` says.
+
+        Raises:
+            SpecError: it says none, or one that is too small or too large.
+        """
+        number = INTEGER.convert(value, param, ctx)
+        if isinstance(number, int) and number >= self.least and (self.most is None or number <= self.most):
+            return number
+        limits = f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+        raise SpecError(param.opts[-1] if param else self.name, number, f"a whole number, {limits}")
+
 
 _SPEC_OPTIONS = [
     click.option("--model", required=True, help="Name of the model; `ablation models` lists them."),
@@ -60,7 +83,7 @@ _SPEC_OPTIONS = [
 
 _RUN_OPTIONS = [
     click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="Which path to take."),
-    click.option("--batch-size", type=click.IntRange(min=1), help="Examples at once.  [default: by the model's size]"),
+    click.option("--batch-size", type=WholeNumber(1), help="Examples at once.  [default: by the model's size]"),
 ]
 
 
@@ -97,7 +120,7 @@ def home_option(command: Command) -> Command:
 def out_option(default: str) -> Callable[[Command], Command]:
     """Give a command `--out`, a folder."""
     return click.option(
-        "--out", type=click.Path(path_type=Path, file_okay=False), default=default, show_default=True,
+        "--out", type=click.Path(path_type=Path), default=default, show_default=True,
         help="Folder for utility.csv, utility.parquet and summary.json.",
     )  # fmt: skip
 
@@ -164,6 +187,13 @@ def read_value(text: str) -> str | dict[str, float]:
 def read_criteria(text: str | None) -> list[str]:
     """The names that `text` says, with commas between them."""
     return [name for part in (text or "").split(",") if (name := part.strip())]
+
+
+@contextlib.contextmanager
+def located(spec: JobSpec, folders: Folders) -> Iterator[tuple[JobSpec, Folders]]:
+    """The spec and folders as `locate` has them; errors that are raised meanwhile show what was typed."""
+    with as_given({"data.root": spec.data.root, "model.weights": spec.model.weights}):
+        yield locate(spec, folders)
 
 
 def locate(spec: JobSpec, folders: Folders) -> tuple[JobSpec, Folders]:

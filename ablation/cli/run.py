@@ -7,7 +7,7 @@ import click
 
 from ablation.cli.display import print_results, progress_bar
 from ablation.cli.files import results_folder, write_results
-from ablation.cli.options import home_option, json_option, locate, out_option, run_options, spec_options
+from ablation.cli.options import home_option, json_option, located, out_option, run_options, spec_options
 from ablation.spec import JobSpec
 from worker.settings import Settings
 
@@ -28,8 +28,7 @@ def run(
     ablation run --model alexnet --weights IMAGENET1K_V1 --layer classifier.4 \\
         --data imagefolder --root DIR --train 50/class --test all --sites 4096 --out DIR
     """  # \b is click's sign for: don't rewrap
-    spec, folders = locate(spec, settings.folders)
-    with results_folder(out):
+    with located(spec, settings.folders) as (spec, folders), results_folder(out):
         with progress_bar("starting") as update:
             from ablation.devices import find_device  # torch is loaded while the bar is up
             from ablation.export import write_csv, write_parquet

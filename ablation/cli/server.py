@@ -8,7 +8,7 @@ import time
 
 import click
 
-from ablation.cli.options import home_option
+from ablation.cli.options import WholeNumber, home_option
 from ablation.cli.services import Services, child_environment, python_command
 from worker.settings import Settings, count_cpus, hide_password, warn_of_unknown_variables
 
@@ -24,9 +24,9 @@ EXAMPLE = {
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, envvar="ABLATION_HOST", help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, envvar="ABLATION_PORT",
+@click.option("--port", type=WholeNumber(0, 65535), default=8000, show_default=True, envvar="ABLATION_PORT",
               help="Port to listen on; 0: any free one.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of worker processes.")
+@click.option("--workers", type=WholeNumber(1), default=1, show_default=True, help="Number of worker processes.")
 @home_option
 def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     """Start the whole service and keep it running until Ctrl-C.

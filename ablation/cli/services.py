@@ -22,6 +22,7 @@ from pathlib import Path
 import ablation
 from ablation.cli.client import Client
 from ablation.errors import ServiceError
+from worker.listener import listen, url_of
 from worker.redis_server import RedisServer, start_redis
 from worker.settings import Settings, make_writable
 from worker.tether import tether
@@ -48,12 +49,16 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float = 0.0
+    n_starts: int = 0
     n_early_deaths: int = 0
+    said_from: int = 0  # where in the log the words of this life begin
 
     def start(self) -> None:
         """Start it, with its output at the end of its log."""
         self.started_at = time.monotonic()
+        self.n_starts += 1
         with self.log.open("ab") as log:
+            self.said_from = log.tell()
             self.process = subprocess.Popen(
                 python_command(self.module),
                 env=self.environment,
@@ -71,6 +76,16 @@ class Child:
         if self.process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
+
+    def refusal(self, code: int) -> str:
+        """The error that it named if it would not even begin; empty if to start it again may help.
+
+        What it has been told doesn't change. Later in its life other things go wrong, such as a Redis that is away.
+        """
+        if code != 1 or self.n_starts > 1 or time.monotonic() - self.started_at > STEADY_S:
+            return ""
+        said = self.log.read_bytes()[self.said_from :].decode(errors="replace").splitlines()
+        return next((line.removeprefix("Error: ") for line in said if line.startswith("Error: ")), "")
 
     def note_death(self) -> float:
         """When it may start again: at once the first time, later and later if it keeps dying."""
@@ -105,9 +120,7 @@ class Services:
     def url(self) -> str:
         """The address of the API."""
         assert self.listener is not None
-        host, port = self.listener.getsockname()[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # every address: this machine's own is one of them
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return url_of(self.listener)
 
     def start(self) -> None:
         """Take the address, start Redis, then the API and the workers side by side."""
@@ -118,7 +131,7 @@ class Services:
         for name, folder in (("DATA", settings.data_dir), ("CHECKPOINT", settings.checkpoint_dir)):
             if not folder.is_dir():  # one that is there may be read only
                 make_writable(folder, f"ABLATION_{name}_DIR")
-        self.listener = listen(self.host, self.port)
+        self.listener = listen(self.host, self.port, "--host", "--port")
         environment = self._environment()
         fd = self.listener.fileno()
         self.children = [
@@ -129,7 +142,11 @@ class Services:
             child.start()
 
     def tend(self) -> None:
-        """Start again what died; call this every now and then, from the thread that called `start`."""
+        """Start again what died; call this every now and then, from the thread that called `start`.
+
+        Raises:
+            ServiceError: a process won't run with these settings; the message is its own.
+        """
         if self.redis and not self.redis.is_alive():
             self.say(f"Redis ended; starting it again (log: {self.home / 'redis' / 'redis.log'})")
             self._start_redis()
@@ -141,6 +158,8 @@ class Services:
                     child.start()
             elif (code := child.process.poll()) is not None:
                 child.send(signal.SIGKILL)  # what it may have left of its own
+                if refusal := child.refusal(code):
+                    raise ServiceError(f"{child.name} can't run: {refusal} (log: {child.log})")
                 wait = child.note_death()
                 self.say(f"{child.name} ended with code {code}; starting it again in {wait:g} s (log: {child.log})")
 
@@ -148,7 +167,7 @@ class Services:
         """Return when jobs will be worked on.
 
         Raises:
-            ServiceError: it takes too long; the message shows the end of the logs.
+            ServiceError: it takes too long (the message shows the end of the logs), or a process won't run.
         """
         deadline = time.monotonic() + READY_S
         with Client(self.url, trust_env=False) as client:
@@ -238,18 +257,3 @@ def child_environment() -> dict[str, str]:
     root = str(Path(ablation.__file__).parents[1])
     others = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{others}" if others else root, "PYTHONUNBUFFERED": "1"}
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 is a free one.
-
-    Raises:
-        ServiceError: the address can't be had.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        raise ServiceError(
-            f"can't listen on {host} port {port}: {error.strerror}; choose another with --port (0: any free one)"
-        ) from None

@@ -19,6 +19,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ablation import baseline
+from ablation.cache import Activations
 from ablation.engine.calls import record_calls
 from ablation.engine.deltas import Deltas
 from ablation.engine.direct import Direct
@@ -74,17 +75,18 @@ def open_path(
     precision: str,
     top1: bool,
     lanes: int,
+    activations: Activations | None = None,
 ) -> EnginePath:
     """Make the path ready for one shard. `example` is a small batch, looked at to find the classifier head."""
     if path == "direct":
         head = find_head(record_calls(model, example), parameter)
         if head is None:
             raise ModelError(f"{parameter} is not part of a classifier head on this data; use engine='finite'.")
-        return Direct(model, head, sites, precision=precision, top1=top1)
+        return Direct(model, head, sites, precision=precision, top1=top1, activations=activations)
     if path == "finite":
-        return Finite(model, parameter, sites, precision=precision, top1=top1, lanes=lanes)
+        return Finite(model, parameter, sites, precision=precision, top1=top1, lanes=lanes, activations=activations)
     if path == "rerun":
-        return Rerun(model, parameter, sites, precision=precision, top1=top1)
+        return Rerun(model, parameter, sites, precision=precision, top1=top1, activations=activations)
     return Reference(model, parameter, sites)
 
 

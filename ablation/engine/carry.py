@@ -23,7 +23,14 @@ from ablation.precision import Lifts
 from ablation.sites import Sites
 
 Form = Block | Columns | Product
-Move = Tensor | Form | None  # of one result: (ablations, *shape); a smaller form of it; nothing
+
+
+class Changed:
+    """Of a result that has no delta (an index, a mask): it may be another one. Only a problem if someone reads it."""
+
+
+CHANGED = Changed()
+Move = Tensor | Form | Changed | None  # of one result: (ablations, *shape); a smaller form of it; nothing
 Moves = list[Move] | None  # of all results; None: the rule does not cover this call
 
 
@@ -63,6 +70,7 @@ class Carry(TorchDispatchMode):
         self.step = sites.replacements - sites.weights
         self.rules = rules
         self.shadows = Shadows(len(sites), dtype)
+        self.without_rule: set[str] = set()  # operations that the general rule was used for
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -70,6 +78,11 @@ class Carry(TorchDispatchMode):
         """Run one operation, and its rule."""
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if lost := [tensor for tensor in tensors if self.shadows.is_lost(tensor)]:
+            result = func(*args, **kwargs)
+            if any(_share(tensor, result) for tensor in lost) and not _written(func, args, kwargs):
+                return result  # a view
+            raise NotCarriedError(f"{func} reads an index or a mask that may change under an ablation")
         moving = [tensor for tensor in tensors if self.is_target(tensor) or self.shadows.moves(tensor)]
         if not moving:
             return func(*args, **kwargs)
@@ -82,7 +95,9 @@ class Carry(TorchDispatchMode):
         if not written and any(_share(tensor, one) for tensor in moving for one in results):
             return result  # a view: its shadow is the same view of the shadow
         for tensor, move in zip(written or results, self._moves(call, written or results), strict=False):
-            if move is not None:
+            if isinstance(move, Changed):
+                self.shadows.lose(tensor)
+            elif move is not None:
                 self.shadows.put(tensor, move)
         return result
 
@@ -90,10 +105,10 @@ class Carry(TorchDispatchMode):
         """By the rule for one block of units, else by the rule, else by the general one."""
         rule = self.rules.get(_functional(call.func))
         if rule is None:
-            return _general(call)
+            return self._general(call)
         options = {name: value for name, value in call.kwargs.items() if name != "out"}
         if (block := call.common_block()) is not None:
-            axis = rule.along(block.axis, results[0], *call.args, **options)
+            axis = rule.along(block, results[0], *call.args, **options)
             if axis is not None:
                 moves = rule.function(call.on(block), results[0], *call.args, **options)
                 if moves is not None:
@@ -104,7 +119,11 @@ class Carry(TorchDispatchMode):
                         for move, result in zip(moves, results, strict=False)
                     ]
         moves = rule.function(call, results[0], *call.args, **options)
-        return _general(call) if moves is None else moves
+        return self._general(call) if moves is None else moves
+
+    def _general(self, call: "Call") -> list[Move]:
+        self.without_rule.add(f"{call.func.namespace}.{call.name}")
+        return _general(call)
 
     def _before(self, func: Any, args: Any, kwargs: Any, written: list[Tensor], moving: list[Tensor]) -> "Call":
         """The call on values as they are before it: what it writes to is copied."""
@@ -222,11 +241,11 @@ class Call:
         """The same in its own precision."""
         if not isinstance(value, Tensor) or self._on is None:
             return value
-        from_end = self._on.axis - (self._on.numbers.dim() - 1)
+        from_end = self._on.axis - self._on.rank
         if value.dim() < -from_end or value.shape[from_end] != self._on.size:
             return value
         taken = self._on.of(value, from_end)
-        return taken[(slice(None), *[None] * (self._on.numbers.dim() - taken.dim()))]
+        return taken[(slice(None), *[None] * (self._on.rank + 1 - taken.dim()))]
 
     def form(self, value: Any) -> Form | None:
         """The argument's delta in the smaller form (`moves.py`) that it is known in; else None."""
@@ -286,21 +305,22 @@ def _general(call: Call) -> list[Move]:
     The intact result comes from the same kind of call, so that where nothing moves, the difference is exactly 0.
 
     Raises:
-        NotCarriedError: a result that is no floating number changes.
+        NotCarriedError: a result that is no floating number changes, and is no tensor that one could wait to be read.
     """
     intact = call.again()
     moves: list[list[Tensor]] = [[] for _ in intact]
+    changed: set[int] = set()
     for ablation in range(call.n):
         for place, (own, other) in enumerate(zip(intact, call.again(ablation), strict=True)):
             if isinstance(own, Tensor) and own.is_floating_point() and own.shape == other.shape:
-                moves[place].append((other - own).to(call.dtype))
-            elif not _same(own, other):
+                moves[place].append(torch.where(other == own, 0, other - own).to(call.dtype))  # also for -inf
+            elif isinstance(own, Tensor) and own.shape == other.shape:
+                changed.update([] if torch.equal(own, other) else [place])
+            elif not isinstance(own, Tensor) and own == other:
+                continue
+            else:
                 raise NotCarriedError(f"{call.func} gives something else under an ablation")
-    return [torch.stack(each) if each else None for each in moves]
-
-
-def _same(own: Any, other: Any) -> bool:
-    return torch.equal(own, other) if isinstance(own, Tensor) else own == other
+    return [CHANGED if place in changed else torch.stack(each) if each else None for place, each in enumerate(moves)]
 
 
 def _share(tensor: Tensor, result: Any) -> bool:

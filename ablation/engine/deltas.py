@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-HUGE_STEP = 1e12  # replacement minus weight: beyond it float32 deltas could overflow
+HUGE_STEP = (
+    100.0  # replacement minus weight: beyond it deltas are float64; in float32 they could drown what they add to
+)
 VALUES_AT_ONCE = 1 << 19  # (pair, class) numbers scored together: stays in the cache
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ablation.cache import Activations
 from ablation.engine.deltas import HUGE_STEP, VALUES_AT_ONCE, Deltas
 from ablation.engine.head import Head, activate, relu_delta
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
@@ -53,11 +54,15 @@ class _InputOf(TorchFunctionMode):
 class Direct:
     """The fast path of one job: holds the model, the head's numbers in the base's precision, and the sites."""
 
-    def __init__(self, model: torch.nn.Module, head: Head, sites: Sites, *, precision: str, top1: bool) -> None:
+    def __init__(
+        self, model: torch.nn.Module, head: Head, sites: Sites, *, precision: str, top1: bool,
+        activations: Activations | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.head = head
         self.sites = sites
         self.top1 = top1
+        self.activations = activations
         self.target = model.get_parameter(head.weight)
         base = torch.float32 if precision == "float32" else torch.float64
         huge = len(sites) > 0 and bool((sites.replacements - sites.weights).abs().max() > HUGE_STEP)
@@ -85,7 +90,17 @@ class Direct:
         return intact, self._deltas(intact, x.T.contiguous(), y.T.contiguous())
 
     def layer_input(self, inputs: Tensor) -> Float[Tensor, "examples inputs"]:
-        """What the model feeds to the target layer."""
+        """What the model feeds to the target layer, now or in an earlier job on the same batch."""
+        if self.activations is None:
+            return self._layer_input(inputs)
+        address = self.activations.address(inputs)
+        kept = self.activations.get(address)
+        if kept is None:
+            kept = self._layer_input(inputs)
+            self.activations.put(address, kept.clone(), len(inputs))
+        return kept
+
+    def _layer_input(self, inputs: Tensor) -> Float[Tensor, "examples inputs"]:
         mode = _InputOf(self.target)
         with as_found(self.model), in_own_precision(self.model), suppress(_Caught), mode:
             run(self.model, inputs)

@@ -9,20 +9,26 @@ batch and remembered; what comes after it runs once for every `lanes` sites, wit
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ablation import baseline
+from ablation.cache import Activations
 from ablation.engine.carry import Carry, NotCarriedError, Rule
 from ablation.engine.deltas import HUGE_STEP, VALUES_AT_ONCE, Deltas
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
+from ablation.engine.moves import Block, Product
 from ablation.engine.prefix import Prefix
 from ablation.engine.products import RULES
 from ablation.engine.rerun import Rerun
+from ablation.engine.response import Response
 from ablation.precision import FromTargetOn, Lifts, as_found, run_with
-from ablation.sites import Sites
+from ablation.sites import Sites, make_sites
+
+MOMENTS_PAY = 8  # a pair's classes cost as much as the moments of one (unit, example) pair divided by this
 
 
 class Finite:
@@ -30,7 +36,7 @@ class Finite:
 
     def __init__(
         self, model: torch.nn.Module, parameter: str, sites: Sites, *, precision: str, top1: bool, lanes: int,
-        rules: Mapping[Any, Rule] = RULES,
+        activations: Activations | None = None, rules: Mapping[Any, Rule] = RULES,
     ) -> None:  # fmt: skip
         self.model = model
         self.parameter = parameter
@@ -38,6 +44,7 @@ class Finite:
         self.top1 = top1
         self.lanes = lanes
         self.rules = rules
+        self.activations = activations
         huge = len(sites) > 0 and bool((sites.replacements - sites.weights).abs().max() > HUGE_STEP)
         self.delta_dtype = torch.float64 if precision == "float64" or huge else torch.float32
         intact = model.get_parameter(parameter).detach()
@@ -46,13 +53,18 @@ class Finite:
         )
         self.prefix = Prefix(model)
         self.lifts = Lifts()
-        self.one_by_one = Rerun(model, parameter, sites, precision=precision, top1=top1)
+        self.one_by_one = Rerun(model, parameter, sites, precision=precision, top1=top1, prefix=self.prefix)
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of `lanes` sites after the other."""
         mode = FromTargetOn(self.weights, self.lifts)
-        with as_found(self.model), _plain_attention(), self.prefix.remember(mode):
-            logits = run_with(self.model, self.parameter, self.weights, inputs, mode=mode)
+        with as_found(self.model), _plain_attention():
+            logits = self.prefix.first_run(
+                lambda: run_with(self.model, self.parameter, self.weights, inputs, mode=mode),
+                mode,
+                inputs,
+                self.activations,
+            )
         baseline.check_logits(logits, len(inputs))
         intact = make_intact(logits, labels)
         return intact, self._deltas(intact, inputs)
@@ -61,32 +73,43 @@ class Finite:
         for first in range(0, len(self.sites), self.lanes):
             rows = slice(first, min(first + self.lanes, len(self.sites)))
             try:
-                dz = self._carry(rows, intact, inputs)
+                dz = self.logit_deltas(self.carry(rows), intact, inputs)
             except NotCarriedError:
-                yield from self._one_by_one(rows, intact, inputs)
+                for row in range(rows.start, rows.stop):
+                    with _plain_attention():
+                        one = self.one_by_one.one(row, intact, inputs)
+                    yield one
+                continue
+            if isinstance(dz, Product) and isinstance(dz.factor, Block) and dz.factor.length == 1 and not self.top1:
+                yield score_columns(rows, intact, dz.factor, dz.matrix)
             else:
                 yield score(rows, intact, dz, top1=self.top1)
 
-    def _carry(self, rows: slice, intact: Intact, inputs: Tensor) -> Float[Tensor, "sites examples classes"]:
-        """The deltas of the logits."""
-        carry = Carry(self.weights, self.sites[rows], self.rules, self.delta_dtype, self.lifts)
+    def carry(self, rows: slice) -> Carry:
+        """What carries the deltas of some sites."""
+        return Carry(self.weights, self.sites[rows], self.rules, self.delta_dtype, self.lifts)
+
+    def logit_deltas(self, carry: Carry, intact: Intact, inputs: Tensor) -> Tensor | Product:
+        """The deltas (sites, examples, classes) of the logits; where the last Linear is all that is left, before it.
+
+        Raises:
+            NotCarriedError: the model decides by a number that one of the ablations changes.
+        """
         with as_found(self.model), _plain_attention(), self.prefix.replay(), carry:
             logits = run_with(
                 self.model, self.parameter, self.weights, inputs, mode=FromTargetOn(self.weights, self.lifts)
             )
         baseline.check_agreement(logits, intact.logits, "with its prefix replayed", tolerance=1e-9)
-        with torch.no_grad():
-            dz = carry.shadows.delta(logits)
-        return logits.new_zeros(len(self.sites[rows]), *logits.shape) if dz is None else dz
-
-    def _one_by_one(self, rows: slice, intact: Intact, inputs: Tensor) -> Iterator[Deltas]:
-        """The same for a model whose way depends on the weight."""
-        _, pieces = self.one_by_one.run(inputs, intact.labels)
-        yield from (piece for piece in pieces if rows.start <= piece.rows.start < rows.stop)
+        if isinstance(product := carry.shadows.form(logits), Product):
+            return product
+        dz = carry.shadows.delta(logits)
+        return logits.new_zeros(carry.shadows.n, *logits.shape) if dz is None else dz
 
 
-def score(rows: slice, intact: Intact, dz: Float[Tensor, "sites examples classes"], *, top1: bool) -> Deltas:
+@torch.no_grad()
+def score(rows: slice, intact: Intact, dz: Tensor | Product, *, top1: bool) -> Deltas:
     """The loss deltas of some sites, of the pairs that move alone, as many at once as stay in the cache."""
+    dz = dz if isinstance(dz, Tensor) else dz.dense()
     touched = (dz != 0).any(dim=2)
     delta = torch.zeros(touched.shape, dtype=torch.float64, device=dz.device)
     correct = intact.correct.expand(touched.shape).clone()
@@ -97,6 +120,29 @@ def score(rows: slice, intact: Intact, dz: Float[Tensor, "sites examples classes
         if top1:
             correct[row, example] = is_correct(intact, example, moved)
     return Deltas(rows, delta, touched, correct)
+
+
+@torch.no_grad()
+def score_columns(rows: slice, intact: Intact, units: Block, matrix: Float[Tensor, "units classes"]) -> Deltas:
+    """The same where one unit before the last Linear moves: by a series, where its moments pay."""
+    t = units.numbers[:, :, 0]
+    own, unit = units.first.unique(return_inverse=True)
+    columns = matrix[own]
+    touched = (t != 0) & (columns != 0).any(dim=1)[unit, None]
+    if int(touched.sum()) * MOMENTS_PAY < len(own) * t.shape[1]:
+        return score(rows, intact, t[:, :, None] * columns[unit, None], top1=False)
+    delta = Response(columns).loss_delta(intact, t, unit, touched)
+    return Deltas(rows, delta, touched, intact.correct.expand(touched.shape))
+
+
+def operations_without_rule(model: torch.nn.Module, parameter: str, inputs: Tensor) -> list[str]:
+    """The operations behind a parameter that the general rule is used for: worth a rule, where they take long."""
+    sites = make_sites(model.get_parameter(parameter), np.arange(1), "zero")
+    finite = Finite(model, parameter, sites, precision="mixed", top1=False, lanes=1)
+    intact, _ = finite.run(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
+    carry = finite.carry(slice(0, 1))
+    finite.logit_deltas(carry, intact, inputs)
+    return sorted(carry.without_rule)
 
 
 def _plain_attention() -> Any:

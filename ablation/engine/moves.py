@@ -30,6 +30,11 @@ class Block:
         """Of the run."""
         return self.numbers.shape[self.axis + 1]
 
+    @property
+    def rank(self) -> int:
+        """Of the tensor."""
+        return self.numbers.dim() - 1
+
     def places(self) -> Int64[Tensor, "ablations run"]:
         """Which entries along the axis the run is."""
         return self.first[:, None] + torch.arange(self.length, device=self.first.device)

@@ -1,24 +1,49 @@
 """The prefix, run once per batch: what the model computed before the target is remembered, module by module.
 
 While `remember` is on, every module whose whole forward pass happens before the target is first used keeps its output;
-while `replay` is on, it returns that output instead of computing it again. So a run for one more ablation costs only
-what comes after the target, in any model, without knowing how it is built.
+while `replay` is on, it returns that output instead of computing it again. So a run for more ablations costs only what
+comes after the target, in any model, without knowing how it is built.
 
-A module that works in place, or gives its input back, runs again each time; so does what stands outside of modules
-(functional code in a parent's forward): slower, not wrong.
+Of most outputs nothing but other remembered modules ever reads the numbers: they are noticed while remembering, not
+kept, and given back as memory of the same form with anything in it.
+
+A module that writes to its only input and returns it (an in-place ReLU) is remembered by what it wrote. One that gives
+its input back, or does more than that, runs again each time; so does what stands outside of modules (functional code in
+a parent's forward): slower, not wrong.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from ablation.cache import Activations
 from ablation.precision import FromTargetOn
 
-_RUN_AGAIN: Any = object()  # stands for a call that has to be made again: it did more than return something new
+
+@dataclass(frozen=True)
+class Form:
+    """Of an output that nobody reads: what its memory looks like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one call of a module gave: its output, or what it wrote into its input."""
+
+    value: Any  # with tensors, or their forms where nobody reads them
+    in_place: bool
+
+
+Record = list[list[Output | None]]  # by module, then by call; None: to be made again
 
 
 class Prefix:
@@ -30,52 +55,174 @@ class Prefix:
             for module in model.modules()
             if not isinstance(module, torch.jit.ScriptModule) and "forward" not in vars(module)
         ]
-        self._outputs: dict[torch.nn.Module, list[Any]] = {}
+        self.record: Record = []
+
+    def first_run(
+        self, run: Callable[[], Any], mode: FromTargetOn, inputs: Tensor, activations: Activations | None
+    ) -> Any:
+        """Run the model on a batch and remember its prefix; or take that from an earlier job on the same batch."""
+        if activations is None:
+            with self.remember(mode):
+                return run()
+        address = activations.address(inputs)
+        kept = activations.get(address)
+        if kept is not None:
+            self.record = _from_plain(kept)
+            with self.replay():
+                return run()
+        with self.remember(mode):
+            result = run()
+        activations.put(address, _to_plain(self.record), len(inputs))
+        return result
 
     @contextmanager
     def remember(self, mode: FromTargetOn) -> Iterator[None]:
-        """Run the model once inside; `mode` says from when on the target has been seen."""
-        self._outputs = {module: [] for module in self._modules}
+        """Run the model once inside; `mode` says from when on the target has been seen, and who reads what."""
+        outputs: dict[torch.nn.Module, list[Output | None]] = {module: [] for module in self._modules}
+        readers = _Readers()
+        mode.on_look = readers.look
 
         def wrap(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            inside = [child for child in module.modules() if child is not module and child in self._outputs]
+            inside = [child for child in module.modules() if child is not module and child in outputs]
 
             def remembered(*args: Any, **kwargs: Any) -> Any:
-                n_before = [len(self._outputs[child]) for child in inside]
-                before = [(leaf, _version(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-                output = forward(*args, **kwargs)
                 if mode.seen:
-                    return output
-                if _can_be_replayed(before, output):
-                    for child, n in zip(inside, n_before, strict=True):  # the outer output makes the inner ones idle
-                        del self._outputs[child][n:]
-                    self._outputs[module].append(_copy(output))
-                else:
-                    self._outputs[module].append(_RUN_AGAIN)
-                return output
+                    return forward(*args, **kwargs)
+                n_before = [len(outputs[child]) for child in inside]
+                before = [(leaf, _version(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                readers.enter()
+                result = forward(*args, **kwargs)
+                how = None if mode.seen else _how_replayed(before, result)
+                if mode.seen or how is None:
+                    readers.leave(keep=True)
+                    if not mode.seen:
+                        outputs[module].append(None)
+                    return result
+                kept = tree_map_only(Tensor, torch.clone, result)
+                readers.leave(keep=False)
+                for child, n in zip(inside, n_before, strict=True):  # the outer output makes the inner ones idle
+                    del outputs[child][n:]
+                outputs[module].append(Output(kept, in_place=how == "in place"))
+                readers.name(result, kept)
+                return result
 
             return remembered
 
-        with _wrapped(self._modules, wrap):
-            yield
+        try:
+            with _wrapped(self._modules, wrap):
+                yield
+        finally:
+            mode.on_look = None
+        read = readers.read
+        self.record = [[_without_unread(output, read) for output in outputs[module]] for module in self._modules]
 
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Run the model once inside: remembered calls return what they returned."""
+        left = {module: iter(outputs) for module, outputs in zip(self._modules, self.record, strict=True) if outputs}
 
         def wrap(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            left = iter(self._outputs[module])
-
             def replayed(*args: Any, **kwargs: Any) -> Any:
-                output = next(left, _RUN_AGAIN)
-                if output is _RUN_AGAIN:
+                output = next(left[module], None)
+                if output is None:
                     return forward(*args, **kwargs)
-                return _copy(output)  # a copy: what follows may write to it in place
+                if not output.in_place:
+                    return _give(output.value)
+                written = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+                return written.copy_(output.value) if isinstance(output.value, Tensor) else written
 
             return replayed
 
-        with _wrapped([module for module in self._modules if self._outputs[module]], wrap):
+        with _wrapped(list(left), wrap):
             yield
+
+
+class _Readers:
+    """Which remembered values are read by calls that every replay makes again."""
+
+    def __init__(self) -> None:
+        self.read: set[int] = set()  # by the id of the kept tensor
+        self._frames: list[set[int]] = [self.read]
+        self._names: dict[int, tuple[Tensor, set[int]]] = {}  # by storage, kept alive: the values in it
+
+    def look(self, tensors: list[Tensor]) -> None:
+        """Note that a call reads these."""
+        for tensor in tensors:
+            _, values = self._names.get(tensor.untyped_storage()._cdata, (None, ()))
+            self._frames[-1].update(values)
+
+    def enter(self) -> None:
+        """A module begins; whether its calls will be made again is known when it ends."""
+        self._frames.append(set())
+
+    def leave(self, *, keep: bool) -> None:
+        """A module ends; where its calls are made again, what they read counts."""
+        frame = self._frames.pop()
+        if keep:
+            self._frames[-1].update(frame)
+
+    def name(self, result: Any, kept: Any) -> None:
+        """The memory of `result` holds the kept values from now on."""
+        pairs = [
+            (own, copy)
+            for own, copy in zip(tree_leaves(result), tree_leaves(kept), strict=True)
+            if isinstance(own, Tensor)
+        ]
+        for own, _ in pairs:
+            self._names[own.untyped_storage()._cdata] = (own, set())
+        for own, copy in pairs:
+            self._names[own.untyped_storage()._cdata][1].add(id(copy))
+
+
+def _without_unread(output: Output | None, read: set[int]) -> Output | None:
+    if output is None:
+        return None
+
+    def form(tensor: Tensor) -> Tensor | Form:
+        is_read = id(tensor) in read
+        return tensor if is_read else Form(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    return Output(tree_map_only(Tensor, form, output.value), output.in_place)
+
+
+def _give(value: Any) -> Any:
+    """A copy, since what follows may write to it; of what nobody reads, memory of the same form."""
+    return tree_map_only((Tensor, Form), _give_leaf, value)
+
+
+def _give_leaf(leaf: Tensor | Form) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device)
+
+
+def _to_plain(record: Record) -> Any:
+    """Nothing but lists, tuples, names and tensors, which can be read back without running code."""
+
+    def plain(leaf: Any) -> Any:
+        is_form = isinstance(leaf, Form)
+        return ("form", leaf.shape, leaf.stride, leaf.dtype, str(leaf.device)) if is_form else leaf
+
+    return [
+        [None if output is None else (tree_map_only(Form, plain, output.value), output.in_place) for output in outputs]
+        for outputs in record
+    ]
+
+
+def _from_plain(kept: Any) -> Record:
+    def is_form(value: Any) -> bool:
+        return isinstance(value, tuple) and value[:1] == ("form",)
+
+    def leaf(value: Any) -> Any:
+        return Form(value[1], value[2], value[3], torch.device(value[4])) if is_form(value) else value
+
+    return [
+        [
+            None if output is None else Output(tree_map(leaf, output[0], is_leaf=is_form), output[1])
+            for output in outputs
+        ]
+        for outputs in kept
+    ]
 
 
 def _version(tensor: Tensor) -> int:
@@ -83,17 +230,20 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _can_be_replayed(inputs: list[tuple[Tensor, int]], output: Any) -> bool:
-    """Whether returning the output is all that the call did: it wrote to no input, and gave none of them back."""
-    if any(_version(tensor) != version for tensor, version in inputs):
-        return False
+def _how_replayed(inputs: list[tuple[Tensor, int]], result: Any) -> str | None:
+    """Whether giving back the result is all that the call did, or writing it into its one input; None: neither."""
+    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    written = [tensor for tensor, version in inputs if _version(tensor) != version]
+    if written:
+        alone = len(inputs) == 1 and len(leaves) == 1 and leaves[0] is inputs[0][0] is result
+        return "in place" if alone and _fills_its_storage(written[0]) else None
     given = {tensor.untyped_storage().data_ptr() for tensor, _ in inputs}
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    return bool(leaves) and not any(leaf.untyped_storage().data_ptr() in given for leaf in leaves)
+    is_new = bool(leaves) and not any(leaf.untyped_storage().data_ptr() in given for leaf in leaves)
+    return "new" if is_new else None
 
 
-def _copy(output: Any) -> Any:
-    return tree_map_only(Tensor, torch.clone, output)
+def _fills_its_storage(tensor: Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 @contextmanager

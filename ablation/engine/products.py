@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablation.engine.carry import Call, Entries, Move, Moves
+from ablation.engine.carry import Call, Changed, Entries, Move, Moves
 from ablation.engine.moves import Block, Columns, Product
 from ablation.engine.rules import RULES as RULES  # with those of this file
 from ablation.engine.rules import aten, fold, product, rule, times, total, wide
@@ -54,7 +54,7 @@ def bmm(call: Call, out: Tensor, a: Tensor, b: Tensor) -> Moves:
 
 
 @rule(aten.addmm)
-def addmm(call: Call, out: Tensor, c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Moves:
+def addmm(call: Call, out: Tensor, c: Tensor, a: Tensor, b: Tensor, beta: Any = 1, alpha: Any = 1) -> Moves:
     """d(beta c + alpha A B) = beta dc + alpha d(A B)."""
     moves = mm(call, out, a, b) if call.moves(a) or call.moves(b) else None
     change = moves[0] if moves else None
@@ -195,6 +195,7 @@ def _times_matrix(call: Call, a: Tensor, b: Tensor) -> Move:
 
 def written_out(move: Move) -> Tensor | None:
     """As plain numbers."""
+    assert not isinstance(move, Changed)  # no result of a product is an index
     return move if move is None or isinstance(move, Tensor) else move.dense()
 
 

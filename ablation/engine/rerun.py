@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ablation import baseline
+from ablation.cache import Activations
 from ablation.engine.deltas import Deltas
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.engine.prefix import Prefix
@@ -22,24 +23,33 @@ from ablation.sites import Sites
 class Rerun:
     """The slow exact path of one job: holds the model, its target parameter and the sites."""
 
-    def __init__(self, model: torch.nn.Module, parameter: str, sites: Sites, *, precision: str, top1: bool) -> None:
+    def __init__(
+        self, model: torch.nn.Module, parameter: str, sites: Sites, *, precision: str, top1: bool,
+        activations: Activations | None = None, prefix: Prefix | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.parameter = parameter
         self.sites = sites
         self.top1 = top1
+        self.activations = activations
         intact = model.get_parameter(parameter).detach()
         self.weights = (intact if precision == "float32" else intact.double()).clone(
             memory_format=torch.contiguous_format
         )
-        self.prefix = Prefix(model)
+        self.prefix = prefix or Prefix(model)
         self.lifts = Lifts()
         self.is_checked = False
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of one site after the other."""
         mode = FromTargetOn(self.weights, self.lifts)
-        with as_found(self.model), self.prefix.remember(mode):
-            logits = run_with(self.model, self.parameter, self.weights, inputs, mode=mode)
+        with as_found(self.model):
+            logits = self.prefix.first_run(
+                lambda: run_with(self.model, self.parameter, self.weights, inputs, mode=mode),
+                mode,
+                inputs,
+                self.activations,
+            )
         baseline.check_logits(logits, len(inputs))
         if not self.is_checked:
             with as_found(self.model), self.prefix.replay():
@@ -50,13 +60,17 @@ class Rerun:
         return intact, self._deltas(intact, inputs)
 
     def _deltas(self, intact: Intact, inputs: Tensor) -> Iterator[Deltas]:
-        every = torch.arange(len(inputs), device=inputs.device)
         for row in range(len(self.sites)):
-            dz = self._logits(row, inputs) - intact.logits
-            delta = loss_delta(intact, every, dz)
-            touched = (dz != 0).any(dim=1)
-            correct = is_correct(intact, every, dz) if self.top1 else intact.correct
-            yield Deltas(slice(row, row + 1), delta[None], touched[None], correct[None])
+            yield self.one(row, intact, inputs)
+
+    def one(self, row: int, intact: Intact, inputs: Tensor) -> Deltas:
+        """The deltas of one site, by the prefix of the batch that was run last."""
+        every = torch.arange(len(inputs), device=inputs.device)
+        dz = self._logits(row, inputs) - intact.logits
+        delta = loss_delta(intact, every, dz)
+        touched = (dz != 0).any(dim=1)
+        correct = is_correct(intact, every, dz) if self.top1 else intact.correct
+        return Deltas(slice(row, row + 1), delta[None], touched[None], correct[None])
 
     def _logits(self, row: int, inputs: Tensor) -> Float[Tensor, "examples classes"]:
         """The logits with one weight replaced; afterwards the weights are what they were, also if the run broke off."""

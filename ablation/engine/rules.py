@@ -19,27 +19,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablation.engine.carry import Call, Move, Moves, Rule
+from ablation.engine.carry import CHANGED, Call, Move, Moves, Rule
 from ablation.engine.moves import Block, Columns, Product
 
 aten = torch.ops.aten
 RULES: dict[Any, Rule] = {}
 
 
-def nowhere(axis: int, out: Tensor, *args: Any, **more: Any) -> int | None:
+def nowhere(block: Block, out: Tensor, *args: Any, **more: Any) -> int | None:
     """Units are mixed, or the rule looks at blocks itself."""
     return None
 
 
-def elementwise(axis: int, out: Tensor, *args: Any, **more: Any) -> int | None:
-    """Each entry apart: a unit comes out where it went in, counted from the last axis."""
-    rank = max(arg.dim() for arg in args if isinstance(arg, Tensor))
-    return axis if rank == out.dim() and all(_fits(arg, axis, out) for arg in args) else None
+def elementwise(block: Block, out: Tensor, *args: Any, **more: Any) -> int | None:
+    """Each entry apart: a unit comes out where it went in."""
+    return block.axis if block.rank == out.dim() and all(_fits(arg, block.axis, out) for arg in args) else None
 
 
-def channels(axis: int, out: Tensor, *args: Any, **more: Any) -> int | None:
+def channels(block: Block, out: Tensor, *args: Any, **more: Any) -> int | None:
     """Each channel (axis 1) apart."""
-    return axis if axis == 1 else None
+    return block.axis if block.axis == 1 else None
+
+
+def planes(block: Block, out: Tensor, *args: Any, **more: Any) -> int | None:
+    """Each channel of a batch of images apart."""
+    return block.axis if block.axis == 1 and out.dim() == 4 else None
 
 
 def rule(*operations: Any, along: Callable[..., int | None] = nowhere) -> Callable[..., Any]:
@@ -56,19 +60,19 @@ def rule(*operations: Any, along: Callable[..., int | None] = nowhere) -> Callab
 
 
 @rule(aten.add, along=elementwise)
-def add(call: Call, out: Tensor, a: Any, b: Any, alpha: float = 1) -> Moves:
+def add(call: Call, out: Tensor, a: Any, b: Any, alpha: Any = 1) -> Moves:
     """d(a + alpha b) = da + alpha db."""
     return [total(call, out, wide(call, a, out), times(alpha, wide(call, b, out)))]
 
 
 @rule(aten.sub, along=elementwise)
-def sub(call: Call, out: Tensor, a: Any, b: Any, alpha: float = 1) -> Moves:
+def sub(call: Call, out: Tensor, a: Any, b: Any, alpha: Any = 1) -> Moves:
     """d(a - alpha b) = da - alpha db."""
     return [total(call, out, wide(call, a, out), times(-alpha, wide(call, b, out)))]
 
 
 @rule(aten.rsub)
-def rsub(call: Call, out: Tensor, a: Any, b: Any, alpha: float = 1) -> Moves:
+def rsub(call: Call, out: Tensor, a: Any, b: Any, alpha: Any = 1) -> Moves:
     """d(b - alpha a) = db - alpha da."""
     return sub(call, out, b, a, alpha)
 
@@ -95,22 +99,22 @@ def div(call: Call, out: Tensor, a: Any, b: Any, rounding_mode: str | None = Non
 
 
 @rule(
-    aten._adaptive_avg_pool2d, aten.avg_pool2d, aten.avg_pool1d, aten.avg_pool3d, aten.upsample_bilinear2d,
-    aten.upsample_nearest2d, aten.upsample_bicubic2d, along=channels,
+    aten._adaptive_avg_pool2d, aten.avg_pool2d, aten.upsample_bilinear2d, aten.upsample_nearest2d,
+    aten.upsample_bicubic2d, along=planes,
 )  # fmt: skip
 def per_channel(call: Call, out: Tensor, x: Tensor, *rest: Any, **more: Any) -> Moves:
     """d f(x) = f(dx), with ablations and examples together as the examples."""
     return [fold(lambda d: call.func(d, *rest, **more), moved(call, x))]
 
 
-@rule(aten.pixel_shuffle, aten.native_channel_shuffle)
+@rule(aten.avg_pool1d, aten.avg_pool3d, aten.pixel_shuffle, aten.native_channel_shuffle)
 def per_example(call: Call, out: Tensor, x: Tensor, *rest: Any, **more: Any) -> Moves:
     """d f(x) = f(dx), with ablations and examples together as the examples."""
     return [fold(lambda d: call.func(d, *rest, **more), moved(call, x))]
 
 
-def _reduced(axis: int, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **more: Any) -> int | None:
-    axes = _axes(x, dim)
+def _reduced(block: Block, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **more: Any) -> int | None:
+    axis, axes = block.axis, _axes(x, dim)
     return None if axis in axes else axis if keepdim else axis - sum(other < axis for other in axes)
 
 
@@ -167,13 +171,13 @@ def index_select(call: Call, out: Tensor, x: Tensor, dim: int, index: Tensor) ->
 
 
 @rule(aten.roll)
-def roll(call: Call, out: Tensor, x: Tensor, shifts: list[int], dims: tuple[int, ...] = ()) -> Moves:
+def roll(call: Call, out: Tensor, x: Tensor, shifts: Any, dims: Any = ()) -> Moves:
     """d roll(x) = roll(dx)."""
-    return [torch.roll(moved(call, x), shifts, [dim % x.dim() + 1 for dim in dims])] if dims else None
+    return [torch.roll(moved(call, x), tuple(shifts), [dim % x.dim() + 1 for dim in dims])] if dims else None
 
 
-def _not_padded(axis: int, out: Tensor, x: Tensor, amounts: list[int], value: float = 0) -> int | None:
-    return axis if 2 * (x.dim() - axis) > len(amounts) else None
+def _not_padded(block: Block, out: Tensor, x: Tensor, amounts: list[int], value: float = 0) -> int | None:
+    return block.axis if 2 * (x.dim() - block.axis) > len(amounts) else None
 
 
 @rule(aten.constant_pad_nd, along=_not_padded)
@@ -275,8 +279,9 @@ def of_one_number(call: Call, out: Tensor, x: Any, *rest: Any, **more: Any) -> M
     dx, exact = moved(call, x), call.exact(x)
     changed, intact = f(exact + dx, *rest, **more), f(exact, *rest, **more)
     if isinstance(changed, tuple):  # log_sigmoid has a second result, for its gradient
-        return [changed[0] - intact[0], None]
-    return [changed - intact]
+        changed, intact = changed[0], intact[0]
+    delta = (changed - intact).masked_fill_(dx == 0, 0)  # the two calls may round differently
+    return [delta]
 
 
 # --- normalisation, softmax, pooling ----------------------------------------------------------------------------------
@@ -284,12 +289,12 @@ def of_one_number(call: Call, out: Tensor, x: Any, *rest: Any, **more: Any) -> M
 
 @rule(aten.native_batch_norm, aten._native_batch_norm_legit_no_training, aten.cudnn_batch_norm, along=channels)
 def batch_norm(
-    call: Call, out: Tensor, x: Tensor, w: Tensor | None, b: Tensor | None, mean: Tensor, var: Tensor, *rest: Any
+    call: Call, out: Tensor, x: Tensor, w: Tensor | None, b: Tensor | None, mean: Any, var: Any, *rest: Any
 ) -> Moves:
     """In eval mode, with x^ = (x - mean) / sqrt(var + eps): d(w x^ + b) = w dx^ + dw (x^ + dx^) + db."""
     if call.name != "_native_batch_norm_legit_no_training" and rest[0]:
         return None
-    if call.moves(mean) or call.moves(var):
+    if mean is None or call.moves(mean) or call.moves(var):
         return None
     of_channels = (-1, *[1] * (x.dim() - 2))
     scale = (var + rest[-1]).rsqrt().view(of_channels)
@@ -312,6 +317,7 @@ def layer_norm(
     """With c = x - mean(x), v = mean(c^2), s = sqrt(v + eps), and s' after the change:
 
     dv = mean(2 c dc + dc^2), d(c / s) = dc / s' - c dv / (s s' (s + s')); d(w x^ + b) = w dx^ + dw (x^ + dx^) + db.
+    Where a giant goes away, s' is much smaller than s, and the difference (c + dc) / s' - c / s itself is accurate.
     """
     axes = tuple(range(-len(shape), 0))
     dx, dw, db = call.delta(x), wide(call, w, out), wide(call, b, out)
@@ -321,8 +327,10 @@ def layer_norm(
     if dx is not None:
         dc = dx - dx.mean(axes, keepdim=True)
         dv = ((2 * c + dc) * dc).mean(axes, keepdim=True)
-        after = (s * s + dv).clamp(min=eps).sqrt()
+        after = ((c + dc).square().mean(axes, keepdim=True) + eps).sqrt()
         dx = dc / after - c * (dv / (s * after * (s + after)))
+        if (shrunk := after < s / 10).any():
+            dx = torch.where(shrunk, (c + dc) / after - c / s, dx)
     moves = [None if dx is None else dx if w is None else dx * call.base(w)]
     if dw is not None:
         moves.append(dw * (c / s if dx is None else c / s + dx))
@@ -336,13 +344,16 @@ def softmax(call: Call, out: Tensor, x: Tensor, dim: int, *rest: Any, **more: An
     largest = x.argmax(axis, keepdim=True)
     shifted = dx - dx.gather(axis + 1, largest.expand(call.n, *largest.shape))
     if not bool(shifted.amax() < 10):  # so much larger that e is no small number, or NaN from -inf - -inf
-        return [torch.softmax(x + dx, axis + 1) - torch.softmax(x, axis)] if call.name == "_softmax" else None
+        if call.name != "_softmax":
+            return None
+        delta = torch.softmax(x + dx, axis + 1) - torch.softmax(x, axis)
+        return [delta.masked_fill_((dx == 0).all(axis + 1, keepdim=True), 0)]
     e, p = torch.expm1(shifted), call.base(out)
     sum_e = (p * e).sum(axis + 1, keepdim=True)
     return [p * (e - sum_e) / (1 + sum_e)]
 
 
-@rule(aten.max_pool2d_with_indices, along=channels)
+@rule(aten.max_pool2d_with_indices, along=planes)
 def max_pool2d(
     call: Call, out: Tensor, x: Tensor, kernel: list[int], stride: Any = None, padding: Any = 0, *rest: Any
 ) -> Moves:
@@ -352,7 +363,7 @@ def max_pool2d(
     winners = fold(lambda each: aten.max_pool2d_with_indices(each, *form)[1], exact + dx).flatten(-2)
     flat = exact.flatten(-2).expand(*dx.shape[:-2], -1)
     gain = flat.gather(-1, winners) - call.exact(out).flatten(-2)
-    return [(gain + dx.flatten(-2).gather(-1, winners)).unflatten(-1, out.shape[-2:]), None]
+    return [(gain + dx.flatten(-2).gather(-1, winners)).unflatten(-1, out.shape[-2:]), CHANGED]
 
 
 # --- small words ------------------------------------------------------------------------------------------------------
@@ -425,8 +436,9 @@ def relu_delta(dx: Tensor, x: Tensor) -> Tensor:
 
 def hardsigmoid_delta(dx: Tensor, x: Tensor) -> Tensor:
     """h(x + dx) - h(x), h(x) = clip(x / 6 + 1/2, 0, 1)."""
-    h = F.hardsigmoid(x)
-    outside = (x / 6 + 0.5 - h).to(dx.dtype)
+    line = x / 6 + 0.5
+    h = line.clamp(0, 1)
+    outside = (line - h).to(dx.dtype)
     return torch.minimum(torch.maximum(dx / 6 + outside, (-h).to(dx.dtype)), (1 - h).to(dx.dtype))
 
 

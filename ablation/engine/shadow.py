@@ -69,7 +69,17 @@ class Shadows:
     def __init__(self, n: int, dtype: torch.dtype) -> None:
         self.n = n
         self.dtype = dtype
+        self._lost: dict[int, StorageWeakRef] = {}
         self._held: dict[int, tuple[StorageWeakRef, _Shadow]] = {}  # as long as the storage lives, it is its
+
+    def lose(self, tensor: Tensor) -> None:
+        """Note that the tensor may be another one under an ablation, and has no delta."""
+        self._lost[tensor.untyped_storage()._cdata] = StorageWeakRef(tensor.untyped_storage())
+
+    def is_lost(self, tensor: Tensor) -> bool:
+        """Whether that was noted of the tensor's storage."""
+        alive = self._lost.get(tensor.untyped_storage()._cdata)
+        return alive is not None and not alive.expired()
 
     def moves(self, tensor: Tensor) -> bool:
         """Whether anything is known to move on the tensor's storage."""
@@ -125,7 +135,8 @@ class Shadows:
         """Numbers in the order of the tensor's storage, the same memory where they are so already."""
         order = _storage_order(tensor)
         numbers = move.to(self.dtype).expand(self.n, *tensor.shape).permute(0, *[axis + 1 for axis in order])
-        return _Dense(numbers.reshape(self.n, -1))
+        lanes = numbers.reshape(self.n, -1)
+        return _Dense(lanes if lanes.shape[1] == 1 or lanes.stride(1) == 1 else lanes.contiguous())
 
     def _blocks(self, tensor: Tensor, move: Block) -> _Blocks:
         order = _storage_order(tensor)

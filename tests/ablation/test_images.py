@@ -78,7 +78,7 @@ def both(root: Path, split: str, name: str = "imagenet") -> dict[str, list[str]]
 
 
 def refusal(root: Path, split: str = "test", name: str = "imagenet") -> str:
-    """The one message that finding, counting and loading give, which names the field and no host path."""
+    """The one message that finding, counting and loading give; beside the root that was given it shows no host path."""
     n_classes = N_CLASSES if name == "imagenet" else None
     reads: list[Callable[[], Any]] = [
         lambda: find_images(name, root, split, n_classes),
@@ -89,8 +89,8 @@ def refusal(root: Path, split: str = "test", name: str = "imagenet") -> str:
     for read in reads:
         with pytest.raises(SpecError) as caught:
             read()
-        assert caught.value.field == "data.root"
-        messages.add(str(caught.value))
+        assert (caught.value.field, caught.value.given) == ("data.root", str(root))
+        messages.add(str(caught.value).removeprefix(f"data.root: got {str(root)!r}; "))
     assert len(messages) == 1
     assert str(root) not in str(messages)
     return messages.pop()
@@ -164,19 +164,28 @@ def test_a_flat_folder_without_the_devkit_is_refused(tmp_path: Path, jpeg: bytes
 def test_a_validation_picture_that_the_devkit_has_no_class_for_is_refused(tmp_path: Path, jpeg: bytes) -> None:
     write_devkit(tmp_path)
     write_files(tmp_path / "val", jpeg, validation(1), validation(1004))
-    assert f"got 'val/{validation(1004)}'; allowed: validation pictures 1 to 1003" in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert "allowed: validation pictures 1 to 1003" in message
+    assert f"Remove val/{validation(1004)}." in message
 
 
 def test_a_folder_that_is_no_class_of_the_devkit_is_refused(tmp_path: Path, jpeg: bytes) -> None:
     write_devkit(tmp_path)
     write_files(tmp_path / "val", jpeg, f"{CLASSES[0]}/x.JPEG", "n00000001/x.JPEG")  # a synset, but one with children
-    assert "got 'val/n00000001'" in refusal(tmp_path)
+    assert "Rename or remove val/n00000001." in refusal(tmp_path)
 
 
 def test_no_pictures_at_all_are_refused(tmp_path: Path) -> None:
     write_devkit(tmp_path)
     (tmp_path / "val" / CLASSES[0]).mkdir(parents=True)
-    assert "got 'val'; allowed: class folders with pictures" in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert "allowed: class folders with pictures" in message
+    assert "Add pictures to those in val/." in message
+
+
+def test_a_class_without_pictures_is_named(tmp_path: Path, jpeg: bytes) -> None:
+    write_files(tmp_path / "test", jpeg, "cat/1.jpg", "dog/x.txt")
+    assert "Add pictures to test/dog, or remove it." in refusal(tmp_path, name="imagefolder")
 
 
 @pytest.mark.parametrize(("split", "kind", "where"), [("train", "train", "into train/"), ("test", "val", "into val/")])
@@ -223,7 +232,7 @@ def test_a_damaged_devkit_is_refused(tmp_path: Path, jpeg: bytes, damage: Callab
 def test_a_devkit_of_another_year_is_refused(tmp_path: Path, jpeg: bytes) -> None:
     write_devkit(tmp_path, n_classes=70)
     write_files(tmp_path / "val", jpeg, validation(1))
-    assert "It has 70 classes instead of 1000" in refusal(tmp_path)
+    assert f"{DEVKIT} has 70 classes instead of 1000" in refusal(tmp_path)
 
 
 def test_a_devkit_means_nothing_to_other_data_sets(tmp_path: Path, jpeg: bytes) -> None:

@@ -1,6 +1,8 @@
+import io
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
+from torch import nn
 
 from ablation.data import load_batches, load_data
 from ablation.errors import CheckpointError, SpecError
 from ablation.folders import Folders
-from ablation.models import build_demo_model, build_model, load_model
+from ablation.models import _load_checkpoint, build_demo_model, build_model, load_model
 
 
 @pytest.fixture
@@ -112,9 +115,10 @@ def test_a_download_that_fails_says_what_to_place_where_and_that_works(hub: Path
     assert not model.training
     assert transform(Image.new("L", (30, 30))).shape == (3, 224, 224)
 
-    (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"half a file")
-    with pytest.raises(CheckpointError, match="can't be read"):
-        load_model("squeezenet1_1", "IMAGENET1K_V1", folders=folders)
+    for damaged in (b"half a file", b"R"):
+        (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="can't be read"):
+            load_model("squeezenet1_1", "IMAGENET1K_V1", folders=folders)
 
 
 def test_the_home_folder_is_not_shown(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +182,38 @@ def test_a_damaged_file_is_refused(name: str, kept: int, folders: Folders) -> No
     assert str(folders.checkpoints) not in str(caught.value)
 
 
+def odd_contents(suffix: str) -> Iterator[bytes]:
+    """Bytes that are no checkpoint, or a damaged one: every single letter, noise, what is cut short or changed."""
+    random = np.random.default_rng(0)
+    stream = io.BytesIO()
+    torch.save({"bias": torch.zeros(3)}, stream, _use_new_zipfile_serialization=False)  # a bare pickle: goes deepest
+    whole = save({"bias": torch.zeros(3)}) if suffix == ".safetensors" else stream.getvalue()
+    for k in range(256):
+        yield bytes([k])
+        yield b"\x80\x02" + random.bytes(k // 8)
+        yield whole[: random.integers(len(whole))]
+        changed = bytearray(whole)
+        changed[random.integers(len(whole))] = k
+        yield bytes(changed)
+    yield Path("/etc/passwd").read_bytes()
+
+
+@pytest.mark.parametrize(("suffix", "often"), [(".pt", "IndexError"), (".safetensors", "SafetensorError")])
+def test_whatever_bytes_are_in_a_file_the_refusal_names_it(suffix: str, often: str, folders: Folders) -> None:
+    file = folders.checkpoints / f"x{suffix}"
+    kinds = set()
+    for content in odd_contents(suffix):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"^x\.\w+ (can't be read|holds a|doesn't fit the model)") as caught:
+            _load_checkpoint(nn.Linear(3, 2), file)
+        kinds.add(type(caught.value.__cause__).__name__)
+    assert {often, "NoneType"} <= kinds  # the control: they fail in more than one way
+
+
 MISFITS = {
+    "whole numbers": ({"fc3.bias": torch.ones(10, dtype=torch.int64)}, (), "fc3.bias is int64, wanted float32"),
+    "complex": ({"fc3.bias": torch.ones(10, dtype=torch.complex64)}, (), "fc3.bias is complex64, wanted float32"),
+    "without numbers": ({"fc3.bias": torch.ones(10, device="meta")}, (), "fc3.bias is not stored number by number"),
     "shape": ({"fc3.bias": torch.zeros(11)}, (), r"fc3.bias has shape \(11,\), wanted \(10,\)"),
     "scalar for ten": ({"fc3.bias": torch.zeros(())}, (), r"fc3.bias has shape \(\)"),
     "missing": ({}, ("fc2.weight",), "fc2.weight is missing"),
@@ -196,7 +231,34 @@ def test_a_checkpoint_of_another_model_is_refused(
         load_model("digits_alexnet", "x.pth", folders=folders)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"lr": 0.1}, torch.zeros(3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_fractions_of_another_width_are_taken(dtype: torch.dtype, folders: Folders) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in build_demo_model(3).state_dict().items()}
+    torch.save(state, folders.checkpoints / "x.pth")
+    model, _ = load_model("digits_alexnet", "x.pth", folders=folders)
+    assert torch.equal(model.fc3.bias, state["fc3.bias"].float())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e300])
+def test_numbers_that_are_not_finite_are_refused(wrong: float, folders: Folders) -> None:
+    """1e300 is finite in the file, but not in the model."""
+    state = {name: tensor.double() for name, tensor in build_demo_model(0).state_dict().items()}
+    state["fc2.weight"][5, 7] = wrong
+    torch.save(state, folders.checkpoints / "x.pth")
+    with pytest.raises(
+        CheckpointError, match=r"^x\.pth holds numbers that are not finite in fc2\.weight \(1 of 10 tens"
+    ):
+        load_model("digits_alexnet", "x.pth", folders=folders)
+
+
+def test_infinity_where_the_model_has_it_itself_is_taken(folders: Folders) -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    torch.save(model.state_dict(), folders.checkpoints / "x.pth")
+    _load_checkpoint(model, folders.checkpoints / "x.pth")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"lr": 0.1}, {1: torch.zeros(3)}, torch.zeros(3)])
 def test_a_file_without_a_state_dict_is_refused(content: Any, folders: Folders) -> None:
     torch.save(content, folders.checkpoints / "x.pth")
     with pytest.raises(CheckpointError, match="allowed: a state dict"):

@@ -69,3 +69,36 @@ def test_hooks_that_change_outputs_run_once_per_output() -> None:
             run_with(model, "1.weight", target, inputs, mode=mode)
         with prefix.replay():
             assert torch.equal(run_with(model, "1.weight", target, inputs), truth)
+
+
+class InPlaceStem(nn.Module):
+    """A chain of modules with an in-place ReLU, an output whose form alone is looked at, and one that is read later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = Counting(6), Counting(6), Counting(6)
+        self.relu = nn.ReLU(inplace=True)
+        self.target = Counting(6)
+        self.out = Counting(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.relu(self.first(x))
+        second = self.second(first)
+        assert second.shape[0] == len(second)
+        third = self.relu(self.third(second))
+        return self.out(self.target(third) + first)
+
+
+def test_only_what_is_read_again_is_kept() -> None:
+    model, inputs = InPlaceStem(), torch.randn(4, 6)
+    name, target = "target.linear.weight", model.target.linear.weight.detach().double()
+    with torch.no_grad():
+        truth = run_with(model, name, target * 2, inputs)
+        prefix, mode = Prefix(model), FromTargetOn(target)
+        with prefix.remember(mode):
+            run_with(model, name, target, inputs, mode=mode)
+        with prefix.replay():
+            assert torch.equal(run_with(model, name, target * 2, inputs), truth)
+    kept = [leaf for outputs in prefix.record for output in outputs if output for leaf in [output.value]]
+    assert sorted(type(value).__name__ for value in kept) == ["Form", "Form", "Form", "Tensor", "Tensor"]
+    assert model.first.calls == 2  # for the truth, and once to remember

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ablation.errors import ProofError
-from ablation.proof import Compared, choose_rows, make_proof
+from ablation.proof import Compared, choose_rows, make_proof, rms
 
 RANDOM = np.random.default_rng(0)
 DELTAS = RANDOM.standard_normal((5, 12)) * 1e-6
@@ -21,6 +21,15 @@ def test_agreement_passes_and_is_reported(precision: str) -> None:
     assert proof["arithmetic_error"] == 0
     assert proof["n_sites"] == 5
     assert proof["n_examples"] == 12
+
+
+def test_deltas_whose_squares_overflow_are_still_proven() -> None:
+    assert rms(np.array([3e300, -4e300])) == pytest.approx(12.5**0.5 * 1e300)
+    assert [rms(np.array(values)) for values in ([0.0, 0.0], [1.0, np.inf])] == [0, np.inf]
+    huge = DELTAS * 1e300
+    assert make_proof(compared(huge, huge, huge), "mixed")["sum_error"] == 0
+    with pytest.raises(ProofError, match="sums"):
+        make_proof(compared(huge, huge, huge, sums=huge.sum(1) * 2), "mixed")
 
 
 def test_an_arithmetic_error_fails_the_job_with_both_numbers() -> None:

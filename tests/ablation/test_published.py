@@ -136,6 +136,12 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert (type(label), label) == (int, int(their_label))
 
 
+def check_words(error: SpecError, root: Path) -> None:
+    """It names the field and the root as it was given, and shows no host path beside that."""
+    assert (error.field, error.given) == ("data.root", str(root))
+    assert str(root) not in error.allowed + error.next_step
+
+
 # --- the same as torchvision's ---------------------------------------------------------------------------------------
 
 
@@ -221,10 +227,9 @@ def test_missing_files_say_what_to_place_where(
 ) -> None:
     with pytest.raises(SpecError) as caught:
         read(name, tmp_path, "train")
-    assert (caught.value.field, caught.value.given) == ("data.root", tmp_path.name)
+    check_words(caught.value, tmp_path)
     assert folder in caught.value.allowed
     assert all(file in caught.value.next_step for file in files)
-    assert str(tmp_path) not in str(caught.value)
 
 
 def test_only_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -255,7 +260,7 @@ DAMAGED_IDX = {
     "fewer labels": (TRAIN_LABELS, idx(SEVEN[:6]), "6 labels, 7 pictures"),
     "more labels": (TRAIN_LABELS, idx(np.zeros(8)), "8 labels, 7 pictures"),
     "nothing in them": (TRAIN_LABELS, idx(SEVEN[:0]), "0 labels, 7 pictures"),
-    "a label of no class": (TRAIN_LABELS, idx(np.array([0, 9, 0, 10, 0, 0, 11])), r"label 10 of example 3.*0 to 9"),
+    "a label of no class": (TRAIN_LABELS, idx(np.array([0, 9, 0, 10, 0, 0, 11])), r"0 to 9\. Example 3 has label 10"),
 }
 
 
@@ -271,8 +276,8 @@ def test_a_damaged_idx_file_is_refused_at_once_and_by_the_loader(
     ):
         with pytest.raises(SpecError, match=message) as caught:
             read()
-        assert caught.value.field == "data.root"
-        assert str(tmp_path) not in str(caught.value)
+        check_words(caught.value, tmp_path)
+        assert file in caught.value.allowed or "label" in message
     assert len(load_data("mnist", tmp_path, "test")) == 5
 
 
@@ -287,9 +292,9 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path, damage: Callable[[byte
     write_mnist(tmp_path, pack=gzip.compress)
     file = tmp_path / f"{TRAIN_IMAGES}.gz"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(SpecError, match=rf"{TRAIN_IMAGES}\.gz.*can be read.*(EOFError|BadGzipFile)") as caught:
+    with pytest.raises(SpecError, match=rf"{TRAIN_IMAGES}\.gz can be read.*(EOFError|BadGzipFile)") as caught:
         load_data("mnist", tmp_path, "train")
-    assert str(tmp_path) not in str(caught.value)
+    check_words(caught.value, tmp_path)
 
 
 def test_what_the_file_system_says_is_told_without_the_path(tmp_path: Path) -> None:
@@ -337,7 +342,8 @@ def test_what_is_not_a_batch_is_refused(
     for read in (read_labels, load_data):
         with pytest.raises(SpecError, match=message) as caught:
             read("cifar10", tmp_path, "test")
-        assert (caught.value.field, caught.value.given) == ("data.root", f"{tmp_path.name}/test_batch")
+        check_words(caught.value, tmp_path)
+        assert "test_batch" in caught.value.allowed
     assert not (tmp_path / "was_here").exists()
 
 
@@ -388,7 +394,7 @@ def test_a_label_of_no_class_is_refused(tmp_path: Path, name: str, wrong: int) -
     (tmp_path / file).write_bytes(pickle.dumps({"data": PIXELS, key: [0, wrong]}))
     n_classes = 10 if name == "cifar10" else 100
     for read in (lambda: published_counts(name, tmp_path, "test", n_classes), lambda: load_data(name, tmp_path)):
-        with pytest.raises(SpecError, match=f"label {wrong} of example 1.*0 to {n_classes - 1}"):
+        with pytest.raises(SpecError, match=rf"0 to {n_classes - 1}\. Example 1 has label {wrong}\."):
             read()
 
 

@@ -1,11 +1,13 @@
 """What is wrong with a spec is said in the words of the spec."""
 
+import json
 from typing import Any
 
+import jsonschema
 import pytest
 
 from ablation.errors import SpecError
-from ablation.spec import make_spec
+from ablation.spec import JobSpec, make_spec
 
 FIELDS: dict[str, Any] = {
     "model": {"name": "digits_alexnet"}, "layer": "fc2", "data": {"name": "digits", "test": "all"}, "sites": "all"
@@ -20,14 +22,38 @@ FIELDS: dict[str, Any] = {
         ({"layr": "fc2"}, "There is no such field. Did you mean 'layer'?"),
         ({"data": {"name": "digits", "tets": "all", "train": "all"}}, "data.tets: got 'all'; allowed: only the fields"),
         ({"data": {"name": "digits", "tets": "all", "train": "all"}}, "Did you mean 'test'"),
-        ({"data": {"name": "digits"}}, "data: got {'name': 'digits'}; allowed: 'train', 'test' or both."),
-        ({"model": {}}, "model.name: got None; allowed: a value; it is required."),
-        ({"sites": {"count": 3, "foo": 1}}, "allowed: 'all', {'count': k, 'seed': s} or {'indices': [...]}"),
+        ({"data": {"name": "digits"}}, "data: got {\"name\": \"digits\"}; allowed: 'train', 'test' or both."),
+        ({"model": {}}, "model.name: got null; allowed: a value; it is required."),
+        ({"sites": {"count": 3, "foo": 1}}, 'allowed: "all", {"count": k, "seed": s} or {"indices": [...]}'),
         ({"sites": {"indices": [5, 5]}}, "allowed: distinct indices; 5 is given twice."),
         ({"value": float("nan")}, "allowed: a finite number."),
+        ({"layer": ""}, "layer: got ''; allowed: 1 or more characters."),
+        ({"layer": 5}, "layer: got 5; allowed: text."),
+        ({"layer": "x" * 501}, f"layer: got '{'x' * 197}...'; allowed: at most 500 characters."),
+        ({"model": "alexnet"}, "model: got 'alexnet'; allowed: an object."),
+        ({"sites": {"indices": []}}, "sites.indices: got []; allowed: 1 or more of them."),
+        ({"sites": {"indices": [True]}}, "sites.indices.0: got true; allowed: a whole number."),
+        ({"sites": {"count": 1.5}}, "sites.count: got 1.5; allowed: a whole number."),
+        ({"sites": {"count": 5, "seed": 2**63}}, "allowed: less than 9223372036854775808."),
+        ({"verify": 1025}, "verify: got 1025; allowed: 1024 or less."),
+        ({"top1": "yes"}, "top1: got 'yes'; allowed: true or false."),
+        ({"criteria": "taylor1"}, "criteria: got 'taylor1'; allowed: a list."),
+        ({"criteria": [1]}, "criteria.0: got 1; allowed: text."),
     ],
 )
 def test_an_error_says_what_was_given_and_what_is_allowed(change: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError) as error:
         make_spec({**FIELDS, **change})
     assert said in str(error.value)
+
+
+def test_the_schema_allows_every_form_of_a_value_that_is_taken_and_no_other() -> None:
+    schema = jsonschema.Draft202012Validator(JobSpec.model_json_schema())
+    for value in ("zero", 0.5, -3, {"constant": 0.5}):
+        schema.validate({**FIELDS, "value": value})
+        spec = make_spec({**FIELDS, "value": value})
+        schema.validate(json.loads(spec.model_dump_json()))  # what comes back may be sent again
+    for value in ("one", True, None, [0.5], {"constant": "0.5"}):
+        assert not schema.is_valid({**FIELDS, "value": value})
+        with pytest.raises(SpecError):
+            make_spec({**FIELDS, "value": value})

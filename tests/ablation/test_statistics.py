@@ -74,6 +74,11 @@ def test_what_float32_would_call_zero() -> None:
     assert found["negative"] == 3
 
 
+def test_a_utility_too_large_for_float32_is_not_zero_to_it() -> None:
+    found = make_summary(table_of({"test": np.array([[0.0], [1e100]])}))["splits"]["test"]
+    assert found["float32_would_call_zero"] == 1
+
+
 def test_reliability_and_ceiling_by_their_formulas() -> None:
     table = two_splits()
     found, parts = compare_splits(table), []

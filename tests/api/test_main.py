@@ -64,3 +64,28 @@ def test_a_wrong_port_is_one_line(port: str) -> None:
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"Error: ABLATION_PORT: got {port!r}; allowed: ")
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        wrong = {**os.environ, "REDIS_URL": "redis://127.0.0.1:1/0", "ABLATION_PORT": str(port)}
+        ended = subprocess.run(COMMAND, env=wrong, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"Error: ABLATION_PORT: got {port}; allowed: a port of 127.0.0.1 that is free")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_host_that_is_not_here_is_one_line() -> None:
+    wrong = {**os.environ, "REDIS_URL": "redis://127.0.0.1:1/0", "ABLATION_HOST": "nohost.invalid"}
+    ended = subprocess.run(COMMAND, env=wrong, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: ABLATION_HOST: got 'nohost.invalid'; allowed: an address of this machine")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_socket_that_is_not_open_is_one_line() -> None:
+    wrong = {**os.environ, "REDIS_URL": "redis://127.0.0.1:1/0", "ABLATION_FD": "999"}
+    ended = subprocess.run(COMMAND, env=wrong, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: ABLATION_FD: got 999 (Bad file descriptor)")

@@ -49,7 +49,7 @@ def test_the_first_answer_also_when_the_job_has_moved_on(api: httpx.Client, stor
     if after in ("succeeded", "deleted"):
         jobs.succeed(store, job)
     elif after == "failed":
-        store.fail(job.id, {"detail": "why"})
+        store.fail(job.id, {"type": "a-type", "title": "A title.", "detail": "why"})
     elif after == "cancelled":
         store.cancel(job.id)
     if after == "deleted":

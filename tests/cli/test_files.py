@@ -7,7 +7,7 @@ from typing import BinaryIO
 import pytest
 
 from ablation.cli.files import RESULT_FILES, results_folder, write_results
-from ablation.errors import SpecError
+from ablation.errors import ServiceError
 
 
 def write_ab(stream: BinaryIO) -> None:
@@ -37,8 +37,13 @@ def test_what_breaks_off_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SpecError, match="--out"), results_folder(tmp_path / "file" / "out"):
-        raise AssertionError("it worked all the same")
+    (tmp_path / "taken" / "utility.csv").mkdir(parents=True)
+    for folder in ("file/out", "file", "taken"):
+        with (
+            pytest.raises(ServiceError, match=f"^--out: got .*/{folder}'; allowed: a folder"),
+            results_folder(tmp_path / folder),
+        ):
+            raise AssertionError("it worked all the same")
 
 
 def test_a_new_folder_goes_again_if_nothing_comes_of_it(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ablation.cli.commands import commands
+from tests.api.conftest import serving
+from worker.settings import Settings
+from worker.store import JobStore
 
 JOB = ["--model", "alexnet", "--layer", "classifier.4", "--data", "digits", "--train", "10/class", "--test", "40"]
 
@@ -27,7 +30,8 @@ def test_models() -> None:
 def test_layers() -> None:
     layers = {layer["name"]: layer for layer in json.loads(invoke("layers", "alexnet", "--json").stdout)}
     assert layers["classifier.4"] == {
-        "name": "classifier.4", "kind": "Linear", "shape": [4096, 4096], "weights": 4096**2, "path": "direct"
+        "name": "classifier.4", "parameter": "classifier.4.weight", "kind": "Linear", "shape": [4096, 4096],
+        "n_weights": 4096**2, "path": "direct",
     }  # fmt: skip
     line = next(line for line in invoke("layers", "alexnet").stdout.splitlines() if "classifier.4 " in line)
     assert line.split() == ["classifier.4", "Linear", "4096x4096", "16,777,216", "direct"]
@@ -35,9 +39,9 @@ def test_layers() -> None:
 
 def test_datasets() -> None:
     datasets = {data["name"]: data for data in json.loads(invoke("datasets", "--json").stdout)}
-    assert datasets["digits"] == {"name": "digits", "needs_root": False, "classes": 10, "train": 1297, "test": 500}
+    assert datasets["digits"]["n_examples"] == {"train": 1297, "test": 500}
     assert datasets["imagefolder"] == {
-        "name": "imagefolder", "needs_root": True, "classes": None, "train": None, "test": None
+        "name": "imagefolder", "needs_root": True, "n_classes": None, "n_examples": {}, "n_per_class": {}
     }  # fmt: skip
     line = next(line for line in invoke("datasets").stdout.splitlines() if line.startswith("cifar10 "))
     assert line.split() == ["cifar10", "yes", "10", "50,000", "10,000"]
@@ -52,10 +56,35 @@ def test_plan() -> None:
     assert "64 of classifier.4.weight" in text
 
 
+def test_what_is_printed_as_json_is_what_the_api_answers(settings: Settings, store: JobStore) -> None:
+    asked = {
+        "model": {"name": "digits_alexnet"}, "layer": "fc2", "sites": {"count": 9, "seed": 2},
+        "data": {"name": "digits", "train": {"per_class": 10}, "test": {"count": 40}},
+    }  # fmt: skip
+    options = ["--model", "digits_alexnet", "--layer", "fc2", "--data", "digits", "--train", "10/class", "--test", "40"]
+    environment = {"ABLATION_THREADS": str(settings.threads)}
+    with serving(settings) as api:
+        models = api.get("/v1/models").json()["data"]
+        urls = [model.pop("layers_url") for model in models]  # all that the command line has not: addresses
+        layers = api.get(urls[0]).json()["data"]
+        data = api.get("/v1/datasets").json()["data"]
+        plan = api.post("/v1/plans", json=asked).json()
+    planned = CliRunner().invoke(commands, ["plan", *options, "--sites", "9", "--seed", "2", "--json"], env=environment)
+    assert json.loads(invoke("models", "--json").stdout) == models
+    assert json.loads(invoke("layers", models[0]["name"], "--json").stdout) == layers
+    assert json.loads(invoke("datasets", "--json").stdout) == data
+    assert json.loads(planned.stdout) == plan
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["layers", "alexnett"], "'alexnet'"),
+        (["layers", "qqqq"], "`ablation models` lists them."),
+        (["plan", *JOB, "--sites", "8", "--layer", "qqqq"], "`ablation layers MODEL` lists those of a model."),
+        (["plan", *JOB, "--sites", "8", "--data", "qqqq"], "`ablation datasets` lists them."),
+        (["serve", "--port", "65536"], "--port: got 65536; allowed: a whole number, 0 to 65535."),
+        (["serve", "--workers", "none"], "--workers: got 'none'; allowed: a whole number, 1 or more."),
         (["plan", *JOB, "--sites", "0"], "sites.count: got 0"),
         (["plan", *JOB, "--sites", "99999999"], "1 to 16777216"),
         (["plan", *JOB, "--sites", "8", "--weights", "V9"], "IMAGENET1K_V1"),

@@ -96,7 +96,7 @@ def test_value() -> None:
 def test_criteria_reach_the_spec_which_knows_none() -> None:
     assert read_criteria("saliency, magnitude") == ["saliency", "magnitude"]
     assert read("--test", "all", "--criteria", "").criteria == ()
-    with pytest.raises(SpecError, match=r"criteria: got \['saliency'\].*none in this version"):
+    with pytest.raises(SpecError, match=r'criteria: got \["saliency"\].*none in this version'):
         read("--test", "all", "--criteria", "saliency")
 
 
@@ -121,15 +121,32 @@ def test_other_names_are_left_to_the_operators_folders() -> None:
     assert locate(spec, folders) == (spec, folders)
 
 
+@pytest.mark.parametrize("typed", ["deep/er", "deep/er/", "."])
+def test_an_error_about_a_path_shows_what_was_typed(
+    typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", "alexnet", "--layer", "classifier.4", "--sites", "9", "--test", "all"]
+    result = CliRunner().invoke(commands, ["plan", *options, "--data", "mnist", "--root", typed])
+    assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
+    assert result.output.startswith(f"Error: data.root: got '{typed}'; allowed: a folder with MNIST/raw/ and in it ")
+    assert str(tmp_path) not in result.output
+    result = CliRunner().invoke(commands, ["plan", *options, "--data", "digits", "--weights", typed])
+    assert result.output.startswith(f"Error: model.weights: got '{typed}'; allowed: ")
+
+
 @pytest.mark.parametrize(
     ("option", "given", "says"),
     [
         ("--precision", "half", "precision: got 'half'; allowed: 'mixed', 'float32' or 'float64'."),
-        ("--verify", "some", "verify: got 'some'; allowed: a valid integer."),
-        ("--seed", "1.5", "sites.seed: got '1.5'; allowed: a valid integer."),
-        ("--seed", "-1", "sites.seed: got -1; allowed: greater than or equal to 0."),
-        ("--sites", "-1", "sites.count: got -1; allowed: greater than or equal to 1."),
-        ("--test", "-5/class", "data.test.per_class: got -5; allowed: greater than or equal to 1."),
+        ("--verify", "some", "verify: got 'some'; allowed: a whole number."),
+        ("--seed", "1.5", "sites.seed: got '1.5'; allowed: a whole number."),
+        ("--seed", "-1", "sites.seed: got -1; allowed: 0 or more."),
+        ("--sites", "-1", "sites.count: got -1; allowed: 1 or more."),
+        ("--test", "-5/class", "data.test.per_class: got -5; allowed: 1 or more."),
+        ("--batch-size", "abc", "--batch-size: got 'abc'; allowed: a whole number, 1 or more."),
+        ("--batch-size", "0", "--batch-size: got 0; allowed: a whole number, 1 or more."),
     ],
 )
 def test_what_the_spec_refuses_it_refuses_in_its_own_words(option: str, given: str, says: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +15,8 @@ from redis import Redis
 
 from ablation.cli import services as services_module
 from ablation.cli.client import Client
-from ablation.cli.services import MAX_BACK_OFF_S, Child, Services, listen
-from ablation.errors import ServiceError, SpecError
+from ablation.cli.services import MAX_BACK_OFF_S, Child, Services
+from ablation.errors import ServiceError
 from worker.settings import Settings, load_settings
 
 PATIENCE_S = 60.0
@@ -156,11 +157,57 @@ def test_a_folder_that_can_t_be_used_is_named(
     (tmp_path / "file").touch()
     monkeypatch.setenv(variable, str(tmp_path / "file" / "folder"))
     services = Services(load_settings(tmp_path / home), "127.0.0.1", 0, 1, say=print)
-    with pytest.raises(SpecError, match=f"{says} '{tmp_path}/file/.*a folder that you may write to"):
+    with pytest.raises(ServiceError, match=f"{says} '{tmp_path}/file/.*a folder that you may write to"):
         services.start()
     services.stop()
 
 
-def test_an_address_that_is_taken_is_an_error_that_names_the_option() -> None:
-    with listen("127.0.0.1", 0) as taken, pytest.raises(ServiceError, match="--port"):
-        listen("127.0.0.1", taken.getsockname()[1])
+def test_an_address_that_is_taken_is_an_error_that_names_the_option(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        services = Services(Settings(home=tmp_path), "127.0.0.1", taken.getsockname()[1], 1, say=print)
+        with pytest.raises(ServiceError, match="--port: got"):
+            services.start()
+    services.stop()
+
+
+def child_that(tmp_path: Path, code: str) -> Child:
+    """A process that runs a module of this code."""
+    (tmp_path / "part.py").write_text(code)
+    return Child("worker-1", "part", os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path / "worker-1.log")
+
+
+def tend_to_its_end(child: Child) -> list[str]:
+    """What is said when a process has ended."""
+    said: list[str] = []
+    services = Services(Settings(home=child.log.parent, redis_url="unix:///none"), "127.0.0.1", 0, 1, say=said.append)
+    services.children = [child]
+    assert child.process
+    child.process.wait(PATIENCE_S)
+    services.tend()
+    return said
+
+
+def test_who_won_t_run_with_these_settings_stops_everything_with_its_own_words(tmp_path: Path) -> None:
+    child = child_that(tmp_path, "import sys; print('Error: X: got 2; allowed: 1.'); print('Bye'); sys.exit(1)")
+    child.log.write_text("Error: of the last time\n")
+    child.start()
+    with pytest.raises(ServiceError, match=r"^worker-1 can't run: X: got 2; allowed: 1\. \(log: .*worker-1\.log\)$"):
+        tend_to_its_end(child)
+
+
+def test_who_fails_later_or_in_another_way_is_started_again(tmp_path: Path) -> None:
+    for code in ("raise SystemExit('Error: X: got 2')", "raise ValueError", "print('Error: X'); raise SystemExit(3)"):
+        child = child_that(tmp_path, code)
+        child.n_starts = int("got 2" in code)  # it has run before
+        child.start()
+        assert "starting it again" in tend_to_its_end(child)[0]
+
+
+def test_a_server_whose_device_is_not_here_stops_at_once_and_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ablation.cli", "serve", "--port", "0", "--home", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    wrong = environment | {"ABLATION_DEVICE": "cuda:99"}
+    ended = subprocess.run(command, env=wrong, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.returncode == 1
+    assert "Error: worker-1 can't run: ABLATION_DEVICE: got 'cuda:99'; allowed: a device that torch" in ended.stderr
+    assert "starting it again" not in ended.stderr

@@ -65,12 +65,14 @@ def write_checkpoints(folder: Path) -> None:
     good = DigitsAlexNet().state_dict()
     without = {name: tensor for name, tensor in good.items() if name != "fc2.bias"}
     not_finite = {**good, "conv1.bias": torch.full((32,), torch.nan)}
+    huge = {**good, "conv1.weight": torch.full_like(good["conv1.weight"], 3e38)}
     save_file(good, folder / "good.safetensors")
     torch.save(good, folder / "good.pth")
     save_file(without, folder / "missing.safetensors")
     save_file({**good, "fc4.weight": torch.zeros(3, 4)}, folder / "unexpected.safetensors")
     save_file(DigitsAlexNet(n_classes=7).state_dict(), folder / "seven.safetensors")
     save_file(not_finite, folder / "nan.safetensors")
+    save_file(huge, folder / "huge.safetensors")
     torch.save({"state_dict": Surprise()}, folder / "code.pth")
     (folder / "code.pkl").write_bytes(pickle.dumps(Surprise()))
     (folder / "text.safetensors").write_text("this is no checkpoint")

@@ -137,9 +137,9 @@ def test_jobs_are_listed_newest_first_page_by_page(service: Service, done: str, 
     listed = service.client.get("/v1/jobs", params={"status": "succeeded", "limit": 100}).json()["data"]
     assert {job["status"] for job in listed} == {"succeeded"}
     assert len(service.client.get("/v1/jobs").json()["data"]) <= 20
-    for wrong in ({"limit": 0}, {"limit": 101}, {"cursor": "x"}, {"status": "lost"}, {"limit": "two"}):
+    for wrong in ({"limit": 0}, {"limit": 101}, {"cursor": "x"}, {"status": "lost"}, {"limit": "two"}, {"limt": 3}):
         assert check_problem(service.client.get("/v1/jobs", params=wrong), 422)["field"] == next(iter(wrong))
-    say("GET /v1/jobs: newest first, next_cursor through all pages; a wrong limit, cursor or status: 422")
+    say("GET /v1/jobs: newest first, next_cursor through all pages; a wrong or unknown parameter: 422")
 
 
 # --- cancel, delete, expiry ------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_a_job_expires_to_a_tombstone(small: Service, say: Say) -> None:
     while (answer := small.client.get(url)).status_code == 200:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert "expired" in check_problem(answer, 410)["detail"]
+    assert "has expired or was deleted" in check_problem(answer, 410)["detail"]
     check_problem(small.client.get(f"{url}/results"), 410)
     say("GET /v1/jobs/{id} after its results' days: 410")
 
@@ -205,6 +205,7 @@ def test_results_come_in_pages(service: Service, done: str, say: Say) -> None:
     body = answer.json()
     assert answer.status_code == 200
     assert set(body) == {"columns", "rows", "total_rows", "summary"}
+    assert set(body["summary"]["splits"]) == set(body["summary"]["magnitude"]) == {"train", "test"}
     assert body["columns"] == COLUMNS
     assert (len(body["rows"]), body["total_rows"]) == (3, 23)
     assert body["rows"] == service.client.get(f"{done}/results").json()["rows"][20:]
@@ -368,6 +369,13 @@ def test_health_readiness_metrics_and_documentation(service: Service, done: str,
     say("GET /healthz, /readyz, /metrics, /openapi.json, /docs: 200, and /docs refers to nothing outside")
 
 
+def test_head_is_answered_wherever_get_is(service: Service, done: str, say: Say) -> None:
+    for path in ("/v1/jobs", done, f"{done}/results.csv", f"{done}/events", "/v1/models", "/healthz", "/openapi.json"):
+        head = service.client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+    say("HEAD at every address that has GET: its status and headers, no body")
+
+
 def test_what_is_not_there_is_a_problem_too(service: Service, say: Say) -> None:
     check_problem(service.client.get("/v2/jobs"), 404)
     answer = service.client.put("/v1/jobs", json=QUICK)
@@ -383,7 +391,11 @@ def test_without_redis_the_api_says_when_to_come_back(without_redis: httpx.Clien
         answer = without_redis.request(method, path, json=QUICK if method == "POST" else None)
         check_problem(answer, 503)
         assert int(answer.headers["retry-after"]) >= 1
-    say("anything while Redis is away: 503 with Retry-After; /healthz stays 200")
+    for path in ("/v1/models", "/v1/datasets"):
+        listed = without_redis.get(path)
+        assert (listed.status_code, listed.json()["is_complete"]) == (200, False)
+    assert without_redis.post("/v1/plans", json=QUICK).status_code == 200
+    say("what needs Redis while it is away: 503 with Retry-After; /healthz stays 200, and what is built in is told")
 
 
 # --- services --------------------------------------------------------------------------------------------------------

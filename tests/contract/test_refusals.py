@@ -33,20 +33,22 @@ def weights(name: str) -> dict[str, Any]:
 # What was wrong: the spec, the field that is named, what else the message says.
 AT_ONCE = {
     "unknown model": (spec(model={"name": "alexnett"}), "model.name", "Did you mean 'alexnet'"),
+    "a model like none": (spec(model={"name": "qqqq"}), "model.name", "GET /v1/models lists them."),
+    "a layer like none": (spec(layer="qqqq"), "layer", "GET /v1/models/NAME/layers lists those of a model."),
     "unknown layer": (spec(layer="fc22"), "layer", "Did you mean 'fc2'"),
     "layer without weights": (spec(model={"name": "alexnet"}, layer="features.2"), "layer", "A MaxPool2d has none"),
     "container": (spec(model={"name": "alexnet"}, layer="features"), "layer", "one of the layers inside it"),
     "count larger than the layer": (spec(sites={"count": 65537}), "sites.count", "1 to 65536, the weights of fc2"),
-    "negative count": (spec(sites={"count": -1}), "sites.count", "greater than or equal to 1"),
-    "count of zero": (spec(sites={"count": 0}), "sites.count", "greater than or equal to 1"),
-    "true as a count": (spec(sites={"count": True}), "sites.count", "a valid integer"),
-    "text as a count": (spec(sites={"count": "5"}), "sites.count", "a valid integer"),
-    "fraction as a count": (spec(sites={"count": 5.0}), "sites.count", "a valid integer"),
+    "negative count": (spec(sites={"count": -1}), "sites.count", "1 or more"),
+    "count of zero": (spec(sites={"count": 0}), "sites.count", "1 or more"),
+    "true as a count": (spec(sites={"count": True}), "sites.count", "a whole number"),
+    "text as a count": (spec(sites={"count": "5"}), "sites.count", "a whole number"),
+    "fraction as a count": (spec(sites={"count": 5.0}), "sites.count", "a whole number"),
     "duplicate indices": (spec(sites={"indices": [3, 5, 3]}), "sites.indices", "3 is given twice"),
     "index out of range": (spec(sites={"indices": [3, 65536]}), "sites.indices", "0 to 65535"),
-    "negative index": (spec(sites={"indices": [-1]}), "sites.indices.0", "greater than or equal to 0"),
-    "no index": (spec(sites={"indices": []}), "sites.indices", "at least 1 item"),
-    "unknown form of sites": (spec(sites="some"), "sites", "'all', {'count': k"),
+    "negative index": (spec(sites={"indices": [-1]}), "sites.indices.0", "0 or more"),
+    "no index": (spec(sites={"indices": []}), "sites.indices", "1 or more of them"),
+    "unknown form of sites": (spec(sites="some"), "sites", '"all", {"count": k'),
     "no split": (spec(data={"name": "digits"}), "data", "'train', 'test' or both"),
     "more per class than there is": (data(test={"per_class": 51}), "data.test.per_class", "1 to 50"),
     "more in all than there is": (data(test={"count": 501}), "data.test.count", "1 to 500"),
@@ -69,7 +71,7 @@ AT_ONCE = {
     "infinite value": (spec(value={"constant": "Infinity"}), "value.constant", "a finite number"),
     "unknown precision": (spec(precision="float16"), "precision", "'mixed', 'float32' or 'float64'"),
     "unknown criterion": (spec(criteria=["taylor9"]), "criteria", ""),
-    "negative seed": (spec(sites={"count": 5, "seed": -1}), "sites.seed", "greater than or equal to 0"),
+    "negative seed": (spec(sites={"count": 5, "seed": -1}), "sites.seed", "0 or more"),
     "not an object": ([QUICK], "spec", ""),
 }  # fmt: skip
 
@@ -151,8 +153,11 @@ BY_THE_JOB = {
     "labels outside the model's classes": (
         pets(root="many"), "data-error", "(class10/0.jpg) has label 10; allowed: 0 to 9",
     ),
+    "weights that are not finite": (
+        weights("nan.safetensors"), "checkpoint-error", "numbers that are not finite in conv1.bias",
+    ),
     "activations that are not finite": (
-        {**weights("nan.safetensors"), "data": {"name": "imagefolder", "root": "pets", "test": "all"}},
+        {**weights("huge.safetensors"), "data": {"name": "imagefolder", "root": "pets", "test": "all"}},
         "data-error", "(class00/0.jpg) gives NaN or infinite",
     ),
     "a batch norm without running statistics": (

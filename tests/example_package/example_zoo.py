@@ -82,4 +82,4 @@ class Stripes(Dataset):
 
 def broken_data(root: str | Path, split: str) -> Dataset:
     """A factory that fails."""
-    raise FileNotFoundError(f"there is no {split} in {Path(root).name}")
+    raise FileNotFoundError(f"there is no {split} in {Path(root).name}.")

@@ -5,24 +5,32 @@ from pathlib import Path
 
 import pytest
 
-from worker.inventory import describe, join, list_folder
+from ablation.catalog import Registered
+from tests.worker.conftest import FACTS
+from worker.inventory import describe, describe_registered, files_below, join, list_folder, subfolders
 from worker.settings import Settings
 from worker.store import JobStore
 
 
 def test_versions_folders_and_what_is_in_them(settings: Settings, store: JobStore, tmp_path: Path) -> None:
-    for folder in ("data/mnist", "data/pictures", "data/.hidden", "checkpoints/below"):
+    for folder in ("data/mnist", "data/pictures", "data/.hidden", "checkpoints/below", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("data/README", "checkpoints/net.pt", "checkpoints/a.safetensors"):
+    for file in ("data/README", "checkpoints/net.pt", "checkpoints/below/a.safetensors", "elsewhere/secret.pt"):
         (tmp_path / file).touch()
+    for link, target in (
+        ("data/out", "elsewhere"), ("data/in", "data/mnist"),
+        ("checkpoints/out.pt", "elsewhere/secret.pt"), ("checkpoints/in.pt", "checkpoints/net.pt"),
+        ("checkpoints/away", "elsewhere"), ("checkpoints/circle", "checkpoints"),
+    ):  # fmt: skip
+        (tmp_path / link).symlink_to(tmp_path / target)
     told = describe(
         settings.model_copy(update={"data_dir": tmp_path / "data", "checkpoint_dir": tmp_path / "checkpoints"})
     )
     lines = told.replace("worker: ", "").splitlines()
     assert lines[0].startswith(f"weight-ablation {version('weight-ablation')}, torch {version('torch')}, torchvision ")
     assert lines[1].startswith(f"Redis {store.client.info('server')['redis_version']} at {settings.redis_url}")
-    assert f"data {tmp_path}/data: mnist, pictures" in lines
-    assert f"checkpoints {tmp_path}/checkpoints: a.safetensors, net.pt" in lines
+    assert f"data {tmp_path}/data: in, mnist, pictures" in lines
+    assert f"checkpoints {tmp_path}/checkpoints: below/a.safetensors, in.pt, net.pt" in lines
     assert f"cache {settings.cache_dir}" in lines
 
 
@@ -37,8 +45,9 @@ def test_a_password_is_not_said(settings: Settings, store: JobStore) -> None:
 
 
 def test_what_can_t_be_read_is_said(tmp_path: Path) -> None:
-    assert list_folder(tmp_path, Path.is_file) == "none"
-    assert list_folder(tmp_path / "nothing", Path.is_file) == "can't be read (No such file or directory)"
+    for find in (subfolders, files_below):
+        assert list_folder(tmp_path, find) == "none"
+        assert list_folder(tmp_path / "nothing", find) == "can't be read (No such file or directory)"
 
 
 @pytest.mark.parametrize(
@@ -48,16 +57,6 @@ def test_of_many_names_the_first(n: int, end: str) -> None:
     assert join([f"name{k}" for k in range(n)]).endswith(end)
 
 
-def test_what_is_registered_is_named(
-    settings: Settings, store: JobStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    package = tmp_path / "zoo-1.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: zoo\nVersion: 1\n")
-    (package / "entry_points.txt").write_text(
-        "[ablation.models]\nzebra = zoo:zebra\nape = zoo:ape\n[ablation.datasets]\nherd = zoo:herd\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    told = describe(settings).splitlines()
-    assert any("registered models" in line and "ape, zebra" in line for line in told)
-    assert any("registered data sets" in line and "herd" in line for line in told)
+def test_what_is_registered_is_named() -> None:
+    told = describe_registered(Registered({"zebra": FACTS, "ape": FACTS}, ("herd",)))
+    assert told == "worker: registered models: ape, zebra\nworker: registered data sets: herd"

@@ -6,7 +6,8 @@ import sys
 import psutil
 import pytest
 
-from worker.inventory import describe
+from ablation.catalog import NOTHING
+from worker.inventory import describe, describe_registered
 from worker.settings import Settings
 from worker.store import JobStore
 
@@ -28,8 +29,9 @@ def test_a_worker_says_what_it_found_and_its_parent_has_no_torch(settings: Setti
         loaded = {process.pid: "libtorch" in str(process.memory_maps()) for process in (parent, *parent.children())}
         worker.terminate()
         _, errors = worker.communicate(timeout=30)
-    assert told[:7] == describe(settings).splitlines()
-    assert re.fullmatch(r"worker: device \S+ \(.+\), \d+ threads", told[7])
+    assert told[:5] == describe(settings).splitlines()
+    assert re.fullmatch(r"worker: device \S+ \(.+\), \d+ threads", told[5])
+    assert told[6:] == describe_registered(NOTHING).splitlines()
     assert errors.startswith("Warning: ABLATION_TREADS is no setting")
     assert not loaded.pop(worker.pid)
     assert [*loaded.values()] == [True]  # the child
@@ -42,6 +44,7 @@ def test_a_device_that_is_not_here_ends_the_worker(settings: Settings, store: Jo
     told = subprocess.run([sys.executable, "-m", "worker"], env=environment, capture_output=True, text=True, timeout=60)
     assert "Error: ABLATION_DEVICE: got 'cuda:99'; allowed: a device that torch finds here" in told.stderr
     assert "Traceback" not in told.stderr
+    assert told.returncode == 1
     assert store.n_workers() == 0
 
 

@@ -1,6 +1,7 @@
 import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from celery import Celery
@@ -8,10 +9,12 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ablation.errors import Cancelled, DataError, ProofError
+from ablation.catalog import NOTHING
+from ablation.errors import Cancelled, DataError, ProofError, SpecError
 from ablation.run import finish_job, load_job, run_shard
 from ablation.spec import make_spec
 from ablation.statistics import make_summary
+from tests.ablation.test_published import write_mnist
 from tests.worker.real_jobs import encode, plan_real, run_undisturbed
 from tests.worker.test_queue import messages
 from worker import codec, keys, planner, runner
@@ -120,6 +123,27 @@ def test_a_lease_that_is_taken_away_stops_the_shard(
     assert store.claim(quick_job.id, shard_id, "b"), "it waits for another"
 
 
+def test_data_that_are_damaged_later_are_named_as_they_were_given(
+    store: JobStore, celery: Celery, settings: Settings, tmp_path: Path
+) -> None:
+    here = settings.model_copy(update={"data_dir": tmp_path})
+    write_mnist(tmp_path / "deep" / "er")
+    data = {"name": "mnist", "root": "deep/er", "test": "all"}
+    spec = make_spec({"model": {"name": "digits_alexnet"}, "layer": "fc2", "data": data, "sites": SITES})
+    plan = planner.plan_job(spec, here, NOTHING)
+    assert plan
+    job = store.create(spec, plan)
+    (tmp_path / "deep" / "er" / "t10k-labels-idx1-ubyte").unlink()
+    runner.run_shard(store, celery, here, "a", job.id, plan.shards[0].id)
+    error = reload(store, job).error
+    assert error
+    assert error["detail"].startswith(
+        "data.root: got 'deep/er'; allowed: a folder with MNIST/raw/ and in it t10k-labels"
+    )
+    with pytest.raises(SpecError, match=r"^data\.root: got 'deep/er'; allowed"):
+        planner.plan_job(spec, here, NOTHING)
+
+
 def test_an_error_of_ours_fails_the_job_with_its_words(store: JobStore, celery: Celery, settings: Settings) -> None:
     """The data were there when the job was planned and are gone now."""
     spec, plan = plan_real(settings, 60, sites=SITES)
@@ -226,7 +250,7 @@ STRIPES = {
 
 @pytest.mark.usefixtures("registered")
 def test_a_worker_plans_what_only_it_can_open(store: JobStore, celery: Celery, settings: Settings) -> None:
-    runner.publish_registered(store)
+    store.publish(runner.find_registered())
     published = store.registered()
     assert {"stripe_net", "batch_net"} < set(published.models)
     assert "broken_net" not in published.models  # it can't be described
@@ -251,6 +275,17 @@ def test_a_worker_plans_what_only_it_can_open(store: JobStore, celery: Celery, s
     runner.finalize(store, celery, settings, "b", job.id)
     assert reload(store, job).status is State.SUCCEEDED
     assert b"".join(store.table_blocks(job.id)) == encode(run_undisturbed(settings, spec, planned.plan))
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_a_job_can_t_name_is_not_offered_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    """The example package registers an `alexnet`, which is built in, and a net that can't be made."""
+    offered = runner.find_registered()
+    assert set(offered.models) == {"stripe_net", "batch_net", "mean_net", "restless_net"}
+    assert set(offered.datasets) == {"stripes", "broken_data"}
+    said = "\n".join(caplog.messages)
+    assert "not offered: the registered model 'alexnet', since a built-in one has that name; rename it" in said
+    assert "not offered: the registered model 'broken_net' can't be made" in said
 
 
 @pytest.mark.usefixtures("registered")

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 from redis import Redis
 
-from ablation.errors import ServiceError, SpecError
+from ablation.errors import ServiceError
 from worker.queue import make_celery
 from worker.settings import (
     OTHER_VARIABLES,
@@ -41,6 +41,15 @@ def test_relative_folders_do_not_depend_on_where_a_process_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert Settings(home=Path("here")).data_dir == tmp_path / "here" / "data"
+
+
+def test_a_lease_has_several_beats_unless_the_lease_itself_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().beat_s == 1
+    assert Settings(lease_s=2).beat_s == 0.25
+    monkeypatch.setenv("ABLATION_BEAT_S", "2")
+    monkeypatch.setenv("ABLATION_LEASE_S", "-1")
+    with pytest.raises(ServiceError, match=r"^ABLATION_LEASE_S: got '-1'"):
+        load_settings()
 
 
 def test_settings_are_frozen_and_checked() -> None:
@@ -88,14 +97,24 @@ def test_a_home_that_is_given_goes_first_and_the_password_still_counts(
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("ABLATION_THREADS", "abc", "a valid integer"),
-        ("ABLATION_THREADS", "0", "greater than or equal to 1"),
-        ("ABLATION_SHARD_S", "-1", "greater than 0"),
+        ("ABLATION_THREADS", "abc", "a whole number"),
+        ("ABLATION_THREADS", "0", "1 or more"),
+        ("ABLATION_SHARD_S", "-1", "more than 0"),
         ("REDIS_URL", "http://host", "redis://host:6379/0, rediss://host:6379/0 or unix:///path"),
         ("REDIS_URL", "redis://host:port/0", "redis://host:6379/0, rediss://host:6379/0 or unix:///path"),
         ("ABLATION_HOME", "~nobody-of-this-name", "a path, or ~ and a user who has a home folder here"),
         ("ABLATION_CACHE_DIR", "~nobody-of-this-name/x", "a path, or ~ and a user who has a home folder here"),
         ("ABLATION_DEVICE", "gpu", "cpu, cuda or cuda:1"),
+        ("ABLATION_THREADS", "1000000", "1024 or less"),
+        ("ABLATION_SHARD_S", "inf", "86400.0 or less"),
+        ("ABLATION_SHARD_S", "nan", "86400.0 or less"),
+        ("ABLATION_LEASE_S", "1e9", "3600.0 or less"),
+        ("ABLATION_BEAT_S", "3", "at most a third of ABLATION_LEASE_S, which is 8"),
+        ("ABLATION_SWEEP_S", "11", "5.0 or less"),
+        ("ABLATION_LOST_S", "inf", "86400.0 or less"),
+        ("ABLATION_RESULT_DAYS", "inf", "36500.0 or less"),
+        ("ABLATION_RESULT_DAYS", "1e300", "36500.0 or less"),
+        ("ABLATION_TOMBSTONE_DAYS", "1e300", "36500.0 or less"),
     ],
 )
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str) -> None:
@@ -184,13 +203,18 @@ def test_a_folder_that_can_t_be_written_is_named(tmp_path: Path) -> None:
     assert [*(tmp_path / "a" / "b").iterdir()] == []
     (tmp_path / "file").touch()
     with pytest.raises(
-        SpecError, match=r"ABLATION_CACHE_DIR: got .*/file/below'; allowed: a folder that you may write"
+        ServiceError, match=r"ABLATION_CACHE_DIR: got .*/file/below'; allowed: a folder that you may write"
     ):
         make_writable(tmp_path / "file" / "below", "ABLATION_CACHE_DIR")
 
 
 # What the page says where the default is no plain value.
-DEFAULTS = {"home": "~/.ablation", "threads": "number of CPUs", "max_redis_bytes": "4 GiB"}
+DEFAULTS = {
+    "home": "~/.ablation",
+    "beat_s": "an eighth of the lease",
+    "threads": "number of CPUs",
+    "max_redis_bytes": "4 GiB",
+}
 
 
 def test_the_page_on_operations_has_every_variable_with_its_default_and_meaning() -> None:

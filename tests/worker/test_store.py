@@ -216,6 +216,31 @@ def test_a_beat_reports_progress_and_the_state(store: JobStore, toy_job: MakeJob
     assert store.beat(job.id, two, "a", 0.5) is State.CANCELLING
 
 
+def test_the_pace_is_measured_from_the_first_progress_to_the_last(store: JobStore, toy_job: MakeJob) -> None:
+    job = toy_job(4)
+    one, two, *_ = (shard.id for shard in job.plan.shards)
+
+    def pace_after(shard: str, fraction: float) -> float | None:
+        store.beat(job.id, shard, "a", fraction)
+        return reload(store, job).shards_per_s
+
+    store.claim(job.id, one, "a")
+    store.claim(job.id, two, "a")
+    assert pace_after(one, 0.0) is None, "reading model and data is no progress"
+    assert pace_after(one, 0.25) is None, "one point has no pace"
+    store.client.hincrbyfloat(keys.job(job.id), "first_done_at", -2)
+    store.client.hincrbyfloat(keys.job(job.id), "last_done_at", -1)
+    assert reload(store, job).shards_per_s is None
+    assert pace_after(one, 0.25) is None, "a beat alone is no progress"
+    assert pace_after(one, 0.75) == pytest.approx(0.5 / 2, rel=0.05)
+    assert pace_after(two, 0.5) == pytest.approx(1.0 / 2, rel=0.05)
+    store.complete(job.id, one, "a", payload())
+    assert reload(store, job).shards_per_s == pytest.approx(1.25 / 2, rel=0.05)
+    store.release(job.id, two, "a")
+    store.client.hset(keys.job(job.id), "first_done", 1)
+    assert reload(store, job).shards_per_s is None, "a worker was lost, and with it what it had done"
+
+
 def test_a_released_shard_waits_again(store: JobStore, toy_job: MakeJob) -> None:
     job = toy_job(1)
     shard = first_shard(job)

@@ -196,6 +196,18 @@ def test_a_worker_told_to_stop_puts_its_shard_back(
     assert store.n_workers() == 0
 
 
+def test_only_the_parent_acts_on_a_signal_to_all_of_a_worker(get_workers: GetWorkers) -> None:
+    """A child that died of it would look like one that crashed."""
+    (worker,) = get_workers(1)
+    child = child_of(worker)
+    os.kill(child, signal.SIGTERM)
+    time.sleep(0.5)
+    assert not is_gone(child)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(STOP_S) == 0
+    wait_for(lambda: is_gone(child), 1)
+
+
 def test_a_child_that_dies_is_replaced_and_its_shard_run_again(
     store: JobStore, celery: Celery, get_workers: GetWorkers, planned: tuple[JobSpec, Plan], undisturbed: bytes
 ) -> None:

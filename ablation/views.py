@@ -1,0 +1,69 @@
+"""What is told of a model, a layer and a plan: the same objects by `--json` and over HTTP.
+
+In: facts and plans. Out: plain records, without what only machines need (a plan's shards, which may be many).
+A data set is told by its facts as they are.
+"""
+
+from pydantic import BaseModel
+
+from ablation.catalog import LayerFacts, ModelFacts
+from ablation.plan import Estimate, Path, Plan, ProofPlan, SplitPlan
+from ablation.spec import Precision
+
+
+class ModelView(BaseModel):
+    """One model that may be asked for."""
+
+    name: str
+    weights: tuple[str, ...]
+    n_classes: int
+    input_shape: tuple[int, ...]
+    flops: float
+    n_layers: int
+
+
+class LayerView(BaseModel):
+    """One layer that may be a target, and the path it takes."""
+
+    name: str
+    parameter: str
+    kind: str
+    shape: tuple[int, ...]
+    n_weights: int
+    path: str
+
+
+class PlanView(BaseModel):
+    """How a job is cut and what it will cost."""
+
+    parameter: str
+    kind: str
+    shape: tuple[int, ...]
+    n_classes: int
+    n_sites: int
+    path: Path
+    precision: Precision
+    batch_size: int
+    lanes: int
+    threads: int
+    splits: tuple[SplitPlan, ...]
+    n_shards: int
+    proof: ProofPlan
+    estimate: Estimate
+
+
+def model_view(facts: ModelFacts) -> ModelView:
+    """What is told of a model."""
+    same = {name: getattr(facts, name) for name in ModelView.model_fields if name != "n_layers"}
+    return ModelView(n_layers=len(facts.layers), **same)
+
+
+def layer_view(layer: LayerFacts) -> LayerView:
+    """What is told of a layer."""
+    return LayerView(**{name: getattr(layer, name) for name in LayerView.model_fields})
+
+
+def plan_view(plan: Plan) -> PlanView:
+    """What is told of a plan."""
+    same = {name: getattr(plan, name) for name in PlanView.model_fields if name != "n_shards"}
+    return PlanView(n_shards=len(plan.shards), **same)

@@ -1,0 +1,85 @@
+"""What does the summary of a finished job say? The schema of what `ablation.statistics.make_summary` makes.
+
+Not here: how the numbers are computed; the docstrings of `ablation/statistics.py` and `ablation/proof.py` say that.
+Nothing more and nothing less than these members is in a summary; null stands for a number that does not exist.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ablation.plan import Path
+from ablation.spec import Precision
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
+class _Exactly(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SplitSummary(_Exactly):
+    """One split: the intact model on it, and its utilities as a whole."""
+
+    n_examples: int
+    loss: float = Field(description="mean cross-entropy of the intact model, in nats")
+    accuracy: float = Field(description="share of examples that the intact model answers right")
+    provably_without_effect: int = Field(description="sites that changed no logit of any example")
+    float32_would_call_zero: int = Field(description="sites whose loss is the intact one in float32")
+    negative: int = Field(description="sites without which the loss is lower")
+    mean_utility: float | None
+    reliability: float | None = Field(
+        description="share of the variance over sites that is no sampling noise; null: not known"
+    )
+
+
+class Correlations(_Exactly):
+    """Correlations over all sites, and over the touched ones alone; null where they are undefined."""
+
+    pearson: float | None
+    spearman: float | None
+    pearson_touched: float | None
+    spearman_touched: float | None
+
+
+class Agreement(Correlations):
+    """Utilities on train with those on test, and how much of an agreement sampling noise allows."""
+
+    ceiling: float | None = Field(description="the largest Pearson's r that the noise allows")
+    ratio: float | None = Field(description="pearson / ceiling")
+    ceiling_at: dict[str, float | None] = Field(description="the ceiling with that many examples per split")
+    examples_for_ceiling: dict[str, int | None] = Field(description="examples per split that such a ceiling needs")
+
+
+class Proof(_Exactly):
+    """The job's own check against the reference; null where an error is infinite, or a bound is not promised."""
+
+    n_sites: int
+    n_examples: int
+    arithmetic_error: float | None
+    arithmetic_bound: float | None
+    model_rounding_median: float | None
+    model_rounding_p99: float | None
+    sum_error: float | None
+    sum_bound: float
+
+
+class Summary(_Exactly):
+    """A finished job as a whole."""
+
+    sites: int
+    weights_in_layer: int
+    layer: str = Field(description="as it was asked for")
+    parameter: str
+    path: Path
+    precision: Precision
+    splits: dict[str, SplitSummary]
+    magnitude: dict[str, Correlations] = Field(description="of |utility| with |w|, by split")
+    proof: Proof | None = Field(description="null: `verify` was 0")
+    not_finite: int = Field(description="sites that were not run, since their replacement is not a finite number")
+    seconds: float = Field(description="from the first shard's start to the table")
+    train_test: Agreement = Field(  # type: ignore[assignment]  # it may be missing, but never null
+        default=None, description="there if both splits were asked for", json_schema_extra=_without_default
+    )
