@@ -23,7 +23,7 @@ from ablation import baseline
 from ablation.cache import Activations, hash_of
 from ablation.catalog import SplitCounts, find_root, model_names
 from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example
-from ablation.devices import find_device
+from ablation.devices import find_device, freed_memory_kept
 from ablation.engine import open_path, run_batches
 from ablation.errors import DataError, ExampleError, ModelError
 from ablation.folders import Folders
@@ -156,7 +156,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     rows = slice(*shard.sites)
     n_sites = rows.stop - rows.start
     positions = np.arange(first, last)
-    with threads_of(job.plan), example_of(job.splits[shard.split], np.arange(last)):
+    with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
             batches = [batch for batch, _ in read(job, shard.split, positions[:N_CHECKED])]

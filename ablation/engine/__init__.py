@@ -5,6 +5,7 @@
     prefix  what comes before the target, once per batch               finite  any target, many sites at once
     carry   every operation, with the deltas beside it                 rerun   any target, one site at a time
     rules, products   how each operation carries a change              shadow, moves   where deltas are kept, and how
+    tape    the intact network's products, once per batch              response  the loss as a series in one number
     deltas  what every path yields                                     sums    deltas -> partial sums
 
 Not here: which shards there are (`plan.py`), where batches come from (`data.py`), what the sums become (`table.py`).

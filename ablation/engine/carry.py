@@ -18,11 +18,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ablation.engine.moves import Block, Columns, Product
 from ablation.engine.shadow import Shadows
+from ablation.engine.tape import Player
 from ablation.errors import ModelError
 from ablation.precision import Lifts
 from ablation.sites import Sites
 
 Form = Block | Columns | Product
+# Written to, by PyTorch's books, is only how a tensor looks at its storage: the shadow stays what it is.
+_OF_FORM = {"as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"}
 
 
 class Changed:
@@ -61,10 +64,12 @@ class Carry(TorchDispatchMode):
     """
 
     def __init__(
-        self, target: Tensor, sites: Sites, rules: Mapping[Any, Rule], dtype: torch.dtype, lifts: Lifts | None = None
-    ) -> None:
+        self, target: Tensor, sites: Sites, rules: Mapping[Any, Rule], dtype: torch.dtype, lifts: Lifts,
+        player: Player,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.lifts = lifts or Lifts()
+        self.lifts = lifts
+        self.player = player
         self.target = target
         self.index = sites.indices
         self.step = sites.replacements - sites.weights
@@ -84,13 +89,13 @@ class Carry(TorchDispatchMode):
                 return result  # a view
             raise NotCarriedError(f"{func} reads an index or a mask that may change under an ablation")
         moving = [tensor for tensor in tensors if self.is_target(tensor) or self.shadows.moves(tensor)]
-        if not moving:
-            return func(*args, **kwargs)
+        if not moving or func.overloadpacket.__name__ in _OF_FORM:
+            return self.player.run(func, args, kwargs)
         written = _written(func, args, kwargs)
         if any(self.is_target(tensor) for tensor in written):
             raise NotCarriedError("the model writes to the target parameter")
         call = self._before(func, args, kwargs, written, moving)
-        result = func(*args, **kwargs)
+        result = self.player.run(func, args, kwargs)
         results = list(result) if isinstance(result, tuple | list) else [result]
         if not written and any(_share(tensor, one) for tensor in moving for one in results):
             return result  # a view: its shadow is the same view of the shadow

@@ -25,6 +25,7 @@ from ablation.engine.prefix import Prefix
 from ablation.engine.products import RULES
 from ablation.engine.rerun import Rerun
 from ablation.engine.response import Response
+from ablation.engine.tape import Player, Tape
 from ablation.precision import FromTargetOn, Lifts, as_found, run_with
 from ablation.sites import Sites, make_sites
 
@@ -51,6 +52,7 @@ class Finite:
         self.weights = (intact if precision == "float32" else intact.double()).clone(
             memory_format=torch.contiguous_format
         )
+        self.without_rule: set[str] = set()  # operations that the general rule was used for
         self.prefix = Prefix(model)
         self.lifts = Lifts()
         self.one_by_one = Rerun(model, parameter, sites, precision=precision, top1=top1, prefix=self.prefix)
@@ -58,7 +60,8 @@ class Finite:
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of `lanes` sites after the other."""
         mode = FromTargetOn(self.weights, self.lifts)
-        with as_found(self.model), _plain_attention():
+        tape = Tape(mode)
+        with as_found(self.model), _plain_attention(), tape:
             logits = self.prefix.first_run(
                 lambda: run_with(self.model, self.parameter, self.weights, inputs, mode=mode),
                 mode,
@@ -67,13 +70,13 @@ class Finite:
             )
         baseline.check_logits(logits, len(inputs))
         intact = make_intact(logits, labels)
-        return intact, self._deltas(intact, inputs)
+        return intact, self._deltas(intact, inputs, tape)
 
-    def _deltas(self, intact: Intact, inputs: Tensor) -> Iterator[Deltas]:
+    def _deltas(self, intact: Intact, inputs: Tensor, tape: Tape) -> Iterator[Deltas]:
         for first in range(0, len(self.sites), self.lanes):
             rows = slice(first, min(first + self.lanes, len(self.sites)))
             try:
-                dz = self.logit_deltas(self.carry(rows), intact, inputs)
+                dz = self._logit_deltas(rows, intact, inputs, tape)
             except NotCarriedError:
                 for row in range(rows.start, rows.stop):
                     with _plain_attention():
@@ -85,20 +88,18 @@ class Finite:
             else:
                 yield score(rows, intact, dz, top1=self.top1)
 
-    def carry(self, rows: slice) -> Carry:
-        """What carries the deltas of some sites."""
-        return Carry(self.weights, self.sites[rows], self.rules, self.delta_dtype, self.lifts)
-
-    def logit_deltas(self, carry: Carry, intact: Intact, inputs: Tensor) -> Tensor | Product:
+    def _logit_deltas(self, rows: slice, intact: Intact, inputs: Tensor, tape: Tape) -> Tensor | Product:
         """The deltas (sites, examples, classes) of the logits; where the last Linear is all that is left, before it.
 
         Raises:
             NotCarriedError: the model decides by a number that one of the ablations changes.
         """
+        mode = FromTargetOn(self.weights, self.lifts)
+        player = Player(tape, mode)
+        carry = Carry(self.weights, self.sites[rows], self.rules, self.delta_dtype, self.lifts, player)
         with as_found(self.model), _plain_attention(), self.prefix.replay(), carry:
-            logits = run_with(
-                self.model, self.parameter, self.weights, inputs, mode=FromTargetOn(self.weights, self.lifts)
-            )
+            logits = run_with(self.model, self.parameter, self.weights, inputs, mode=mode)
+        self.without_rule |= carry.without_rule
         baseline.check_agreement(logits, intact.logits, "with its prefix replayed", tolerance=1e-9)
         if isinstance(product := carry.shadows.form(logits), Product):
             return product
@@ -139,10 +140,9 @@ def operations_without_rule(model: torch.nn.Module, parameter: str, inputs: Tens
     """The operations behind a parameter that the general rule is used for: worth a rule, where they take long."""
     sites = make_sites(model.get_parameter(parameter), np.arange(1), "zero")
     finite = Finite(model, parameter, sites, precision="mixed", top1=False, lanes=1)
-    intact, _ = finite.run(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
-    carry = finite.carry(slice(0, 1))
-    finite.logit_deltas(carry, intact, inputs)
-    return sorted(carry.without_rule)
+    _, pieces = finite.run(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
+    list(pieces)
+    return sorted(finite.without_rule)
 
 
 def _plain_attention() -> Any:

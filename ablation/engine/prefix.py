@@ -1,6 +1,6 @@
 """The prefix, run once per batch: what the model computed before the target is remembered, module by module.
 
-While `remember` is on, every module whose whole forward pass happens before the target is first used keeps its output;
+On the first run, every module whose whole forward pass happens before the target is first used keeps its output;
 while `replay` is on, it returns that output instead of computing it again. So a run for more ablations costs only what
 comes after the target, in any model, without knowing how it is built.
 
@@ -58,26 +58,25 @@ class Prefix:
         self.record: Record = []
 
     def first_run(
-        self, run: Callable[[], Any], mode: FromTargetOn, inputs: Tensor, activations: Activations | None
+        self, run: Callable[[], Any], mode: FromTargetOn, inputs: Tensor, activations: Activations | None = None
     ) -> Any:
-        """Run the model on a batch and remember its prefix; or take that from an earlier job on the same batch."""
+        """Run the model on a batch and remember its prefix; or take that from an earlier job on the same batch.
+
+        `mode`, active in `run`, says from when on the target has been seen, and who reads what.
+        """
         if activations is None:
-            with self.remember(mode):
-                return run()
+            return self._remember(run, mode)
         address = activations.address(inputs)
         kept = activations.get(address)
         if kept is not None:
             self.record = _from_plain(kept)
             with self.replay():
                 return run()
-        with self.remember(mode):
-            result = run()
+        result = self._remember(run, mode)
         activations.put(address, _to_plain(self.record), len(inputs))
         return result
 
-    @contextmanager
-    def remember(self, mode: FromTargetOn) -> Iterator[None]:
-        """Run the model once inside; `mode` says from when on the target has been seen, and who reads what."""
+    def _remember(self, run: Callable[[], Any], mode: FromTargetOn) -> Any:
         outputs: dict[torch.nn.Module, list[Output | None]] = {module: [] for module in self._modules}
         readers = _Readers()
         mode.on_look = readers.look
@@ -110,11 +109,13 @@ class Prefix:
 
         try:
             with _wrapped(self._modules, wrap):
-                yield
+                result = run()
         finally:
             mode.on_look = None
+        readers.look([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
         read = readers.read
         self.record = [[_without_unread(output, read) for output in outputs[module]] for module in self._modules]
+        return result
 
     @contextmanager
     def replay(self) -> Iterator[None]:

@@ -37,14 +37,17 @@ class Response:
     def moments(self, intact: Intact) -> Float[Tensor, "orders units examples"]:
         """M_k / k! for k = 1 to ORDER."""
         raw = self.powers @ intact.rest.double().T
-        label = self.columns.double()[:, intact.labels]  # v_y: (units, examples)
-        shifted = [raw[0]]
+        shift = -self.columns.double()[:, intact.labels]  # -v_y: (units, examples)
+        powers = [torch.ones_like(shift), shift]
+        while len(powers) <= ORDER:
+            powers.append(powers[-1] * shift)
+        moments = []
         for k in range(1, ORDER + 1):
-            total = raw[k].clone()
+            total = raw[k] / math.factorial(k)
             for j in range(k):
-                total += math.comb(k, j) * raw[j] * (-label) ** (k - j)
-            shifted.append(total / math.factorial(k))
-        return torch.stack(shifted[1:])
+                total.addcmul_(raw[j], powers[k - j], value=math.comb(k, j) / math.factorial(k))
+            moments.append(total)
+        return torch.stack(moments)
 
     def loss_delta(
         self,

@@ -109,7 +109,7 @@ def test_as_many_sites_at_once_as_their_deltas_fit() -> None:
     assert plan("fc").lanes == 1  # direct: has its own way of many at once
     assert plan("conv", 100).lanes == 100
     wide = plan("conv", 1000)
-    assert (wide.lanes, wide.batch_size) == (512, 2)
+    assert (wide.lanes, wide.batch_size) == (1000, 1)
     assert wide.lanes * wide.batch_size * 50_000 <= LANE_VALUES
     few = plan("conv", 10)
     assert (few.lanes, few.batch_size) == (10, 128)

@@ -47,8 +47,7 @@ def test_replay() -> None:
             if isinstance(module, Counting):
                 module.calls = 0
         prefix, mode = Prefix(model), FromTargetOn(target)
-        with prefix.remember(mode):
-            got = [run_with(model, name, target, inputs, mode=mode)]
+        got = [prefix.first_run(lambda: run_with(model, name, target, inputs, mode=mode), mode, inputs)]
         for weight in (target * 2, target * 3):
             with prefix.replay():
                 got.append(run_with(model, name, weight, inputs))
@@ -65,8 +64,7 @@ def test_hooks_that_change_outputs_run_once_per_output() -> None:
     with torch.no_grad():
         truth = run_with(model, "1.weight", target, inputs)
         prefix, mode = Prefix(model), FromTargetOn(target)
-        with prefix.remember(mode):
-            run_with(model, "1.weight", target, inputs, mode=mode)
+        prefix.first_run(lambda: run_with(model, "1.weight", target, inputs, mode=mode), mode, inputs)
         with prefix.replay():
             assert torch.equal(run_with(model, "1.weight", target, inputs), truth)
 
@@ -95,8 +93,7 @@ def test_only_what_is_read_again_is_kept() -> None:
     with torch.no_grad():
         truth = run_with(model, name, target * 2, inputs)
         prefix, mode = Prefix(model), FromTargetOn(target)
-        with prefix.remember(mode):
-            run_with(model, name, target, inputs, mode=mode)
+        prefix.first_run(lambda: run_with(model, name, target, inputs, mode=mode), mode, inputs)
         with prefix.replay():
             assert torch.equal(run_with(model, name, target * 2, inputs), truth)
     kept = [leaf for outputs in prefix.record for output in outputs if output for leaf in [output.value]]

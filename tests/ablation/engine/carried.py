@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ablation.engine.carry import Carry, Rule
 from ablation.engine.moves import Block
 from ablation.engine.products import RULES
+from ablation.engine.tape import Player, Tape
+from ablation.precision import FromTargetOn, Lifts
 from ablation.sites import Sites
 
 N = 5  # ablations, as no other axis in these tests
@@ -23,7 +25,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def make_carry(rules: Mapping[Any, Rule] = RULES, dtype: torch.dtype = torch.float64, n: int = N) -> Carry:
     """The engine's mode over a target that nobody uses."""
     target = torch.zeros(n, dtype=torch.float64)
-    return Carry(target, Sites(torch.arange(n), target, target), rules, dtype)
+    mode = FromTargetOn(target)
+    return Carry(target, Sites(torch.arange(n), target, target), rules, dtype, Lifts(), Player(Tape(mode), mode))
 
 
 def make_dense(x: Tensor, scale: float = 0.3, seed: int = 1) -> Tensor:
