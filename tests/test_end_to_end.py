@@ -41,7 +41,7 @@ SPEC = {
     "data": {"name": "digits", "train": "all", "test": {"per_class": 9}},
     "sites": {"count": 512},
 }
-SLOW_SPEC = {**SPEC, "layer": "conv2", "sites": {"count": 96}, "precision": "float64"}
+SLOW_SPEC = {**SPEC, "layer": "conv2", "sites": {"count": 2000}, "precision": "float64"}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ batch and remembered; what comes after it runs once for every `lanes` sites, wit
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from ablation.engine.tape import Player, Tape
 from ablation.precision import FromTargetOn, Lifts, as_found, run_with
 from ablation.sites import Sites, make_sites
 
+PROBES = 8  # sites that are carried in float64 too, at the beginning of a shard
+PROBE_BOUND = 2e-5  # in units of max(|u|, 0.01 rms u): a fifth of what the proof allows
 MOMENTS_PAY = 8  # a pair's classes cost as much as the moments of one (unit, example) pair divided by this
 
 
@@ -47,6 +50,7 @@ class Finite:
         self.rules = rules
         self.activations = activations
         huge = len(sites) > 0 and bool((sites.replacements - sites.weights).abs().max() > HUGE_STEP)
+        self.is_probed = precision == "float32"  # which promises nothing
         self.delta_dtype = torch.float64 if precision == "float64" or huge else torch.float32
         intact = model.get_parameter(parameter).detach()
         self.weights = (intact if precision == "float32" else intact.double()).clone(
@@ -73,10 +77,12 @@ class Finite:
         return intact, self._deltas(intact, inputs, tape)
 
     def _deltas(self, intact: Intact, inputs: Tensor, tape: Tape) -> Iterator[Deltas]:
+        if not self.is_probed:
+            self._probe(intact, inputs, tape)
         for first in range(0, len(self.sites), self.lanes):
             rows = slice(first, min(first + self.lanes, len(self.sites)))
             try:
-                dz = self._logit_deltas(rows, intact, inputs, tape)
+                dz = self._logit_deltas(self.sites[rows], intact, inputs, tape)
             except NotCarriedError:
                 for row in range(rows.start, rows.stop):
                     with _plain_attention():
@@ -88,7 +94,27 @@ class Finite:
             else:
                 yield score(rows, intact, dz, top1=self.top1)
 
-    def _logit_deltas(self, rows: slice, intact: Intact, inputs: Tensor, tape: Tape) -> Tensor | Product:
+    def _probe(self, intact: Intact, inputs: Tensor, tape: Tape) -> None:
+        """Carry some sites in float64 too, and all of them from now on, if float32 gives other utilities.
+
+        Through many layers float32 deltas gather rounding; where the examples' deltas nearly cancel, it shows.
+        """
+        self.is_probed = True
+        if self.delta_dtype == torch.float64 or not len(self.sites):
+            return
+        some = self.sites[slice(0, None, max(1, len(self.sites) // PROBES))]
+        utilities = []
+        with suppress(NotCarriedError):
+            for self.delta_dtype in (torch.float32, torch.float64):
+                dz = self._logit_deltas(some, intact, inputs, tape)
+                utilities.append(score(slice(0, len(some)), intact, dz, top1=False).delta.mean(dim=1))
+            narrow, wide = utilities
+            scale = torch.maximum(wide.abs(), 0.01 * wide.square().mean().sqrt())
+            if not (narrow - wide).abs().le(PROBE_BOUND * scale).all():
+                return
+        self.delta_dtype = torch.float32
+
+    def _logit_deltas(self, sites: Sites, intact: Intact, inputs: Tensor, tape: Tape) -> Tensor | Product:
         """The deltas (sites, examples, classes) of the logits; where the last Linear is all that is left, before it.
 
         Raises:
@@ -96,7 +122,7 @@ class Finite:
         """
         mode = FromTargetOn(self.weights, self.lifts)
         player = Player(tape, mode)
-        carry = Carry(self.weights, self.sites[rows], self.rules, self.delta_dtype, self.lifts, player)
+        carry = Carry(self.weights, sites, self.rules, self.delta_dtype, self.lifts, player)
         with as_found(self.model), _plain_attention(), self.prefix.replay(), carry:
             logits = run_with(self.model, self.parameter, self.weights, inputs, mode=mode)
         self.without_rule |= carry.without_rule

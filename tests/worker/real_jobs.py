@@ -16,16 +16,16 @@ from worker.store import JobRecord, JobStore
 
 
 def plan_real(settings: Settings, shard_s: float, **asked: Any) -> tuple[JobSpec, Plan]:
-    """A job on `digits`, by default on a layer whose sites are run one by one, so that it lasts a while."""
+    """A job on `digits`, by default on so many weights that it lasts a while."""
     fields = {
         "model": {"name": "digits_alexnet"},
         "layer": "conv2",
         "data": {"name": "digits", "train": {"per_class": 50, "seed": 1}, "test": {"per_class": 20, "seed": 2}},
-        "sites": {"count": 60, "seed": 3},
+        "sites": {"count": 1500, "seed": 3},
     }
     spec = make_spec(fields | asked)
     facts, counts = catalog.model_facts(spec.model.name), catalog.split_counts(spec.data, settings.folders)
-    return spec, make_plan(spec, facts, counts, threads=1, shard_s=shard_s)
+    return spec, make_plan(spec, facts, counts, threads=1, shard_s=shard_s, batch_size=16)
 
 
 def run_undisturbed(settings: Settings, spec: JobSpec, plan: Plan) -> ImportanceTable:
