@@ -240,7 +240,7 @@ class Call:
 
     def base(self, value: Any) -> Any:
         """The argument (or result) itself, as precise as the deltas, and in their form."""
-        return self.carry.lifts.narrow(self.exact(value), self.dtype) if isinstance(value, Tensor) else value
+        return self.exact(self.carry.lifts.narrow(value, self.dtype)) if isinstance(value, Tensor) else value
 
     def exact(self, value: Any) -> Any:
         """The same in its own precision."""

@@ -123,14 +123,17 @@ def _one_channel(
     """d(w * x)[:, o] = dw x_i, shifted to the ablated kernel position."""
     unit, source, *kernel = entries.place
     source = source + unit.div(w.shape[0] // groups, rounding_mode="floor") * w.shape[1]
-    taken = F.pad(_input_channels(call, x, source), [amount for each in reversed(padding) for amount in (each, each)])
-    numbers = taken.new_empty(len(x), call.n, *out.shape[2:])
+    around = [amount for each in reversed(padding) for amount in (each, each)]
+    padded = F.pad(call.base(x), around)
+    moves = None if call.delta(x) is None else F.pad(_own_channels(call, x, source), around)
+    numbers = padded.new_empty(len(x), call.n, *out.shape[2:])
     for position, lanes in _by_position(kernel):
         seen = [
             slice(at * gap, at * gap + (size - 1) * step + 1, step)
             for at, gap, step, size in zip(position, dilation, stride, out.shape[2:], strict=True)
         ]
-        numbers[:, lanes] = taken[:, :, *seen].index_select(1, lanes)
+        taken = padded[:, :, *seen].index_select(1, source[lanes])
+        numbers[:, lanes] = taken if moves is None else taken + moves[:, :, *seen].index_select(1, lanes)
     return _scaled_channel(call, unit, entries, numbers, out.shape[1])
 
 
@@ -162,9 +165,14 @@ def _one_transposed_channel(
 def _input_channels(call: Call, x: Tensor, source: Tensor) -> Tensor:
     """x_i + dx_i of each ablation's input channel: (examples, ablations, ...)."""
     taken = call.base(x.index_select(1, source))
-    if (dx := call.delta(x)) is not None:
-        taken = taken + dx[torch.arange(call.n, device=x.device), :, source].transpose(0, 1)
-    return taken
+    return taken if call.delta(x) is None else taken + _own_channels(call, x, source)
+
+
+def _own_channels(call: Call, x: Tensor, source: Tensor) -> Tensor:
+    """dx_i of each ablation's input channel: (examples, ablations, ...)."""
+    dx = call.delta(x)
+    assert dx is not None
+    return dx[torch.arange(call.n, device=x.device), :, source].transpose(0, 1)
 
 
 def _scaled_channel(call: Call, unit: Tensor, entries: Entries, numbers: Tensor, size: int) -> Block:

@@ -32,7 +32,7 @@ class Response:
         self.columns = columns
         wide = columns.double()
         self.spread = wide.amax(dim=1) - wide.amin(dim=1)  # no u is larger
-        self.powers = torch.stack([wide**k for k in range(ORDER + 1)])
+        self.powers = torch.cumprod(torch.stack([torch.ones_like(wide), *[wide] * ORDER]), dim=0)
 
     def moments(self, intact: Intact) -> Float[Tensor, "orders units examples"]:
         """M_k / k! for k = 1 to ORDER."""
