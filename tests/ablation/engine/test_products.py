@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class Layer:
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     parameters: tuple[str, ...] = ("weight", "bias")
-    sites: int = 60
+    sites: int = 36
 
 
 class Behind(nn.Module):
@@ -362,12 +363,12 @@ def test_equals_brute_force(name: str, precision: str) -> None:
     check_exact(model, parameter, x, y, precision, indices=some_sites(model, parameter, n))
 
 
-@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("name", [name for name in networks() if not name.endswith("bias")][::2])
 def test_the_general_rule_equals_brute_force(name: str) -> None:
     model, parameter, shape, _ = networks()[name]
     precision = "float64" if name in REFUSED_IN_MIXED else "mixed"
     x, y = make_data(shape, N_CLASSES)
-    check_exact(model, parameter, x, y, precision, indices=some_sites(model, parameter, 3), rules={})
+    check_exact(model, parameter, x, y, precision, indices=some_sites(model, parameter, 2), rules={})
 
 
 @pytest.mark.parametrize("value", [-3.0, 1e3])
@@ -394,8 +395,8 @@ def test_many_lanes_take_the_way_of_active_columns() -> None:
             model[k].bias.sub_(0.3)
     x, y = make_data((13, 9), N_CLASSES)
     for precision in ("mixed", "float64"):
-        check_exact(model, "0.weight", x, y, precision, lanes=200, batch=7)
-        check_exact(model, "0.weight", x, y, precision, lanes=200, batch=7, value=2.0)
+        for value in (0.0, 2.0):
+            check_exact(model, "0.weight", x, y, precision, indices=np.arange(180), lanes=200, batch=7, value=value)
 
 
 def test_a_wrong_rule_is_caught() -> None:
