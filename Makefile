@@ -11,7 +11,8 @@ BENCHMARKS = $(basename $(notdir $(shell grep -ls __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve up test test-slow test-gpu test-ui contract check bench bench-gpu facts lock clean
+.PHONY: help install demo serve up test test-slow test-gpu test-ui contract check bench bench-gpu facts \
+  check-torchvision lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -91,10 +92,13 @@ bench-gpu: install ## those that need a CUDA device
 facts: install ## ablation/facts.jsonl, the table of built-in models
 	.venv/bin/python tools/make_facts.py
 
+check-torchvision: install ## the engine against brute force on all of torchvision; what has passed is not run again
+	.venv/bin/python tools/check_torchvision.py
+
 # One resolution for all: the others are cut out of the first, so that they hold the same versions. The worker's image
 # needs no server in it. redis.txt is written by hand: one wheel, whatever Python is here.
 lock: install ## resolve requirements/*.txt again
-	$(COMPILE) --upgrade --group dev --group install --output-file requirements/lock.txt pyproject.toml
+	$(COMPILE) --upgrade --all-extras --group dev --group install --output-file requirements/lock.txt pyproject.toml
 	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/install.txt --group install
 	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/api.txt --group api
 	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/worker.txt \

@@ -27,7 +27,6 @@ class Lifts:
     def __init__(self) -> None:
         self._held: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}
         self._narrow: dict[int, Tensor] = {}
-        self._lengths: dict[tuple[Any, ...], Tensor] = {}
 
     def lift(self, tensor: Tensor) -> Tensor:
         """The tensor in float64."""
@@ -46,15 +45,6 @@ class Lifts:
         if own is None or own.dtype != dtype or tensor.dtype == dtype:
             return tensor.to(dtype)
         return own.as_strided(tensor.shape, tensor.stride(), own.storage_offset() + tensor.storage_offset())
-
-    def lengths(self, matrix: Tensor) -> Tensor:
-        """The Euclidean length of each column, kept for parameters."""
-        if all(own.untyped_storage()._cdata != matrix.untyped_storage()._cdata for own in self._narrow.values()):
-            return matrix.norm(dim=0)
-        key = (matrix.data_ptr(), matrix.shape, matrix.stride())
-        if key not in self._lengths:
-            self._lengths[key] = matrix.norm(dim=0)
-        return self._lengths[key]
 
 
 class Float64Spreads(TorchFunctionMode):

@@ -56,6 +56,7 @@ class Finite:
         self.weights = (intact if precision == "float32" else intact.double()).clone(
             memory_format=torch.contiguous_format
         )
+        self.response: tuple[int, Response] | None = None  # of the sites from this row on
         self.without_rule: set[str] = set()  # operations that the general rule was used for
         self.prefix = Prefix(model)
         self.lifts = Lifts()
@@ -90,7 +91,7 @@ class Finite:
                     yield one
                 continue
             if isinstance(dz, Product) and isinstance(dz.factor, Block) and dz.factor.length == 1 and not self.top1:
-                yield score_columns(rows, intact, dz.factor, dz.matrix)
+                yield self._score_columns(rows, intact, dz.factor, dz.matrix)
             else:
                 yield score(rows, intact, dz, top1=self.top1)
 
@@ -132,6 +133,22 @@ class Finite:
         dz = carry.shadows.delta(logits)
         return logits.new_zeros(carry.shadows.n, *logits.shape) if dz is None else dz
 
+    @torch.no_grad()
+    def _score_columns(
+        self, rows: slice, intact: Intact, units: Block, matrix: Float[Tensor, "units classes"]
+    ) -> Deltas:
+        """The loss deltas where one unit before the last Linear moves: by a series, where its moments pay."""
+        t = units.numbers[:, :, 0]
+        own, unit = units.first.unique(return_inverse=True)
+        if self.response is None or self.response[0] != rows.start:  # the same in every batch
+            self.response = rows.start, Response(matrix[own])
+        response = self.response[1]
+        touched = (t != 0) & response.is_live[unit, None]
+        if int(touched.sum()) * MOMENTS_PAY < len(own) * t.shape[1]:
+            return score(rows, intact, t[:, :, None] * response.columns[unit, None], top1=False)
+        delta = response.loss_delta(intact, t, unit, touched)
+        return Deltas(rows, delta, touched, intact.correct.expand(touched.shape))
+
 
 @torch.no_grad()
 def score(rows: slice, intact: Intact, dz: Tensor | Product, *, top1: bool) -> Deltas:
@@ -147,19 +164,6 @@ def score(rows: slice, intact: Intact, dz: Tensor | Product, *, top1: bool) -> D
         if top1:
             correct[row, example] = is_correct(intact, example, moved)
     return Deltas(rows, delta, touched, correct)
-
-
-@torch.no_grad()
-def score_columns(rows: slice, intact: Intact, units: Block, matrix: Float[Tensor, "units classes"]) -> Deltas:
-    """The same where one unit before the last Linear moves: by a series, where its moments pay."""
-    t = units.numbers[:, :, 0]
-    own, unit = units.first.unique(return_inverse=True)
-    columns = matrix[own]
-    touched = (t != 0) & (columns != 0).any(dim=1)[unit, None]
-    if int(touched.sum()) * MOMENTS_PAY < len(own) * t.shape[1]:
-        return score(rows, intact, t[:, :, None] * columns[unit, None], top1=False)
-    delta = Response(columns).loss_delta(intact, t, unit, touched)
-    return Deltas(rows, delta, touched, intact.correct.expand(touched.shape))
 
 
 def operations_without_rule(model: torch.nn.Module, parameter: str, inputs: Tensor) -> list[str]:

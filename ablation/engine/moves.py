@@ -8,6 +8,7 @@ All of them can be written out with `dense`. Not here: where deltas are kept (`s
 `products.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,7 +76,6 @@ class Product:
 
     factor: Columns | Block
     matrix: Float[Tensor, "inputs outputs"]
-    lengths: Float[Tensor, " outputs"]  # of the matrix's columns
 
     def dense(self) -> Float[Tensor, "ablations rows outputs"]:
         """All entries."""
@@ -84,18 +84,46 @@ class Product:
         rows = zip(self.factor.columns, self.factor.numbers, strict=True)
         return torch.stack([numbers @ self.matrix.index_select(0, columns) for columns, numbers in rows], dim=1)
 
-    def row(self, row: int, outputs: Int64[Tensor, " outputs"]) -> Float[Tensor, "ablations outputs"]:
-        """Some entries of one row."""
-        if isinstance(self.factor, Block):
-            return self._of_block[:, row].index_select(1, outputs)
-        return self.factor.numbers[row] @ self.matrix[self.factor.columns[row][:, None], outputs]
+    def relu(self, x: Tensor, delta: Callable[[Tensor, Tensor], Tensor]) -> Columns:
+        """What is left of it behind a ReLU whose input is `x`; `delta(dx, x)` is the ReLU's own rule.
 
-    def reach(self, row: int) -> Float[Tensor, " outputs"]:
-        """What no entry of the row exceeds for any ablation: |dA| |B_o| (Cauchy-Schwarz), with room for rounding."""
-        numbers = self.factor.numbers[row] if isinstance(self.factor, Columns) else self.factor.numbers[:, row]
-        return numbers.double().norm(dim=1).amax() * (1 + 1e-3) * self.lengths
+        Only units that x + dx can open for any ablation are computed, |dx_o| <= |dA| |B_o| (Cauchy-Schwarz): first for
+        the few ablations that move most, then for the others, which reach fewer units.
+        """
+        columns, numbers = zip(*(self._row(row, x[row], delta) for row in range(len(x))), strict=True)
+        return Columns(tuple(columns), tuple(numbers), x.shape[1])
+
+    def _row(self, row: int, x: Tensor, delta: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        base = x.to(self.matrix.dtype)
+        if isinstance(self.factor, Block):  # costs little
+            dx = self._of_block[:, row]
+            opened = ((x > 0) | (dx.amax(dim=0) > -x)).nonzero()[:, 0]
+            return opened, delta(dx.index_select(1, opened), base[opened])
+        inputs, da = self.factor.columns[row], self.factor.numbers[row]
+        lengths = self.matrix.index_select(0, inputs).double().norm(dim=0) * (1 + 1e-6)
+        size = da.double().norm(dim=1)
+        order = size.argsort(descending=True)
+        opened = (x > -size.amax() * lengths).nonzero()[:, 0]
+        numbers = da.new_zeros(len(da), len(opened))
+        for lanes in order.tensor_split([max(1, len(order) // 16)]):
+            if len(lanes):
+                some = (x[opened] > -size[lanes].amax() * lengths[opened]).nonzero()[:, 0]
+                units = opened[some]
+                dx = da[lanes] @ self.matrix[inputs[:, None], units]
+                numbers[lanes[:, None], some] = delta(dx, base[units])
+        moving = (numbers != 0).any(dim=0).nonzero()[:, 0]
+        return opened[moving], numbers.index_select(1, moving)
 
     @cached_property
     def _of_block(self) -> Float[Tensor, "ablations rows outputs"]:
+        """Ablations of the same unit share its rows of the matrix."""
         assert isinstance(self.factor, Block)
-        return torch.bmm(self.factor.numbers, self.matrix[self.factor.places()])
+        numbers, length = self.factor.numbers, self.factor.length
+        if length == 1:
+            return numbers * self.matrix[self.factor.first][:, None]
+        result = numbers.new_empty(*numbers.shape[:2], self.matrix.shape[1])
+        starts, unit = self.factor.first.unique(return_inverse=True)
+        for k, start in enumerate(starts.tolist()):
+            lanes = (unit == k).nonzero()[:, 0]
+            result[lanes] = numbers[lanes] @ self.matrix[start : start + length]
+        return result

@@ -193,12 +193,12 @@ def _times_matrix(call: Call, a: Tensor, b: Tensor) -> Move:
     """dA B: by the rows of B that the moving units need."""
     matrix, form = call.base(b), call.form(a)
     if isinstance(form, Columns) or (isinstance(form, Block) and form.axis == 1):
-        product = Product(form, matrix, call.carry.lifts.lengths(matrix))
+        product = Product(form, matrix)
         return product if len(a) <= call.n else product.dense()
     da = call.delta(a)
     assert da is not None
     columns = _active_columns(da)
-    return da @ matrix if columns is None else Product(columns, matrix, call.carry.lifts.lengths(matrix))
+    return da @ matrix if columns is None else Product(columns, matrix)
 
 
 def written_out(move: Move) -> Tensor | None:

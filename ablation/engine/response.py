@@ -30,6 +30,7 @@ class Response:
 
     def __init__(self, columns: Float[Tensor, "units classes"]) -> None:
         self.columns = columns
+        self.is_live = (columns != 0).any(dim=1)
         wide = columns.double()
         self.spread = wide.amax(dim=1) - wide.amin(dim=1)  # no u is larger
         self.powers = torch.cumprod(torch.stack([torch.ones_like(wide), *[wide] * ORDER]), dim=0)

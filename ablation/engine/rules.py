@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablation.engine.carry import CHANGED, Call, Move, Moves, Rule
-from ablation.engine.moves import Block, Columns, Product
+from ablation.engine.moves import Block, Product
 
 aten = torch.ops.aten
 RULES: dict[Any, Rule] = {}
@@ -210,15 +210,8 @@ def where(call: Call, out: Tensor, mask: Tensor, a: Any, b: Any) -> Moves:
 def relu(call: Call, out: Tensor, x: Tensor) -> Moves:
     """d relu(x) = max(dx, -x) + min(x, 0)."""
     if isinstance(product := call.form(x), Product):
-        return [_relu_where_open(product, x, call.base(x))]
+        return [product.relu(x, relu_delta)]
     return [relu_delta(moved(call, x), call.base(x))]
-
-
-def _relu_where_open(product: Product, x: Tensor, base: Tensor) -> Columns:
-    """Only where x + dx can be above 0 for any ablation; elsewhere the delta is 0, and dx need not be computed."""
-    opened = [(x[row] > -product.reach(row)).nonzero()[:, 0] for row in range(len(x))]
-    numbers = [relu_delta(product.row(row, units), base[row, units]) for row, units in enumerate(opened)]
-    return Columns(tuple(opened), tuple(numbers), x.shape[1])
 
 
 @rule(aten.hardtanh, aten.clamp, along=elementwise)
