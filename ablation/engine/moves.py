@@ -82,7 +82,7 @@ class Product:
         if isinstance(self.factor, Block):
             return self._of_block
         rows = zip(self.factor.columns, self.factor.numbers, strict=True)
-        return torch.stack([numbers @ self.matrix.index_select(0, columns) for columns, numbers in rows], dim=1)
+        return torch.stack([numbers @ self._rows(columns) for columns, numbers in rows], dim=1)
 
     def relu(self, x: Tensor, delta: Callable[[Tensor, Tensor], Tensor]) -> Columns:
         """What is left of it behind a ReLU whose input is `x`; `delta(dx, x)` is the ReLU's own rule.
@@ -100,19 +100,32 @@ class Product:
             opened = ((x > 0) | (dx.amax(dim=0) > -x)).nonzero()[:, 0]
             return opened, delta(dx.index_select(1, opened), base[opened])
         inputs, da = self.factor.columns[row], self.factor.numbers[row]
-        lengths = self.matrix.index_select(0, inputs).double().norm(dim=0) * (1 + 1e-6)
-        size = da.double().norm(dim=1)
+        lengths = self._rows(inputs).norm(dim=0) * (1 + 1e-3)  # with room for rounding
+        size = da.norm(dim=1)
         order = size.argsort(descending=True)
-        opened = (x > -size.amax() * lengths).nonzero()[:, 0]
-        numbers = da.new_zeros(len(da), len(opened))
+        moving = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        parts = []
         for lanes in order.tensor_split([max(1, len(order) // 16)]):
             if len(lanes):
-                some = (x[opened] > -size[lanes].amax() * lengths[opened]).nonzero()[:, 0]
-                units = opened[some]
-                dx = da[lanes] @ self.matrix[inputs[:, None], units]
-                numbers[lanes[:, None], some] = delta(dx, base[units])
-        moving = (numbers != 0).any(dim=0).nonzero()[:, 0]
-        return opened[moving], numbers.index_select(1, moving)
+                units = (x > -size[lanes].amax() * lengths).nonzero()[:, 0]
+                moved = delta(da[lanes] @ self._rows(inputs, units), base[units])
+                moving[units] |= (moved != 0).any(dim=0)
+                parts.append((lanes, units, moved))
+        opened = moving.nonzero()[:, 0]
+        numbers = da.new_zeros(len(da), len(opened))
+        for lanes, units, moved in parts:
+            own = moving[units].nonzero()[:, 0]
+            places = torch.searchsorted(opened, units[own])
+            some = da.new_zeros(len(lanes), len(opened)).index_copy_(1, places, moved.index_select(1, own))
+            numbers.index_copy_(0, lanes, some)
+        return opened, numbers
+
+    def _rows(self, inputs: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """Some rows of the matrix, and some columns; picked the way it lies in memory (a Linear's is transposed)."""
+        if self.matrix.stride(0) != 1:
+            return self.matrix.index_select(0, inputs) if outputs is None else self.matrix[inputs[:, None], outputs]
+        turned = self.matrix.T
+        return (turned.index_select(1, inputs) if outputs is None else turned[outputs[:, None], inputs]).T
 
     @cached_property
     def _of_block(self) -> Float[Tensor, "ablations rows outputs"]:

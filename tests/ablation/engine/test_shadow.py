@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ablation.engine.moves import Block, Columns, Product
 from ablation.engine.rerun import Rerun
+from ablation.engine.rules import relu_delta
 from tests.ablation.engine.carried import (
     N,
     carry_through,
@@ -263,13 +264,19 @@ def test_columns_and_products_are_what_they_stand_for() -> None:
     matrix = draw(4, 6)
     block = make_block(draw(3, 4), 1)
     for factor in (columns, block):
-        product = Product(factor, matrix, matrix.norm(dim=0))
+        product = Product(factor, matrix)
         truth = factor.dense() @ matrix
         torch.testing.assert_close(product.dense(), truth, rtol=1e-13, atol=1e-13)
-        some = torch.tensor([5, 1])
-        for row in range(3):
-            torch.testing.assert_close(product.row(row, some), truth[:, row, some], rtol=1e-13, atol=1e-13)
-            assert (truth[:, row].abs() <= product.reach(row)).all()
+        turned = Product(factor, matrix.T.contiguous().T)  # as a Linear's weight lies
+        for shift in (-30.0, -1.0, 0.0, 30.0):  # nothing can open, some, half, all
+            x = draw(3, 6, seed=7) + shift
+            opened = F.relu(x + truth) - F.relu(x)
+            for each in (product, turned):
+                behind = each.relu(x, relu_delta)
+                torch.testing.assert_close(behind.dense(), opened, rtol=1e-12, atol=1e-14)
+                for row, units in enumerate(behind.columns):
+                    missed = torch.ones(6, dtype=torch.bool).index_fill_(0, units, False)
+                    assert (x[row] + truth[:, row] <= 0)[:, missed].all() or not opened[:, row, missed].any()
         carry = make_carry()
         x = draw(3, 6)
         carry.shadows.put(x, product)
