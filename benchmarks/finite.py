@@ -102,10 +102,11 @@ def measure(name: str, parameter: str, n_sites: int, n_examples: int, active: fl
     finite.is_probed = True
     seconds: dict[str, float] = {}
     deltas = []
-    for x, y in zip(inputs.split(plan.batch_size), labels.split(plan.batch_size), strict=True):
-        _, pieces = finite.run(x, y)
-        with freed_memory_kept(), timed(seconds, "ours"):
-            deltas.append(torch.cat([piece.delta for piece in pieces]))
+    with freed_memory_kept():
+        for x, y in zip(inputs.split(plan.batch_size), labels.split(plan.batch_size), strict=True):
+            _, pieces = finite.run(x, y)
+            with timed(seconds, "ours"):
+                deltas.append(torch.cat([piece.delta for piece in pieces]))
     utility = torch.cat(deltas, dim=1).mean(dim=1)
     rerun = Rerun(model, parameter, sites[:CHECKED], **options)
     _, pieces = rerun.run(inputs, labels)
