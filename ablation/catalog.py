@@ -17,7 +17,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ablation.errors import SpecError, nearest
+from ablation.errors import SpecError, as_given, nearest
 from ablation.folders import Folders
 from ablation.images import SPLIT_FOLDERS, count_images
 from ablation.published import published_counts
@@ -333,7 +333,8 @@ def split_counts(data: DataSpec, folders: Folders, registered: Registered = NOTH
     facts, root = dataset_facts(data.name, registered), find_root(data, folders, registered)
     if data.name not in _DATASETS:
         return None
-    counts = {split: _count(facts, root, split) for split in data.splits}
+    with as_given({"data.root": data.root}):
+        counts = {split: _count(facts, root, split) for split in data.splits}
     return {split: SplitCounts(n_examples=sum(each), n_per_class=each) for split, each in counts.items()}
 
 

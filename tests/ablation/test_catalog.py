@@ -252,7 +252,7 @@ def test_a_root_that_is_no_image_folder_is_refused(
 def test_a_class_without_pictures_is_refused(folders: Folders) -> None:
     write_images(folders.data / "pets", "train/cat/1.png")
     (folders.data / "pets" / "train" / "dog").mkdir()
-    with pytest.raises(SpecError, match=r"train/dog.*Add pictures"):
+    with pytest.raises(SpecError, match=r"got 'pets'.*Add pictures to .*train/dog"):
         catalog.split_counts(DataSpec(name="imagefolder", root="pets", train="all"), folders)
 
 

@@ -79,18 +79,19 @@ def test_the_cut_changes_rounding_only_and_the_same_plan_nothing(folders: Folder
 def test_cancelling_takes_effect_between_batches(folders: Folders) -> None:
     spec = digits_spec(layer="conv1", sites={"count": 72, "seed": 0})
     facts, counts = catalog.model_facts("digits_alexnet"), catalog.split_counts(spec.data, folders)
-    job = load_job(spec, make_plan(spec, facts, counts, threads=1), folders, device="cpu")
+    job = load_job(spec, make_plan(spec, facts, counts, threads=1, batch_size=16), folders, device="cpu")
     seen = []
 
     def on_batch(fraction: float) -> None:
         seen.append(fraction)
-        if len(seen) == 3:
+        if len(seen) == 5:
             raise Cancelled("enough")
 
     with pytest.raises(Cancelled):
         run_shard(job, job.plan.shards[0], on_batch=on_batch)
-    assert len(seen) == 3
-    assert 0 < seen[0] < seen[2] < 1
+    assert seen[:3] == [0, 0, 0]  # between the checks of the model
+    assert 0 < seen[3] < seen[4] < 1
+    assert len(seen) == 5
     assert not any("forward" in vars(module) for module in job.model.modules())
 
 

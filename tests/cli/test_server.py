@@ -16,7 +16,7 @@ from worker.settings import Settings, count_cpus
 def services(tmp_path: Path) -> Iterator[Services]:
     """Services with an address, not started."""
     settings = Settings(home=tmp_path, redis_url="redis://:secret@host:6379/0")
-    with listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0, "--host", "--port") as listener:
         yield Services(settings, "127.0.0.1", 0, 1, say=print, listener=listener)
 
 
@@ -35,7 +35,7 @@ def test_more_threads_than_processors_are_warned_of(capsys: pytest.CaptureFixtur
 
 
 def test_a_misspelt_variable_is_warned_of(tmp_path: Path) -> None:
-    with listen("127.0.0.1", 0) as taken:  # so that it ends at once
+    with listen("127.0.0.1", 0, "--host", "--port") as taken:  # so that it ends at once
         port = taken.getsockname()[1]
         command = ["serve", "--port", str(port), "--home", str(tmp_path)]
         result = CliRunner().invoke(commands, command, env={"ABLATION_TREADS": "2"})
@@ -45,7 +45,7 @@ def test_a_misspelt_variable_is_warned_of(tmp_path: Path) -> None:
 
 
 def test_what_did_not_start_does_not_stop(tmp_path: Path) -> None:
-    with listen("127.0.0.1", 0) as taken:
+    with listen("127.0.0.1", 0, "--host", "--port") as taken:
         port = taken.getsockname()[1]
         result = CliRunner().invoke(commands, ["serve", "--port", str(port), "--home", str(tmp_path)])
     assert result.exit_code == 1
