@@ -26,6 +26,9 @@ from ablation.spec import DataSpec, Record
 DEMO_MODEL = "digits_alexnet"
 
 
+COSTS = ("flops_after", "flops_spread", "values_spread", "widest_spread")  # of a layer, in the table's order
+
+
 class LayerFacts(Record):
     """One parameter tensor that can be a target."""
 
@@ -217,7 +220,7 @@ def line_from_facts(facts: ModelFacts) -> str:
 
 
 def _in_common(layer: LayerFacts) -> tuple[str | float, ...]:
-    costs = layer.flops_after, layer.flops_spread, layer.values_spread, layer.widest_spread
+    costs = (getattr(layer, cost) for cost in COSTS)
     return layer.parameter.rpartition(".")[0], layer.kind, layer.path, *costs
 
 
@@ -230,12 +233,9 @@ def facts_from_line(line: str) -> ModelFacts:
             kind=kind,
             shape=shape,
             path=path,
-            flops_after=flops_after,
-            flops_spread=flops_spread,
-            values_spread=values_spread,
-            widest_spread=widest_spread,
+            **dict(zip(COSTS, costs, strict=True)),
         )
-        for module, kind, path, flops_after, flops_spread, values_spread, widest_spread, parameters in modules
+        for module, kind, path, *costs, parameters in modules
         for own, shape in parameters
     )
     return ModelFacts(

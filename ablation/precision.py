@@ -88,9 +88,11 @@ class Float64Spreads(TorchFunctionMode):
             tensor.data = base.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
-# What of a tensor is not its numbers: methods, and attributes.
-_FORM = {
+# Methods that look at a tensor's form and not at its numbers; with them, attributes and what is asked of its memory.
+LOOKS = {
     "size", "dim", "numel", "stride", "is_contiguous", "element_size", "is_floating_point", "get_device", "__len__",
+}  # fmt: skip
+_FORM = LOOKS | {
     "shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_leaf", "is_quantized", "is_sparse",
     "untyped_storage", "is_inference", "_version", "data_ptr", "storage_offset", "_base",
 }  # fmt: skip

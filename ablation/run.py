@@ -25,7 +25,7 @@ from ablation.catalog import SplitCounts, find_root, model_names
 from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example
 from ablation.devices import find_device, freed_memory_kept
 from ablation.engine import open_path, run_batches
-from ablation.errors import DataError, ExampleError, ModelError
+from ablation.errors import DataError, ExampleError, ModelError, as_given
 from ablation.folders import Folders
 from ablation.layers import registered_here
 from ablation.models import load_model
@@ -104,7 +104,8 @@ def _activations_of(job: Job, folders: Folders) -> Activations | None:
 def open_splits(spec: JobSpec, folders: Folders, transform: Callable[[Any], Any] | None = None) -> dict[str, Any]:
     """The data set of every split that a spec asks for."""
     root = find_root(spec.data, folders, registered_here())
-    return {name: load_data(spec.data.name, root, name, transform) for name in spec.data.splits}
+    with as_given({"data.root": spec.data.root}):
+        return {name: load_data(spec.data.name, root, name, transform) for name in spec.data.splits}
 
 
 def count_splits(spec: JobSpec, folders: Folders) -> dict[str, SplitCounts]:

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.stopping import stopping
 from worker.redis_server import find_binary
 
 ABLATION = [sys.executable, "-m", "ablation.cli"]
@@ -73,24 +74,18 @@ def environment(home: Path) -> dict[str, str]:
 @contextmanager
 def serving(folder: Path, home: Path, *options: str) -> Iterator[Server]:
     command = [*ABLATION, "serve", "--port", "0", "--home", str(folder), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(home)) as process:
-        try:
-            assert process.stdout
-            lines: list[str] = []
-            for line in process.stdout:
-                lines.append(line)
-                if line.startswith("Ctrl-C"):
-                    break
-            directions = "".join(lines)
-            found = re.search(r"ready at (http://\S+)", directions)
-            assert found, directions
-            yield Server(process, found[1], directions)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    environ = environment(home)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process, stopping(process):
+        assert process.stdout
+        lines: list[str] = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("Ctrl-C"):
+                break
+        directions = "".join(lines)
+        found = re.search(r"ready at (http://\S+)", directions)
+        assert found, directions
+        yield Server(process, found[1], directions)
 
 
 @pytest.fixture(scope="module")

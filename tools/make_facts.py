@@ -13,7 +13,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from ablation.catalog import DEMO_MODEL, LayerFacts, ModelFacts, line_from_facts
+from ablation.catalog import COSTS, DEMO_MODEL, LayerFacts, ModelFacts, line_from_facts
 from ablation.demo import prepare_digit
 from ablation.layers import describe_model
 from ablation.models import build_demo_model, build_model, classifier_weights, default_transform
@@ -44,8 +44,7 @@ def _rounded(facts: ModelFacts) -> ModelFacts:
 
 
 def _rounded_costs(layer: LayerFacts) -> dict[str, int]:
-    costs = "flops_after", "flops_spread", "values_spread", "widest_spread"
-    return {name: _three_digits(getattr(layer, name)) for name in costs}
+    return {name: _three_digits(getattr(layer, name)) for name in COSTS}
 
 
 def _three_digits(flops: float) -> int:

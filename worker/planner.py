@@ -4,7 +4,7 @@ In: a spec, settings, what is registered. Out: a plan that fits into Redis. Torc
 """
 
 from ablation.catalog import Registered, SplitCounts
-from ablation.errors import SpecError, as_given
+from ablation.errors import SpecError
 from ablation.plan import Plan, plan_spec
 from ablation.spec import JobSpec
 from worker.settings import Settings
@@ -19,8 +19,7 @@ def plan_job(
         SpecError: it asks for something that there is not, or for more than Redis may hold.
     """
     options = {"threads": settings.threads, "shard_s": settings.shard_s}
-    with as_given({"data.root": spec.data.root}):
-        plan = plan_spec(spec, settings.folders, registered, counts=counts, **options)
+    plan = plan_spec(spec, settings.folders, registered, counts=counts, **options)
     if plan and plan.estimate.redis_bytes > settings.max_redis_bytes:
         raise SpecError(
             "sites",

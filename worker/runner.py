@@ -15,7 +15,7 @@ from celery import Celery
 from redis.exceptions import RedisError
 
 from ablation.catalog import Registered, dataset_names, model_names
-from ablation.errors import AblationError, Cancelled, as_given
+from ablation.errors import AblationError, Cancelled
 from ablation.plan import Plan
 from worker import codec, keys, planner
 from worker.queue import enqueue_finalize, enqueue_shard, enqueue_shards
@@ -191,8 +191,7 @@ def load(record: JobRecord, settings: Settings) -> "Job":
 
     if record.id not in _loaded:
         _loaded.clear()
-        with as_given({"data.root": record.spec.data.root}):
-            _loaded[record.id] = load_job(record.spec, plan_of(record), settings.folders, device=settings.device)
+        _loaded[record.id] = load_job(record.spec, plan_of(record), settings.folders, device=settings.device)
     return _loaded[record.id]
 
 

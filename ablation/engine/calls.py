@@ -14,20 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ablation.precision import as_found, in_own_precision, run
-
-# Calls that look at a tensor's form and not at its numbers.
-_LOOKS = {
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "is_contiguous",
-    "element_size",
-    "is_floating_point",
-    "get_device",
-    "__len__",
-}
+from ablation.precision import LOOKS, as_found, in_own_precision, run
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ class _Recorder(TorchFunctionMode):
         else:
             result = call(*args, **kwargs)
         given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not given and (name == "__get__" or name in _LOOKS):
+        if not given and (name == "__get__" or name in LOOKS):
             return result
         self.record.calls.append(
             Call(

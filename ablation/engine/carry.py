@@ -233,10 +233,10 @@ class Call:
             return self._forms[id(value)].numbers  # type: ignore[union-attr, return-value]
         if self.carry.is_target(tensor):
             return self.carry.target_delta(tensor)
-        if id(value) in self._deltas:
-            return self._deltas[id(value)]
-        form = self._forms[id(value)]
-        return self.carry._delta(tensor) if form is None else form.dense()
+        if id(value) not in self._deltas:  # written out once, however many ablations ask
+            form = self._forms[id(value)]
+            self._deltas[id(value)] = self.carry._delta(tensor) if form is None else form.dense()
+        return self._deltas[id(value)]
 
     def base(self, value: Any) -> Any:
         """The argument (or result) itself, as precise as the deltas, and in their form."""

@@ -22,12 +22,10 @@ from ablation.engine.carry import Carry, NotCarriedError, Rule
 from ablation.engine.deltas import HUGE_STEP, VALUES_AT_ONCE, Deltas
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.engine.moves import Block, Product
-from ablation.engine.prefix import Prefix
 from ablation.engine.products import RULES
 from ablation.engine.rerun import Rerun
 from ablation.engine.response import Response
 from ablation.engine.tape import Player, Tape
-from ablation.precision import FromTargetOn, Lifts, as_found, run_with
 from ablation.sites import Sites, make_sites
 
 PROBES = 8  # sites that are carried in float64 too, at the beginning of a shard
@@ -42,38 +40,23 @@ class Finite:
         self, model: torch.nn.Module, parameter: str, sites: Sites, *, precision: str, top1: bool, lanes: int,
         activations: Activations | None = None, rules: Mapping[Any, Rule] = RULES,
     ) -> None:  # fmt: skip
-        self.model = model
-        self.parameter = parameter
         self.sites = sites
         self.top1 = top1
         self.lanes = lanes
         self.rules = rules
-        self.activations = activations
+        self.rest = Rerun(model, parameter, sites, precision=precision, top1=top1, activations=activations)
         huge = len(sites) > 0 and bool((sites.replacements - sites.weights).abs().max() > HUGE_STEP)
         self.is_probed = precision == "float32"  # which promises nothing
         self.delta_dtype = torch.float64 if precision == "float64" or huge else torch.float32
-        intact = model.get_parameter(parameter).detach()
-        self.weights = (intact if precision == "float32" else intact.double()).clone(
-            memory_format=torch.contiguous_format
-        )
         self.response: tuple[int, Response] | None = None  # of the sites from this row on
         self.without_rule: set[str] = set()  # operations that the general rule was used for
-        self.prefix = Prefix(model)
-        self.lifts = Lifts()
-        self.one_by_one = Rerun(model, parameter, sites, precision=precision, top1=top1, prefix=self.prefix)
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of `lanes` sites after the other."""
-        mode = FromTargetOn(self.weights, self.lifts)
+        mode = self.rest.mode()
         tape = Tape(mode)
-        with as_found(self.model), _plain_attention(), tape:
-            logits = self.prefix.first_run(
-                lambda: run_with(self.model, self.parameter, self.weights, inputs, mode=mode),
-                mode,
-                inputs,
-                self.activations,
-            )
-        baseline.check_logits(logits, len(inputs))
+        with _plain_attention(), tape:
+            logits = self.rest.run_intact(inputs, mode)
         intact = make_intact(logits, labels)
         return intact, self._deltas(intact, inputs, tape)
 
@@ -87,7 +70,7 @@ class Finite:
             except NotCarriedError:
                 for row in range(rows.start, rows.stop):
                     with _plain_attention():
-                        one = self.one_by_one.one(row, intact, inputs)
+                        one = self.rest.one(row, intact, inputs)
                     yield one
                 continue
             if isinstance(dz, Product) and isinstance(dz.factor, Block) and dz.factor.length == 1 and not self.top1:
@@ -121,11 +104,10 @@ class Finite:
         Raises:
             NotCarriedError: the model decides by a number that one of the ablations changes.
         """
-        mode = FromTargetOn(self.weights, self.lifts)
-        player = Player(tape, mode)
-        carry = Carry(self.weights, sites, self.rules, self.delta_dtype, self.lifts, player)
-        with as_found(self.model), _plain_attention(), self.prefix.replay(), carry:
-            logits = run_with(self.model, self.parameter, self.weights, inputs, mode=mode)
+        mode = self.rest.mode()
+        carry = Carry(self.rest.weights, sites, self.rules, self.delta_dtype, self.rest.lifts, Player(tape, mode))
+        with _plain_attention(), carry:
+            logits = self.rest.run_rest(inputs, mode)
         self.without_rule |= carry.without_rule
         baseline.check_agreement(logits, intact.logits, "with its prefix replayed", tolerance=1e-9)
         if isinstance(product := carry.shadows.form(logits), Product):

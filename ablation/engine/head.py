@@ -100,7 +100,7 @@ def _of_one_tensor(call: Call) -> Callable[[Tensor], Tensor]:
 
 def relu_delta(y: Tensor, d: Tensor) -> Tensor:
     """relu(y + d) - relu(y) without cancellation: max(d, -y) + min(y, 0)."""
-    return torch.maximum(d, -y) + y.clamp(max=0)
+    return torch.maximum(d, -y).add_(y.clamp(max=0))
 
 
 def activate(head: Head, y: Tensor) -> Tensor:

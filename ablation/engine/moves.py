@@ -8,13 +8,14 @@ All of them can be written out with `dense`. Not here: where deltas are kept (`s
 `products.py`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+from ablation.engine.head import relu_delta
 
 
 @dataclass(frozen=True)
@@ -84,21 +85,21 @@ class Product:
         rows = zip(self.factor.columns, self.factor.numbers, strict=True)
         return torch.stack([numbers @ self._rows(columns) for columns, numbers in rows], dim=1)
 
-    def relu(self, x: Tensor, delta: Callable[[Tensor, Tensor], Tensor]) -> Columns:
-        """What is left of it behind a ReLU whose input is `x`; `delta(dx, x)` is the ReLU's own rule.
+    def relu(self, x: Tensor) -> Columns:
+        """What is left of it behind a ReLU whose input is `x`.
 
         Only units that x + dx can open for any ablation are computed, |dx_o| <= |dA| |B_o| (Cauchy-Schwarz): first for
         the few ablations that move most, then for the others, which reach fewer units.
         """
-        columns, numbers = zip(*(self._row(row, x[row], delta) for row in range(len(x))), strict=True)
+        columns, numbers = zip(*(self._row(row, x[row]) for row in range(len(x))), strict=True)
         return Columns(tuple(columns), tuple(numbers), x.shape[1])
 
-    def _row(self, row: int, x: Tensor, delta: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _row(self, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
         base = x.to(self.matrix.dtype)
         if isinstance(self.factor, Block):  # costs little
             dx = self._of_block[:, row]
             opened = ((x > 0) | (dx.amax(dim=0) > -x)).nonzero()[:, 0]
-            return opened, delta(dx.index_select(1, opened), base[opened])
+            return opened, relu_delta(base[opened], dx.index_select(1, opened))
         inputs, da = self.factor.columns[row], self.factor.numbers[row]
         lengths = self._rows(inputs).norm(dim=0) * (1 + 1e-3)  # with room for rounding
         size = da.norm(dim=1)
@@ -108,7 +109,7 @@ class Product:
         for lanes in order.tensor_split([max(1, len(order) // 16)]):
             if len(lanes):
                 units = (x > -size[lanes].amax() * lengths).nonzero()[:, 0]
-                moved = delta(da[lanes] @ self._rows(inputs, units), base[units])
+                moved = relu_delta(base[units], da[lanes] @ self._rows(inputs, units))
                 moving[units] |= (moved != 0).any(dim=0)
                 parts.append((lanes, units, moved))
         opened = moving.nonzero()[:, 0]

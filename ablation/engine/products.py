@@ -248,8 +248,7 @@ def _fold_moving(function: Any, delta: Tensor) -> Tensor:
     moving = (pairs != 0).flatten(1).any(dim=1)
     if moving.float().mean() > SPARSE:
         return function(pairs).unflatten(0, delta.shape[:2])
-    some = function(pairs[moving]) if bool(moving.any()) else function(pairs[:1])
+    some = function(pairs[moving])
     result = some.new_zeros(len(pairs), *some.shape[1:])
-    if bool(moving.any()):
-        result[moving] = some
+    result[moving] = some
     return result.unflatten(0, delta.shape[:2])

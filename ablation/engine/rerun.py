@@ -6,6 +6,7 @@ never an approximation.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -25,7 +26,7 @@ class Rerun:
 
     def __init__(
         self, model: torch.nn.Module, parameter: str, sites: Sites, *, precision: str, top1: bool,
-        activations: Activations | None = None, prefix: Prefix | None = None,
+        activations: Activations | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.parameter = parameter
@@ -36,28 +37,38 @@ class Rerun:
         self.weights = (intact if precision == "float32" else intact.double()).clone(
             memory_format=torch.contiguous_format
         )
-        self.prefix = prefix or Prefix(model)
+        self.prefix = Prefix(model)
         self.lifts = Lifts()
         self.is_checked = False
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of one site after the other."""
-        mode = FromTargetOn(self.weights, self.lifts)
-        with as_found(self.model):
-            logits = self.prefix.first_run(
-                lambda: run_with(self.model, self.parameter, self.weights, inputs, mode=mode),
-                mode,
-                inputs,
-                self.activations,
-            )
-        baseline.check_logits(logits, len(inputs))
+        logits = self.run_intact(inputs, self.mode())
         if not self.is_checked:
-            with as_found(self.model), self.prefix.replay():
-                again = self._run(inputs)
+            again = self.run_rest(inputs, self.mode())
             baseline.check_agreement(again, logits, "with its prefix replayed", tolerance=1e-9)
             self.is_checked = True
         intact = make_intact(logits, labels)
         return intact, self._deltas(intact, inputs)
+
+    def mode(self) -> FromTargetOn:
+        """What makes one run float64 from the target on."""
+        return FromTargetOn(self.weights, self.lifts)
+
+    def run_intact(self, inputs: Tensor, mode: FromTargetOn) -> Float[Tensor, "examples classes"]:
+        """The logits of a new batch; its prefix is remembered."""
+        with as_found(self.model):
+            logits = self.prefix.first_run(lambda: self._run(inputs, mode), mode, inputs, self.activations)
+        baseline.check_logits(logits, len(inputs))
+        return logits
+
+    def run_rest(self, inputs: Tensor, mode: FromTargetOn) -> Float[Tensor, "examples classes"]:
+        """The logits again, with the prefix of the batch that was run last."""
+        with as_found(self.model), self.prefix.replay():
+            return self._run(inputs, mode)
+
+    def _run(self, inputs: Tensor, mode: FromTargetOn) -> Any:
+        return run_with(self.model, self.parameter, self.weights, inputs, mode=mode)
 
     def _deltas(self, intact: Intact, inputs: Tensor) -> Iterator[Deltas]:
         for row in range(len(self.sites)):
@@ -78,11 +89,6 @@ class Rerun:
         weight = flat[index].item()
         try:
             flat[index] = self.sites.replacements[row]
-            with as_found(self.model), self.prefix.replay():
-                return self._run(inputs)
+            return self.run_rest(inputs, self.mode())
         finally:
             flat[index] = weight
-
-    def _run(self, inputs: Tensor) -> Float[Tensor, "examples classes"]:
-        mode = FromTargetOn(self.weights, self.lifts)
-        return run_with(self.model, self.parameter, self.weights, inputs, mode=mode)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablation.engine.carry import CHANGED, Call, Move, Moves, Rule
+from ablation.engine.head import relu_delta
 from ablation.engine.moves import Block, Product
 
 aten = torch.ops.aten
@@ -210,8 +211,8 @@ def where(call: Call, out: Tensor, mask: Tensor, a: Any, b: Any) -> Moves:
 def relu(call: Call, out: Tensor, x: Tensor) -> Moves:
     """d relu(x) = max(dx, -x) + min(x, 0)."""
     if isinstance(product := call.form(x), Product):
-        return [product.relu(x, relu_delta)]
-    return [relu_delta(moved(call, x), call.base(x))]
+        return [product.relu(x)]
+    return [relu_delta(call.base(x), moved(call, x))]
 
 
 @rule(aten.hardtanh, aten.clamp, along=elementwise)
@@ -260,13 +261,11 @@ def hardswish(call: Call, out: Tensor, x: Tensor) -> Moves:
     aten.gelu, aten.tanh, aten.elu, aten.leaky_relu, aten.softplus, aten.mish, aten.exp, aten.expm1, aten.log,
     aten.log1p, aten.log2, aten.sqrt, aten.rsqrt, aten.erf, aten.abs, aten.clamp_min, aten.clamp_max, aten.reciprocal,
     aten.neg, aten.square, aten.log_sigmoid_forward, aten.celu, aten.sin, aten.cos, aten.pow, aten.softshrink,
-    aten.hardshrink, aten.threshold, aten.linalg_vector_norm, along=elementwise,
+    aten.hardshrink, aten.threshold, along=elementwise,
 )  # fmt: skip
 def of_one_number(call: Call, out: Tensor, x: Any, *rest: Any, **more: Any) -> Moves:
     """d f(x) = f(x + dx) - f(x), in float64: right to 2e-16 of f(x)."""
-    if not isinstance(out, Tensor) or not isinstance(x, Tensor) or any(call.moves(each) for each in rest):
-        return None
-    if call.name == "linalg_vector_norm" or any(isinstance(each, Tensor) for each in rest):
+    if not isinstance(x, Tensor) or any(isinstance(each, Tensor) for each in rest):
         return None
     f = getattr(aten, call.name)
     dx, exact = moved(call, x), call.exact(x)
@@ -420,11 +419,6 @@ def sigmoid_delta(dx: Tensor, x: Tensor) -> Tensor:
         * torch.sigmoid(torch.maximum(x, after))
         * torch.sigmoid(-torch.minimum(x, after))
     )
-
-
-def relu_delta(dx: Tensor, x: Tensor) -> Tensor:
-    """relu(x + dx) - relu(x), without cancellation."""
-    return torch.maximum(dx, -x).add_(x.clamp(max=0))
 
 
 def hardsigmoid_delta(dx: Tensor, x: Tensor) -> Tensor:

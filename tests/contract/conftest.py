@@ -5,7 +5,6 @@ Every test says in one line what was asked and what came back; `make contract` p
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 
 from ablation.folders import Folders
 from tests.contract.files import write_files
+from tests.stopping import stopping
 
 PATIENCE_S = 120.0
 REPORT = pytest.StashKey[list[str]]()
@@ -66,18 +66,12 @@ def serve(home: Path, cache: Path, packages: Path, **settings: str) -> Iterator[
     kept = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
     ours = {"PYTHONPATH": str(packages), "ABLATION_THREADS": "1", "ABLATION_CACHE_DIR": str(cache), **settings}
     command = [sys.executable, "-m", "ablation.cli", "serve", "--port", "0", "--home", str(home)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**kept, **ours}) as process:
-        try:
-            assert process.stdout
-            url = next(found[1] for line in process.stdout if (found := re.search(r"ready at (http://\S+)", line)))
-            with httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as client:
-                yield Service(client, home)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    environment = {**kept, **ours}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process, stopping(process):
+        assert process.stdout
+        url = next(found[1] for line in process.stdout if (found := re.search(r"ready at (http://\S+)", line)))
+        with httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as client:
+            yield Service(client, home)
 
 
 @pytest.fixture(scope="session")

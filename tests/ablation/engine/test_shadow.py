@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ablation.engine.moves import Block, Columns, Product
 from ablation.engine.rerun import Rerun
-from ablation.engine.rules import relu_delta
 from tests.ablation.engine.carried import (
     N,
     carry_through,
@@ -272,7 +271,7 @@ def test_columns_and_products_are_what_they_stand_for() -> None:
             x = draw(3, 6, seed=7) + shift
             opened = F.relu(x + truth) - F.relu(x)
             for each in (product, turned):
-                behind = each.relu(x, relu_delta)
+                behind = each.relu(x)
                 torch.testing.assert_close(behind.dense(), opened, rtol=1e-12, atol=1e-14)
                 for row, units in enumerate(behind.columns):
                     missed = torch.ones(6, dtype=torch.bool).index_fill_(0, units, False)
