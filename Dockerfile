@@ -38,6 +38,9 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
 CMD ["python", "-m", "api"]
 
 FROM python AS worker
+# Triton compiles the launchers of its GPU kernels with the system's compiler, once. Any version of it will do.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN --mount=type=bind,source=requirements/worker.txt,target=/lock.txt \
     pip install --only-binary=:all: --require-hashes --requirement /lock.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
@@ -45,7 +48,9 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
 USER 10001
 WORKDIR /tmp
 # What torchvision downloads, it keeps below TORCH_HOME. The driver mounts what these two ask for.
-ENV TORCH_HOME=/cache/torch NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Compiled loops are kept below the other two.
+ENV TORCH_HOME=/cache/torch NUMBA_CACHE_DIR=/cache/numba TRITON_CACHE_DIR=/cache/triton
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # libgomp's threads spin while they wait: several workers on one machine would be three times slower.
 ENV OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 VOLUME /cache

@@ -7,6 +7,9 @@ A file is written whole under another name, then renamed: two workers that want 
 neither waits. It begins with the hash of the rest, so a damaged one is no record. Beyond the size limit the files that
 were used longest ago go first. Nothing here is ever needed: without it, or with its folder emptied in mid-job, the
 numbers are computed again.
+
+Shards of one job that need the same examples also leave each other notes: where the record of a batch is, so that it
+is found without reading the batch again (`Notes`). Of another job they say nothing: a file may have changed since.
 """
 
 import hashlib
@@ -15,7 +18,7 @@ import os
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,19 @@ import torch
 from torch import Tensor
 
 _HASH_BYTES = 32
+
+
+class Known(Tensor):
+    """Stands for a batch of inputs that nobody has to look at: as many examples, and the address of their record."""
+
+    address: str
+
+
+def make_known(address: str, n_examples: int) -> Known:
+    """What stands for a batch whose record is `held`."""
+    known = torch.empty(n_examples, 0).as_subclass(Known)
+    known.address = address
+    return known
 
 
 @dataclass(frozen=True)
@@ -33,13 +49,18 @@ class Activations:
     limit_bytes: int
     about: str
     n_examples: int  # of the whole job: what can't be kept of all of them is not worth keeping of the first
+    held: dict[str, Any] = field(default_factory=dict)  # the record that is wanted next, so that it can't be gone
 
     def address(self, inputs: Tensor) -> str:
         """Where the record of one batch belongs."""
+        if isinstance(inputs, Known):
+            return inputs.address
         return hash_of([self.about, str(inputs.dtype), str(tuple(inputs.shape)), inputs])
 
     def get(self, address: str) -> Any:
         """The record; None where there is none. Marks it as used."""
+        if address in self.held:
+            return self.held[address]
         path = self._path(address)
         try:
             data = path.read_bytes()
@@ -50,6 +71,23 @@ class Activations:
         except OSError:
             return None
         return torch.load(io.BytesIO(data[_HASH_BYTES:]), weights_only=True)
+
+    def has(self, address: str) -> bool:
+        """Whether there is a record."""
+        return self._path(address).exists()
+
+    def drop(self, address: str) -> None:
+        """Remove the record, if there is one."""
+        with suppress(OSError):
+            self._path(address).unlink(missing_ok=True)
+
+    def hold(self, address: str) -> bool:
+        """Keep this record, and no other, at hand; False where there is none."""
+        self.held.clear()
+        record = self.get(address)
+        if record is not None:
+            self.held[address] = record
+        return record is not None
 
     def put(self, address: str, record: Any, n_examples: int) -> None:
         """Keep a record of tensors in plain lists, tuples and dicts, of a batch of so many examples.
@@ -92,6 +130,68 @@ class Activations:
                 return
             path.unlink(missing_ok=True)
             total -= size
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What the shards of one job know of one interval of examples, batch by batch: where the records are.
+
+    Workers that begin at once fill the cache together without asking each other: each begins at another place (`start`)
+    and goes on to whatever is missing.
+    """
+
+    activations: Activations
+    about: str  # the job, and the split
+    batches: tuple[tuple[int, int], ...]  # first and one past the last position of each
+
+    def put(self, batch: int, address: str, labels: Tensor) -> None:
+        """Note where the record of a batch is; its labels belong to it."""
+        self.activations.put(self._address(batch), (address, labels.cpu()), len(labels))
+
+    def get(self, batch: int) -> tuple[str, Tensor] | None:
+        """Address and labels of a batch that somebody has noted."""
+        return self.activations.get(self._address(batch))
+
+    def has(self, batch: int) -> bool:
+        """Whether somebody has noted this batch."""
+        return self.activations.has(self._address(batch))
+
+    def missing(self) -> list[int]:
+        """The batches that nobody has noted yet."""
+        return [batch for batch in range(len(self.batches)) if not self.has(batch)]
+
+    def drop(self) -> None:
+        """Forget what was noted: the job is over."""
+        for batch in range(len(self.batches)):
+            self.activations.drop(self._address(batch))
+
+    def _address(self, batch: int) -> str:
+        return hash_of([self.activations.about, self.about, str(self.batches[batch])])
+
+
+def find_start(shard: int, n_batches: int) -> int:
+    """Where the shard of this number begins to fill: 0, 1/2, 1/4, 3/4, 1/8 ... of the way (van der Corput's sequence).
+
+    However many shards run at once, the first of them lie evenly, and each has as long a way to the next.
+    """
+    place, step = 0.0, 0.5
+    while shard:
+        place += step * (shard % 2)
+        shard, step = shard // 2, step / 2
+    return int(place * n_batches)
+
+
+def find_next(missing: list[int], batch: int) -> int:
+    """The batch to fill next: this one if it is missing, else the middle of the longest run that is.
+
+    The middle, because somebody may be working on the run from its beginning.
+    """
+    if batch in missing:
+        return batch
+    ends = [k for k in range(1, len(missing)) if missing[k] != missing[k - 1] + 1]
+    runs = [missing[first:last] for first, last in zip([0, *ends], [*ends, len(missing)], strict=True)]
+    longest = max(runs, key=len)
+    return longest[len(longest) // 2]
 
 
 def hash_of(parts: Iterable[str | Tensor]) -> str:

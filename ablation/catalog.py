@@ -26,7 +26,13 @@ from ablation.spec import DataSpec, Record
 DEMO_MODEL = "digits_alexnet"
 
 
-COSTS = ("flops_after", "flops_spread", "values_spread", "widest_spread")  # of a layer, in the table's order
+COSTS = (
+    "flops_after",
+    "flops_spread",
+    "flops_flat",
+    "values_spread",
+    "widest_spread",
+)  # of a layer, in the table's order
 
 
 class LayerFacts(Record):
@@ -36,8 +42,10 @@ class LayerFacts(Record):
     kind: str = Field(description="class of the module that owns it, e.g. Linear")
     shape: tuple[int, ...] = Field(strict=False)
     path: str = Field(description="how the engine computes it: direct or finite")
+    response: bool = Field(default=False, description="whether all its weights at once go by response functions")
     flops_after: float = Field(description="flops per example of everything that depends on this parameter")
     flops_spread: float = Field(default=0, description="the same, from where one weight moves more than one unit on")
+    flops_flat: float = Field(default=0, description="of these, in Linears on flat features")
     values_spread: int = Field(default=0, description="numbers per example that are computed there")
     widest_spread: int = Field(default=1, description="most numbers per example in and out of one call there")
 
@@ -221,7 +229,7 @@ def line_from_facts(facts: ModelFacts) -> str:
 
 def _in_common(layer: LayerFacts) -> tuple[str | float, ...]:
     costs = (getattr(layer, cost) for cost in COSTS)
-    return layer.parameter.rpartition(".")[0], layer.kind, layer.path, *costs
+    return layer.parameter.rpartition(".")[0], layer.kind, layer.path, layer.response, *costs
 
 
 def facts_from_line(line: str) -> ModelFacts:
@@ -233,9 +241,10 @@ def facts_from_line(line: str) -> ModelFacts:
             kind=kind,
             shape=shape,
             path=path,
+            response=response,
             **dict(zip(COSTS, costs, strict=True)),
         )
-        for module, kind, path, *costs, parameters in modules
+        for module, kind, path, response, *costs, parameters in modules
         for own, shape in parameters
     )
     return ModelFacts(

@@ -14,7 +14,9 @@ from PIL import Image
 
 from ablation.catalog import LayerFacts, ModelFacts, Registered
 from ablation.engine.calls import Call, Calls, record_calls
+from ablation.engine.deep import find_deep
 from ablation.engine.head import find_head
+from ablation.engine.tail import find_tail
 from ablation.errors import ModelError
 from ablation.models import load_model
 from ablation.registered import DATASETS, MODELS, registered_names
@@ -40,6 +42,7 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
             kind=owners[parameter],
             shape=tuple(tensor.shape),
             path=find_path(calls, parameter),
+            response=has_response(calls, parameter),
             **_costs(calls, parameter),
         )
         for parameter, tensor in model.named_parameters(remove_duplicate=False)
@@ -69,9 +72,14 @@ def _costs(calls: Calls, parameter: str) -> dict[str, Any]:
     return {
         "flops_after": sum(call.flops for call in way) / calls.n_examples,
         "flops_spread": sum(call.flops for call in spread[1:]) / calls.n_examples,
+        "flops_flat": sum(call.flops for call in spread[1:] if _is_flat(call)) / calls.n_examples,
         "values_spread": sum(_n_numbers(call.output_shapes, calls.n_examples) for call in spread),
         "widest_spread": max((_spread_width(call, calls.n_examples) for call in spread), default=calls.n_classes),
     }
+
+
+def _is_flat(call: Call) -> bool:
+    return call.name == "linear" and len(call.output_shapes[0]) == 2
 
 
 def _spread_width(call: Call, n_examples: int) -> int:
@@ -90,8 +98,17 @@ def _width(call: Call, n_examples: int) -> int:
 
 
 def find_path(calls: Calls, parameter: str) -> str:
-    """`direct` for classifier heads, `finite` for everything else."""
-    return "direct" if find_head(calls, parameter) is not None else "finite"
+    """`direct` where one number per example reaches the last Linear, `finite` for everything else."""
+    is_direct = find_head(calls, parameter) is not None or find_tail(calls, parameter) is not None
+    return "direct" if is_direct else "finite"
+
+
+def has_response(calls: Calls, parameter: str) -> bool:
+    """Whether whole rows of it go by response functions."""
+    head = find_head(calls, parameter)
+    if head is None:
+        return find_tail(calls, parameter) is not None or find_deep(calls, parameter) is not None
+    return not head.is_bias and head.is_known
 
 
 @cache

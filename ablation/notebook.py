@@ -93,7 +93,7 @@ def ablate(
         value: `"zero"`, or a number: what the weight is replaced by.
         device: where to compute; default: where the model is.
         precision: `"mixed"`, `"float32"` or `"float64"`.
-        engine: `"auto"`, `"direct"`, `"finite"`, `"rerun"` or `"reference"`.
+        engine: `"auto"`, `"direct"`, `"response"`, `"finite"`, `"rerun"` or `"reference"`.
         batch_size: examples per batch; default: by the plan.
         verify: how many sites to prove against the reference; 0: no proof.
         top1: also count `broken` and `fixed` examples.
@@ -231,7 +231,9 @@ def _plan_job(
     facts = _describe(model, next(iter(splits.values())))
     counts = {name: SplitCounts(n_examples=len(split.indices)) for name, split in splits.items()}
     size = _check_size(_whole(batch_size))
-    plan = make_plan(spec, facts, counts, threads=torch.get_num_threads(), engine=engine, batch_size=size)
+    plan = make_plan(
+        spec, facts, counts, threads=torch.get_num_threads(), engine=engine, batch_size=size, is_shared=False
+    )
     return make_job(spec, plan, model, splits)
 
 

@@ -6,7 +6,7 @@ Torch-free: the API plans.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -22,21 +22,16 @@ from ablation.catalog import (
     model_facts,
     split_counts,
 )
+from ablation.cost import START_S, Path, pass_s, proof_s, split_s
 from ablation.errors import SpecError
 from ablation.folders import Folders
-from ablation.spec import CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
+from ablation.spec import Constant, CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
 
-Path = Literal["direct", "finite", "rerun", "reference"]
-ENGINES = ("auto", "direct", "finite", "rerun", "reference")
+ENGINES = ("auto", "direct", "response", "finite", "rerun", "reference")
 
-# The fixed cost table. Rough on purpose: it sets the cut and the estimate, never the result.
-FLOPS_PER_S = {"float32": 40e9, "float64": 20e9}  # per thread
-CALL_S = 2e-3  # one run of the rest of a model, beside its flops
-PAIR_S = 25e-9  # one (site, example) pair in the direct path: finding out whether it moves, per thread
-VALUE_S = 2e-9  # one number of a delta carried through one operation, per thread
-REPLAY_S = 2e-2  # one run of the rest of a model with deltas, beside its flops
-CLASS_S = 1.2e-9  # and one class of it
-PAIR_CLASS_S = 0.1 * CLASS_S  # the same, times the share of pairs that move
+DENSE = 40  # a row's response functions cost as much as this part of its weights one by one
+
+HUGE_STEP = 100.0  # replacement minus weight: beyond it deltas are float64, for in float32 they could drown the rest
 
 SHARD_S = 60.0  # a shard aims at this many seconds
 MAX_SHARDS = 4096  # of one split
@@ -48,8 +43,10 @@ LANE_VALUES = 1 << 26  # numbers that their deltas may have at the widest place:
 LANE_FLOPS = 5e11  # of one run with deltas: some seconds, after which a job can be cancelled
 PROOF_EXAMPLES = 64
 PROOF_SHARE = 0.1  # of the job's cost, at most
-BYTES_PER_SITE = 56  # of a partial: seven float64 or int64 a site
-BYTES_PER_ROW = 120  # of the table
+PARTIAL_BYTES = 64 << 20  # of a shard of whole rows: what the merge holds beside the totals
+FORM_BYTES = 1 << 10  # and what its form takes, as it goes to Redis
+FEWEST_SHARDS = 2  # of whole rows of one split, so that two workers share them
+WORKING_BYTES = 56  # a row, of what the merge, the proof's choice and the summary take beside sums and table
 WORKSPACE_BYTES = 300 << 20  # what the engine takes beside model and batch
 
 
@@ -80,7 +77,7 @@ class ProofPlan(Record):
 
 
 class Estimate(Record):
-    """What the job will cost, by the fixed cost table."""
+    """What the job will cost: seconds by the fixed cost table, at the pace of the machine where that is known."""
 
     n_examples: int
     passes: float = Field(description="in evaluation passes: flops of the job / flops of one plain pass")
@@ -187,23 +184,42 @@ def make_plan(
     shard_s: float = SHARD_S,
     engine: str = "auto",
     batch_size: int | None = None,
+    is_shared: bool = True,
+    pace: float = 1.0,
 ) -> Plan:
     """The cut of a job: which path, which shards, which examples the proof goes over, and what it will cost.
+
+    `is_shared`: whether several processes may run it. `pace` of the machine (`cost.py`) changes the estimate alone.
 
     Raises:
         SpecError: the model has no such layer, or more sites or examples were asked for than there are.
     """
     layer = find_layer(facts, spec.layer)
-    path = _choose_path(layer, engine)
     n_sites = count_sites(spec, layer)
+    path = _choose_path(spec, layer, n_sites, engine)
     splits = tuple(count_asked(name, asked, counts[name]) for name, asked in spec.data.splits.items())
     lanes, batch_size = _choose_lanes(facts, layer, path, n_sites, batch_size)
     seconds = {
-        split.name: _estimate_s(split, facts, layer, path, n_sites, batch_size, lanes, threads) for split in splits
-    }
-    shards = tuple(
-        shard for split in splits for shard in _cut(split, n_sites, batch_size, seconds[split.name] / shard_s)
-    )
+        split.name: split_s(
+            split.n_examples, facts, layer, path,
+            n_sites=n_sites, batch_size=batch_size, lanes=lanes, threads=threads,
+        )
+        for split in splits
+    }  # fmt: skip
+    is_whole = path == "response" and spec.sites == "all"
+    shards: tuple[Shard, ...] = ()
+    for split in splits:
+        n_wanted = seconds[split.name] / shard_s
+        most_sites = PARTIAL_BYTES // _partial_bytes(split, spec)
+        if is_whole and len(layer.shape) == 2:
+            shards += tuple(_cut_rows(split, layer, n_wanted, most_sites) if is_shared else _in_one(split, n_sites))
+        else:
+            row = math.prod(layer.shape[1:]) if is_whole else 1
+            most = MAX_SITES_PER_SHARD if not is_whole else max(1, most_sites // row) * row if is_shared else n_sites
+            shards += tuple(_cut(split, n_sites, batch_size, n_wanted, most, row))
+    proof = _plan_proof(shards, min(spec.verify, n_sites), sum(seconds.values()), facts, layer, threads)
+    n_proved = sum(len(examples) for examples in proof.examples.values())
+    all_s = START_S + sum(seconds.values()) + proof_s(n_proved, proof.n_sites, facts, layer, threads)
     return Plan(
         parameter=layer.parameter,
         kind=layer.kind,
@@ -217,22 +233,37 @@ def make_plan(
         threads=threads,
         splits=splits,
         shards=shards,
-        proof=_plan_proof(shards, min(spec.verify, n_sites), sum(seconds.values()), facts, threads),
-        estimate=_estimate(splits, shards, facts, layer, n_sites, batch_size, lanes, threads, sum(seconds.values())),
+        proof=proof,
+        estimate=_estimate(spec, splits, shards, facts, layer, n_sites, batch_size, lanes, threads, all_s, pace),
     )
 
 
-def _choose_path(layer: LayerFacts, engine: str) -> Path:
+def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) -> Path:
+    """One number per example where one reaches the last Linear, for whole rows by its response functions."""
     if engine not in ENGINES:
         raise SpecError("engine", engine, f"one of {', '.join(ENGINES)}")
-    if engine == "direct" and layer.path != "direct":
-        raise SpecError(
-            "engine",
-            engine,
-            "auto, finite, rerun or reference for this layer",
-            f"{layer.name} is not part of a classifier head.",
+    is_channel = len(layer.shape) > 2  # a convolution's: its loops know float32 deltas alone, and no top-1 answers
+    is_huge = isinstance(spec.value, Constant) and abs(spec.value.constant) > HUGE_STEP
+    is_plain = spec.precision != "float64" and not spec.top1 and not is_huge
+    is_direct = layer.path == "direct" and (is_plain or not is_channel)
+    is_head = layer.path == "direct" and not is_channel
+    has_rows = layer.response and is_plain and (is_head or spec.sites == "all")
+    if engine == "auto":
+        is_dense = spec.sites == "all" or n_sites * DENSE >= layer.n_weights
+        return "response" if has_rows and is_dense else "direct" if is_direct else "finite"
+    if engine == "direct" and not is_direct:
+        what = (
+            "not part of a classifier head"
+            if layer.path != "direct"
+            else "so only in 'mixed', without top1 and with a small replacement"
         )
-    return layer.path if engine == "auto" else engine  # type: ignore[return-value]
+        raise SpecError("engine", engine, "auto, finite, rerun or reference for this layer", f"{layer.name} is {what}.")
+    if engine == "response" and not has_rows:
+        why = (
+            "It is for all weights of a layer with response functions: not in float64, without top1, a small constant."
+        )
+        raise SpecError("engine", engine, "auto, finite, rerun or reference for this job", why)
+    return engine  # type: ignore[return-value]
 
 
 def _choose_batch_size(facts: ModelFacts) -> int:
@@ -256,47 +287,18 @@ def _choose_lanes(
     return lanes, batch_size or min(largest, 1 << (max(1, n_pairs // lanes).bit_length() - 1))
 
 
-def _pass_s(facts: ModelFacts, threads: int) -> float:
-    """One example of one plain float32 pass."""
-    return max(facts.flops, 1e6) / (FLOPS_PER_S["float32"] * threads)
-
-
-def _estimate_s(
-    split: SplitPlan,
-    facts: ModelFacts,
-    layer: LayerFacts,
-    path: Path,
-    n_sites: int,
-    batch_size: int,
-    lanes: int,
-    threads: int,
-) -> float:
-    """Seconds for one split by the fixed cost table."""
-    n, n_batches = split.n_examples, math.ceil(split.n_examples / batch_size)
-    base_s = n * (_pass_s(facts, threads) + layer.flops_after / (FLOPS_PER_S["float64"] * threads))
-    if path == "direct":
-        return base_s + n * n_sites * (PAIR_S + PAIR_CLASS_S * facts.n_classes) / threads
-    if path == "finite":
-        n_replays = math.ceil(n_sites / lanes)
-        replay_s = n * layer.flops_after / (FLOPS_PER_S["float64"] * threads) + n_batches * REPLAY_S
-        pair_s = layer.flops_spread / FLOPS_PER_S["float32"] + layer.values_spread * VALUE_S + PAIR_S
-        return base_s + n_replays * replay_s + n * n_sites * (pair_s + facts.n_classes * CLASS_S) / threads
-    flops = layer.flops_after if path == "rerun" else facts.flops
-    run_s = n * flops / (FLOPS_PER_S["float64"] * threads) + n_batches * CALL_S
-    return base_s + n_sites * run_s
-
-
-def _cut(split: SplitPlan, n_sites: int, batch_size: int, n_wanted: float) -> list[Shard]:
+def _cut(split: SplitPlan, n_sites: int, batch_size: int, n_wanted: float, most_sites: int, row: int) -> list[Shard]:
     """About `n_wanted` shards: along the examples first, so that each pays its prefix once; along the sites if need be.
 
-    Blocks of one class are never cut: their variance is closed within one shard.
+    Blocks of one class are never cut: their variance is closed within one shard. Nor are rows of so many sites.
     """
     unit = split.per_class * max(1, batch_size // split.per_class) if split.per_class else batch_size
     n_units = math.ceil(split.n_examples / unit)
     n_wanted = min(math.ceil(n_wanted), MAX_SHARDS)
-    n_site_blocks = max(math.ceil(n_sites / MAX_SITES_PER_SHARD), min(n_sites, math.ceil(n_wanted / n_units)))
+    n_rows = n_sites // row
+    n_site_blocks = max(math.ceil(n_sites / most_sites), min(n_rows, math.ceil(n_wanted / n_units)))
     examples = _intervals(split.n_examples, unit * math.ceil(n_units / max(1, min(n_units, n_wanted))))
-    sites = _intervals(n_sites, math.ceil(n_sites / n_site_blocks))
+    sites = _intervals(n_sites, math.ceil(n_rows / n_site_blocks) * row)
     return [
         Shard(id=f"{split.name}-{e}-{s}", split=split.name, examples=block, sites=rows)
         for s, rows in enumerate(sites)
@@ -304,17 +306,55 @@ def _cut(split: SplitPlan, n_sites: int, batch_size: int, n_wanted: float) -> li
     ]
 
 
+def _cut_rows(split: SplitPlan, layer: LayerFacts, n_wanted: float, most_sites: int) -> list[Shard]:
+    """About `n_wanted` shards of whole units, each over all examples of the split, and of `most_sites` or one unit.
+
+    So a partial is small, and nothing is ever added up but within a shard. What comes before the layer is needed by
+    all of them: the first ones fill the cache together (`run.py`).
+    """
+    n_units, fan_in = layer.shape[0], math.prod(layer.shape[1:])
+    fewest = max(FEWEST_SHARDS, math.ceil(n_units / max(1, most_sites // fan_in)))
+    n_shards = min(n_units, max(fewest, min(math.ceil(n_wanted), MAX_SHARDS)))
+    blocks = _intervals(n_units, math.ceil(n_units / n_shards))
+    return [
+        Shard(
+            id=f"{split.name}-0-{s}",
+            split=split.name,
+            examples=(0, split.n_examples),
+            sites=(first * fan_in, last * fan_in),
+        )
+        for s, (first, last) in enumerate(blocks)
+    ]
+
+
+def _in_one(split: SplitPlan, n_sites: int) -> list[Shard]:
+    """One shard: where one process does it all, each further one would only run the rest of the head again."""
+    return [Shard(id=f"{split.name}-0-0", split=split.name, examples=(0, split.n_examples), sites=(0, n_sites))]
+
+
+def _partial_bytes(split: SplitPlan, spec: JobSpec) -> int:
+    """What a partial holds a site; `partial.py` has the fields."""
+    return 20 + 8 * (spec.verify > 0) + 8 * bool(split.per_class) + 8 * spec.top1
+
+
+def _row_bytes(splits: tuple[SplitPlan, ...], spec: JobSpec) -> int:
+    """What the store holds of one row of the table: what `table.Rows` keeps, of a float32 model."""
+    return 8 * (spec.sites != "all") + 4 + len(splits) * (20 + 8 * spec.top1)
+
+
 def _intervals(n: int, length: int) -> list[tuple[int, int]]:
     return [(start, min(start + length, n)) for start in range(0, n, length)]
 
 
-def _plan_proof(shards: tuple[Shard, ...], n_sites: int, seconds: float, facts: ModelFacts, threads: int) -> ProofPlan:
+def _plan_proof(
+    shards: tuple[Shard, ...], n_sites: int, seconds: float, facts: ModelFacts, layer: LayerFacts, threads: int
+) -> ProofPlan:
     """Examples for the proof, drawn from every shard: as many as the job's cost allows, but at least one of each."""
     if not n_sites:
         return ProofPlan(n_sites=0, examples={})
     blocks = sorted({(shard.split, *shard.examples) for shard in shards})
     n_all = sum(last - first for _, first, last in blocks)
-    one_s = 2 * (n_sites + 1) * facts.flops / (FLOPS_PER_S["float64"] * threads)
+    one_s = proof_s(1, n_sites, facts, layer, threads)
     n_wanted = min(PROOF_EXAMPLES, max(8, int(PROOF_SHARE * seconds / max(one_s, 1e-9))))
     random = np.random.default_rng(0)
     examples: dict[str, tuple[int, ...]] = {}
@@ -326,6 +366,7 @@ def _plan_proof(shards: tuple[Shard, ...], n_sites: int, seconds: float, facts: 
 
 
 def _estimate(
+    spec: JobSpec,
     splits: tuple[SplitPlan, ...],
     shards: tuple[Shard, ...],
     facts: ModelFacts,
@@ -335,18 +376,23 @@ def _estimate(
     lanes: int,
     threads: int,
     seconds: float,
+    pace: float,
 ) -> Estimate:
     n_examples = sum(split.n_examples for split in splits)
     n_parameters = sum(each.n_weights for each in facts.layers)
+    sum_bytes = {split.name: _partial_bytes(split, spec) for split in splits}
+    row_bytes = _row_bytes(splits, spec)
     deltas_bytes = 12 * lanes * batch_size * layer.widest_spread if lanes > 1 else 0
     return Estimate(
         n_examples=n_examples,
-        passes=seconds / (n_examples * _pass_s(facts, threads)),
-        seconds=seconds,
+        passes=seconds / (n_examples * pass_s(facts, threads)),
+        seconds=seconds / pace,
         memory_bytes=12 * n_parameters
         + 12 * batch_size * facts.widest
         + deltas_bytes
         + WORKSPACE_BYTES
-        + n_sites * BYTES_PER_ROW,
-        redis_bytes=sum(shard.sites[1] - shard.sites[0] for shard in shards) * BYTES_PER_SITE + n_sites * BYTES_PER_ROW,
+        + n_sites * (sum(sum_bytes.values()) + row_bytes + WORKING_BYTES),
+        redis_bytes=sum((shard.sites[1] - shard.sites[0]) * sum_bytes[shard.split] for shard in shards)
+        + n_sites * row_bytes
+        + (len(shards) + 1) * FORM_BYTES,
     )

@@ -19,6 +19,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ablation.engine import EnginePath
+from ablation.engine.deltas import Deltas
 from ablation.errors import ProofError
 from ablation.precision import fit
 from ablation.reference import in_float64, reference_deltas
@@ -76,7 +77,7 @@ def compare(
     for inputs, labels in batches:
         intact, pieces = path.run(inputs, labels)
         largest_logit = max(largest_logit, float(intact.logits.abs().max()))
-        columns["engine"].append(torch.cat([piece.delta for piece in pieces]))
+        columns["engine"].append(torch.cat([piece.delta for piece in pieces if isinstance(piece, Deltas)]))
         columns["continued"].append(reference_deltas(model, parameter, sites, inputs, labels))
         columns["whole"].append(reference_deltas(whole_model, parameter, sites, fit(inputs, whole_model), labels))
     arrays = {name: torch.cat(parts, dim=1).cpu().numpy() for name, parts in columns.items()}

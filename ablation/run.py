@@ -7,12 +7,13 @@ The service does the same with `run_shard` in many workers and `finish_job` in o
 """
 
 import platform
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,25 +21,37 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ablation import baseline
-from ablation.cache import Activations, hash_of
+from ablation.cache import Activations, Notes, find_next, find_start, hash_of, make_known
 from ablation.catalog import SplitCounts, find_root, model_names
 from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example
 from ablation.devices import find_device, freed_memory_kept
 from ablation.engine import open_path, run_batches
+from ablation.engine.head import OpenHead
 from ablation.errors import DataError, ExampleError, ModelError, as_given
 from ablation.folders import Folders
 from ablation.layers import registered_here
 from ablation.models import load_model
-from ablation.partial import PartialSums, join, merge
+from ablation.pace import measure_pace
+from ablation.partial import Gathered, PartialSums
 from ablation.plan import SHARD_S, Plan, Shard, plan_spec
 from ablation.precision import fit
 from ablation.proof import choose_rows, compare, make_proof, rms
 from ablation.reference import in_float64
-from ablation.sites import Sites, draw_indices, make_sites
+from ablation.sites import EveryWeight, Sites, list_sites
 from ablation.spec import JobSpec, PerClass
 from ablation.table import ImportanceTable, make_table
 
+MAX_CANDIDATES = 1 << 20  # rows that the proof chooses from; of a larger table,
+N_CANDIDATES = 1 << 12  # so many of the touched ones, drawn, beside the largest
+FILL_SHARE = 0.5  # of a shard's progress, where all of its activations are missing
 N_CHECKED = 32  # examples at the beginning of a split that the model is checked on
+
+
+@runtime_checkable
+class HasHead(Protocol):
+    """A path that needs of a batch only what the model feeds to its head, and finds that in the cache."""
+
+    open_head: OpenHead
 
 
 @dataclass(frozen=True)
@@ -60,19 +73,16 @@ class Job:
     splits: dict[str, Split]
     device: torch.device
     activations: Activations | None = None
+    name: str = field(default_factory=lambda: secrets.token_hex(8))  # of this run: whose shards leave each other notes
 
     @property
     def sites(self) -> Sites:
         """All sites of the job, in the order of the table's rows."""
-        return make_sites(
-            self.model.get_parameter(self.plan.parameter),
-            draw_indices(self.spec.sites, int(np.prod(self.plan.shape))),
-            self.spec.value,
-        )
+        return list_sites(self.model.get_parameter(self.plan.parameter), self.spec.sites, self.spec.value)
 
 
-def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None = None) -> Job:
-    """Read the model and the data that a spec names."""
+def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None = None, name: str | None = None) -> Job:
+    """Read the model and the data that a spec names. Processes that share a job give it the same `name`."""
     where = find_device(device)
     model, transform = load_model(spec.model.name, spec.model.weights, spec.model.seed, folders=folders)
     splits = {}
@@ -80,7 +90,7 @@ def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None 
         labels = labels_of(dataset) if plan_of(plan, name).per_class else None
         splits[name] = Split(dataset, draw_examples(spec.data.splits[name], labels, len(dataset)))
     job = make_job(spec, plan, model.to(where), splits)
-    return replace(job, activations=_activations_of(job, folders))
+    return replace(job, activations=_activations_of(job, folders), name=name or job.name)
 
 
 def _activations_of(job: Job, folders: Folders) -> Activations | None:
@@ -160,28 +170,100 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
-            batches = [batch for batch, _ in read(job, shard.split, positions[:N_CHECKED])]
-            inputs = torch.cat(batches)
+            inputs = torch.cat([batch for batch, _ in read(job, shard.split, positions[:N_CHECKED])])
             baseline.check_repeatable(example, inputs)
             on_batch(0.0)
             baseline.check_composition(job.model, inputs)
             on_batch(0.0)
-            if job.plan.path != "direct":  # whose own look at the model has found the parameter
+            if job.plan.path not in ("direct", "response"):  # whose own look at the model has found the parameter
                 baseline.check_used(job.model, job.plan.parameter, inputs)
             on_batch(0.0)
-        return run_batches(
-            open_engine(job, job.sites[rows], example),
+        path = open_engine(job, job.sites[rows], example)
+        filled, batches = 0.0, read(job, shard.split, positions)
+        if isinstance(path, HasHead) and (notes := notes_of(job, shard)):
+            filled = FILL_SHARE * len(notes.missing()) / len(notes.batches)
+            fill(job, shard, path, notes, lambda part: on_batch(filled * part))
+            batches = read_noted(job, shard, notes)
+        partial = run_batches(
+            path,
             job.model,
-            read(job, shard.split, positions),
+            batches,
             n_sites=n_sites,
             first_example=first,
             per_class=plan_of(job.plan, shard.split).per_class,
             proof_examples=frozenset(job.plan.proof.examples.get(shard.split, ())),
             device=job.device,
             on_step=lambda examples, sites: on_batch(
-                (examples + sites / n_sites * min(job.plan.batch_size, last - first - examples)) / (last - first)
+                filled
+                + (1 - filled)
+                * (examples + sites / n_sites * min(job.plan.batch_size, last - first - examples))
+                / (last - first)
             ),
         )
+    return without_unasked(job, partial)
+
+
+def without_unasked(job: Job, partial: PartialSums) -> PartialSums:
+    """The partial without sums that nothing will be made of."""
+    if not job.plan.proof.n_sites:
+        partial = replace(partial, proof=None)
+    return partial if job.spec.top1 else replace(partial, broken=None, fixed=None)
+
+
+def notes_of(job: Job, shard: Shard) -> Notes | None:
+    """The notes of the shards that need this shard's examples too; None where no other does, or nothing is kept."""
+    if job.activations is None or len(sharing(job.plan, shard)) == 1:
+        return None
+    first, last = shard.examples
+    starts = range(first, last, job.plan.batch_size)
+    batches = tuple((start, min(last, start + job.plan.batch_size)) for start in starts)
+    return Notes(job.activations, f"{job.name} {shard.split}", batches)
+
+
+def sharing(plan: Plan, shard: Shard) -> list[str]:
+    """The shards with the same examples."""
+    return [other.id for other in plan.shards if (other.split, other.examples) == (shard.split, shard.examples)]
+
+
+def fill(job: Job, shard: Shard, path: HasHead, notes: Notes, on_batch: Callable[[float], None]) -> None:
+    """Let the cache have what comes before the layer for every batch of the shard, with whoever else is at it.
+
+    `on_batch` is called with the fraction of the batches that are there. Stops where nothing is kept: there is no room.
+    """
+    n_batches = len(notes.batches)
+    batch = find_start(sharing(job.plan, shard).index(shard.id), n_batches)
+    own: set[int] = set()  # not done again, even if they are gone already
+    while missing := [batch for batch in notes.missing() if batch not in own]:
+        batch = find_next(missing, batch)
+        for inputs, labels in read(job, shard.split, np.arange(notes.batches[batch][0], shard.examples[1])):
+            if batch in own or notes.has(batch):
+                break
+            address = notes.activations.address(inputs)
+            if not notes.activations.has(address):
+                path.open_head.run(inputs)
+                if not notes.activations.has(address):
+                    return
+            notes.put(batch, address, labels)
+            own.add(batch)
+            missing.remove(batch)
+            on_batch(1 - len(missing) / n_batches)
+            batch += 1
+    on_batch(1.0)
+
+
+def read_noted(job: Job, shard: Shard, notes: Notes) -> Iterator[tuple[Tensor, Tensor]]:
+    """The shard's batches in order; where the record of one is known and there, the batch itself is not read.
+
+    But for the first, on which the path is compared with the model itself.
+    """
+    for batch, (first, last) in enumerate(notes.batches):
+        known = notes.get(batch) if batch else None
+        if known is not None and notes.activations.hold(known[0]):
+            yield make_known(known[0], last - first), known[1].to(job.device)
+        else:
+            notes.activations.held.clear()
+            yield from read(job, shard.split, np.arange(first, last))
+    notes.activations.held.clear()
 
 
 def open_engine(job: Job, sites: Sites, example: Tensor) -> Any:
@@ -191,7 +273,7 @@ def open_engine(job: Job, sites: Sites, example: Tensor) -> Any:
         plan.path,
         job.model,
         plan.parameter,
-        sites,
+        sites if plan.path == "response" else sites.listed(),
         example,
         precision=plan.precision,
         top1=job.spec.top1,
@@ -227,15 +309,26 @@ def example_of(split: Split, positions: np.ndarray) -> Iterator[None]:
         raise DataError(f"{name_example(split.dataset, index)} {error.what}") from None
 
 
-def finish_job(job: Job, partials: Sequence[PartialSums], *, seconds: float) -> ImportanceTable:
+def finish_job(job: Job, partials: Iterable[PartialSums], *, seconds: float) -> ImportanceTable:
     """Merge and join the partials (in the order of the plan's shards), prove, and make the table.
 
     Raises:
         ProofError: the table does not agree with the reference.
     """
-    totals = {name: _total(job.plan, partials, name) for name in job.splits}
+    return make_result(job, gather_totals(job.plan, partials), seconds=seconds)
+
+
+def make_result(job: Job, totals: dict[str, PartialSums], *, seconds: float) -> ImportanceTable:
+    """The table of every split's sums, proved.
+
+    Raises:
+        ProofError: the table does not agree with the reference.
+    """
     with threads_of(job.plan):
         proof = run_proof(job, totals) if job.plan.proof.n_sites else None
+    for shard in {(shard.split, shard.examples): shard for shard in job.plan.shards}.values():
+        if notes := notes_of(job, shard):
+            notes.drop()
     sites = job.sites
     about = {
         "spec": job.spec.model_dump(mode="json"),
@@ -249,7 +342,7 @@ def finish_job(job: Job, partials: Sequence[PartialSums], *, seconds: float) -> 
         },
     }  # fmt: skip
     return make_table(
-        indices=sites.indices.cpu().numpy(),
+        indices=None if isinstance(sites, EveryWeight) else sites.indices.cpu().numpy(),
         shape=job.plan.shape,
         weights=sites.weights.cpu().numpy(),
         splits=totals,
@@ -260,30 +353,32 @@ def finish_job(job: Job, partials: Sequence[PartialSums], *, seconds: float) -> 
     )
 
 
-def _total(plan: Plan, partials: Sequence[PartialSums], split: str) -> PartialSums:
-    """All examples and all sites of one split: merged along the examples, then joined along the sites."""
-    blocks: dict[tuple[int, int], list[PartialSums]] = {}
+def gather_totals(plan: Plan, partials: Iterable[PartialSums]) -> dict[str, PartialSums]:
+    """All examples and all sites of every split, from the partials one at a time."""
+    gathered = {split.name: Gathered(plan.n_sites) for split in plan.splits}
     for shard, partial in zip(plan.shards, partials, strict=True):
-        if shard.split == split:
-            blocks.setdefault(shard.sites, []).append(partial)
-    return join([merge(parts) for parts in blocks.values()])
+        gathered[shard.split].add(shard.sites, partial)
+    return {name: split.finish() for name, split in gathered.items()}
 
 
 def _baseline(total: PartialSums) -> dict[str, Any]:
-    n = total.n_examples
-    return {"n_examples": n, "loss": total.loss / n, "accuracy": total.n_correct / n}
+    n, scale = total.n_examples, 0.01 * rms(total.delta)
+    bound = total.left_out / scale if total.left_out else 0.0
+    return {
+        "n_examples": n,
+        "loss": total.loss / n,
+        "accuracy": total.n_correct / n,
+        "series_bound": bound if np.isfinite(bound) else None,
+    }
 
 
 def run_proof(job: Job, totals: dict[str, PartialSums]) -> dict[str, Any]:
     """The job's own check: chosen sites through the reference, on the plan's proof examples of every split."""
-    utility = np.stack([total.delta / total.n_examples for total in totals.values()])
-    touched = np.stack([total.touched for total in totals.values()])
-    chosen = choose_rows(utility, touched, job.plan.proof.n_sites)
-    everything = job.sites
+    chosen = choose_proved(totals, job.plan.proof.n_sites)
+    sites = job.sites.pick(chosen)
     job = replace(job, activations=None)  # computed anew here
-    sites = Sites(everything.indices[chosen], everything.weights[chosen], everything.replacements[chosen])
     compared = {}
-    for row, (name, total) in enumerate(totals.items()):
+    for name, total in totals.items():
         positions = np.asarray(job.plan.proof.examples[name])
         example = next(read(job, name, positions[:2]))[0]
         compared[name] = compare(
@@ -292,11 +387,39 @@ def run_proof(job: Job, totals: dict[str, PartialSums]) -> dict[str, Any]:
             job.plan.parameter,
             sites,
             read(job, name, positions),
-            sums=total.proof[chosen],
-            utility_rms=rms(utility[row]),
+            sums=take_proof(total, chosen),
+            utility_rms=rms(total.delta / total.n_examples),
             loss=total.loss / total.n_examples,
         )
     return make_proof(compared, job.plan.precision)
+
+
+def choose_proved(totals: dict[str, PartialSums], n_sites: int) -> np.ndarray:
+    """The rows to prove; of a large table chosen among those with the largest utilities and some of the touched."""
+    n_rows = len(next(iter(totals.values())).delta)
+    rows = np.arange(n_rows) if n_rows <= MAX_CANDIDATES else choose_candidates(totals, n_sites)
+    utility = np.stack([total.delta[rows] / total.n_examples for total in totals.values()])
+    touched = np.stack([total.touched[rows].astype(np.int64) for total in totals.values()])
+    return rows[choose_rows(utility, touched, n_sites)]
+
+
+def choose_candidates(totals: dict[str, PartialSums], n_sites: int) -> np.ndarray:
+    """Some rows of a large table, sorted: the `n_sites` largest of each split, and a draw of all and of the touched."""
+    random = np.random.default_rng(0)
+    n_rows = len(next(iter(totals.values())).delta)
+    chosen = [random.integers(0, n_rows, n_sites)]
+    for total in totals.values():
+        chosen.append(np.argpartition(np.nan_to_num(np.abs(total.delta)), -n_sites)[-n_sites:])
+        touched = np.flatnonzero(total.touched)
+        if len(touched):
+            chosen.append(touched[random.integers(0, len(touched), N_CANDIDATES)])
+    return np.unique(np.concatenate(chosen))
+
+
+def take_proof(total: PartialSums, rows: np.ndarray) -> np.ndarray:
+    """The sums over the proof's examples alone."""
+    assert total.proof is not None  # of a job that is proved
+    return total.proof[rows]
 
 
 @contextmanager
@@ -315,15 +438,16 @@ def run_job(job: Job, *, on_progress: Callable[[float], None] = lambda fraction:
     started = time.monotonic()
     shards = job.plan.shards
     sizes = [float(np.diff(shard.examples)[0] * np.diff(shard.sites)[0]) for shard in shards]
-    partials: list[PartialSums] = []
 
-    def on_batch(part: float) -> None:
-        k = len(partials)
-        on_progress((sum(sizes[:k]) + part * sizes[k]) / sum(sizes))
+    def run(k: int) -> PartialSums:
+        return run_shard(
+            job,
+            shards[k],
+            on_batch=lambda part: on_progress((sum(sizes[:k]) + part * sizes[k]) / sum(sizes)),
+        )
 
-    for shard in shards:
-        partials.append(run_shard(job, shard, on_batch=on_batch))
-    return finish_job(job, partials, seconds=time.monotonic() - started)
+    totals = gather_totals(job.plan, map(run, range(len(shards))))  # one partial at a time is there
+    return make_result(job, totals, seconds=time.monotonic() - started)
 
 
 def run_spec(
@@ -340,7 +464,10 @@ def run_spec(
     """Load, plan and run a job in this process."""
     on_progress(0.0, "reading the model and the data")
     threads = threads or torch.get_num_threads()
-    plan = plan_here(spec, folders, threads=threads, shard_s=shard_s, engine=engine, batch_size=batch_size)
+    plan = plan_here(
+        spec, folders, threads=threads, shard_s=shard_s, engine=engine, batch_size=batch_size, is_shared=False,
+        pace=measure_pace(),
+    )  # fmt: skip
     job = load_job(spec, plan, folders, device=device)
 
     def on_fraction(fraction: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor
 
 from ablation.spec import Constant, CountOfSites, SiteIndices, SitesSpec, ValueSpec
@@ -26,6 +26,73 @@ class Sites:
 
     def __getitem__(self, rows: slice) -> "Sites":
         return Sites(self.indices[rows], self.weights[rows], self.replacements[rows])
+
+    def listed(self) -> "Sites":
+        """The same with its three lists held, for whoever asks for them again and again."""
+        return Sites(self.indices, self.weights, self.replacements.contiguous())
+
+    def pick(self, rows: Int64[np.ndarray, " rows"]) -> "Sites":
+        """The sites of these rows."""
+        picked = torch.from_numpy(rows).to(self.indices.device)
+        return Sites(self.indices[picked], self.weights[picked], self.replacements[picked])
+
+
+class EveryWeight(Sites):
+    """All weights from one flat index to before another, all replaced by one number.
+
+    The three lists take 24 bytes a site. Here they are made each time they are asked for, so ask for those of a slice.
+    """
+
+    flat: Shaped[Tensor, " weights"]
+    first: int
+    last: int
+    constant: float
+
+    def __init__(self, flat: Shaped[Tensor, " weights"], first: int, last: int, constant: float) -> None:
+        vars(self).update(flat=flat, first=first, last=last, constant=constant)  # frozen, as all sites are
+
+    @property
+    def indices(self) -> Int64[Tensor, " sites"]:
+        """Flat indices."""
+        return torch.arange(self.first, self.last, device=self.flat.device)
+
+    @property
+    def own(self) -> Shaped[Tensor, " sites"]:
+        """Intact weights in the parameter's own precision: a view of it."""
+        return self.flat[self.first : self.last]
+
+    @property
+    def weights(self) -> Float64[Tensor, " sites"]:
+        """Intact weights."""
+        return self.own.double()
+
+    @property
+    def replacements(self) -> Float64[Tensor, " sites"]:
+        """What replaces them."""
+        return torch.full((1,), self.constant, dtype=torch.float64, device=self.flat.device).expand(len(self))
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, rows: slice) -> "Sites":
+        first, last, step = rows.indices(len(self))
+        if step != 1:
+            return super().__getitem__(rows)
+        return EveryWeight(self.flat, self.first + first, self.first + max(first, last), self.constant)
+
+    def pick(self, rows: Int64[np.ndarray, " rows"]) -> "Sites":
+        """The sites of these rows."""
+        picked = torch.from_numpy(rows).to(self.flat.device) + self.first
+        weights = self.flat[picked].double()
+        return Sites(picked, weights, torch.full_like(weights, self.constant))
+
+
+def list_sites(parameter: Tensor, asked: SitesSpec, value: ValueSpec) -> Sites:
+    """The sites of `parameter` that a spec asks for; of a whole layer without a list of them."""
+    if asked == "all":
+        constant = value.constant if isinstance(value, Constant) else 0.0
+        return EveryWeight(parameter.detach().reshape(-1), 0, parameter.numel(), constant)
+    return make_sites(parameter, draw_indices(asked, parameter.numel()), value)
 
 
 def draw_indices(asked: SitesSpec, n_weights: int) -> Int64[np.ndarray, " sites"]:

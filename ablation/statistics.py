@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64
-from scipy.stats import rankdata
 
 from ablation.table import ImportanceTable
 
@@ -155,12 +154,53 @@ def _correlations(
     a: Float64[np.ndarray, " sites"], b: Float64[np.ndarray, " sites"], touched: Bool[np.ndarray, " sites"]
 ) -> dict[str, float | None]:
     """Over the sites that were run, and over those of them that were touched."""
-    found: dict[str, float | None] = {}
     run = np.isfinite(a) & np.isfinite(b)
+    ranked = Ranked(a, b)
+    found: dict[str, float | None] = {}
     for suffix, rows in (("", run), ("_touched", run & touched)):
-        found[f"pearson{suffix}"] = pearson(a[rows], b[rows])
-        found[f"spearman{suffix}"] = pearson(rankdata(a[rows]), rankdata(b[rows]))
+        found[f"pearson{suffix}"] = pearson(_take(a, rows), _take(b, rows))
+        found[f"spearman{suffix}"] = ranked.spearman(rows)
     return found
+
+
+class Ranked:
+    """Two columns, sorted once; then Spearman's correlation of any part of their rows is a matter of picking.
+
+    Both are put into the order of `a` first: there the ranks of `a` need no place to be looked up in. So a part costs
+    a few passes and no sort (two parts of 16.7 million rows on one core: 8 s, by scipy's `rankdata` 16 s).
+    """
+
+    def __init__(self, a: Float64[np.ndarray, " sites"], b: Float64[np.ndarray, " sites"]) -> None:
+        self.by_a = np.argsort(a)
+        self.a = a.take(self.by_a)
+        self.b = b.take(self.by_a)
+        self.by_b = np.argsort(self.b)
+
+    def spearman(self, rows: Bool[np.ndarray, " sites"]) -> float | None:
+        """Pearson's r of the ranks of these rows among themselves."""
+        rows = rows.take(self.by_a)
+        ranks = np.zeros(len(rows))
+        ranks[rows] = ranks_of_sorted(_take(self.a, rows))
+        by_b = _take(self.by_b, rows.take(self.by_b))
+        return pearson(ranks.take(by_b), ranks_of_sorted(self.b.take(by_b)))
+
+
+def _take(values: np.ndarray, rows: Bool[np.ndarray, " sites"]) -> np.ndarray:
+    return values if rows.all() else values[rows]
+
+
+def ranks_of_sorted(values: Float64[np.ndarray, " sites"]) -> Float64[np.ndarray, " sites"]:
+    """Ranks from 1 on of values that rise; equal ones share the mean of theirs."""
+    ranks = np.arange(1.0, len(values) + 1)
+    ties = np.flatnonzero(values[1:] == values[:-1])  # this one is equal to the next
+    if len(ties):
+        is_first, is_last = np.diff(ties, prepend=-2) > 1, np.diff(ties, append=len(values) + 1) > 1
+        first, last = ties[is_first], ties[is_last] + 1
+        sizes = last - first + 1
+        tied = np.zeros(len(values), bool)
+        tied[ties] = tied[ties + 1] = True
+        ranks[tied] = np.repeat((first + last) / 2 + 1, sizes)
+    return ranks
 
 
 def pearson(a: Float64[np.ndarray, " sites"], b: Float64[np.ndarray, " sites"]) -> float | None:

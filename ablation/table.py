@@ -2,14 +2,17 @@
 
 In: sites and merged partials. Out: a frozen `ImportanceTable`. Statistics, plots and export read it and nothing else.
 Torch-free: the API streams tables.
+
+A whole layer has millions of rows. Of them only what can't be computed is held (`Rows`: 24 bytes a row of one split
+instead of 64); whatever reads a table from its first row to its last does so a slice at a time (`cut_rows`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 
 from ablation.partial import PartialSums
 
@@ -22,26 +25,91 @@ COORDINATES = {  # by the rank of the parameter tensor
 }
 
 
+Columns = Mapping[str, np.ndarray]
+
+
+class Rows(Mapping[str, np.ndarray]):
+    """The columns of some rows, most of them made each time they are asked for.
+
+    Held are `kept`: the weight, in float32 where that loses nothing, and what was measured, counts in int32. Where the
+    rows are not consecutive weights (`first` is the flat index of the first of them), `kept` has their `index` too.
+    Floats are given as float64 and whole numbers as int64.
+    """
+
+    def __init__(self, kept: Columns, shape: tuple[int, ...], first: int | None) -> None:
+        self.kept, self.shape, self.first = kept, shape, first
+        self.coordinates = coordinate_names(shape)
+        measured = [name for name in kept if name not in ("index", "weight")]
+        self.names = ("index", *self.coordinates, "weight", "magnitude", *measured)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows these are."""
+        return len(self.kept["weight"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name == "index":
+            if self.first is None:
+                return _widen(self.kept["index"])
+            return np.arange(self.first, self.first + self.n_rows, dtype=np.int64)
+        if name in self.coordinates:
+            return np.unravel_index(self["index"], self.shape)[self.coordinates.index(name)]
+        return np.abs(_widen(self.kept["weight"])) if name == "magnitude" else _widen(self.kept[name])
+
+    def cut(self, rows: slice) -> "Rows":
+        """Some consecutive rows of these."""
+        first = self.first if self.first is None else self.first + rows.indices(self.n_rows)[0]
+        return Rows({name: values[rows] for name, values in self.kept.items()}, self.shape, first)
+
+
+def _widen(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float64 if values.dtype.kind == "f" else np.int64, copy=False)
+
+
+def coordinate_names(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """What the places in a tensor of this shape are called; a scalar parameter has none."""
+    return COORDINATES.get(len(shape), tuple(f"axis{axis}" for axis in range(len(shape))))
+
+
+def count_rows(columns: Columns) -> int:
+    """How many rows there are."""
+    return columns.n_rows if isinstance(columns, Rows) else len(next(iter(columns.values())))
+
+
+def cut_rows(columns: Columns, rows: slice) -> dict[str, np.ndarray]:
+    """All columns of consecutive rows, as arrays."""
+    if isinstance(columns, Rows):
+        return dict(columns.cut(rows))
+    return {name: values[rows] for name, values in columns.items()}
+
+
 @dataclass(frozen=True)
 class ImportanceTable:
     """Columns in the order of DESIGN.md section 4, and `about`: what the job was and what it found as a whole.
 
-    `about` is plain JSON: `spec`, `plan` (without its shards), `baseline` {split: {n_examples, loss, accuracy}},
-    `proof` (or None where verify = 0), `n_not_finite` (sites whose replacement was not finite), `seconds`, `versions`.
+    `about` is plain JSON: `spec`, `plan` (without its shards), `baseline` {split: {n_examples, loss, accuracy,
+    series_bound}}, `proof` (or None where verify = 0), `n_not_finite` (sites whose replacement was not finite),
+    `seconds`, `versions`.
     """
 
-    columns: Mapping[str, np.ndarray]
+    columns: Columns
     about: Mapping[str, Any]
 
     def __len__(self) -> int:
-        return len(self.columns["index"])
+        return count_rows(self.columns)
 
 
 def make_table(
     *,
-    indices: Int64[np.ndarray, " sites"],
+    indices: Int64[np.ndarray, " sites"] | None,
     shape: tuple[int, ...],
-    weights: Float64[np.ndarray, " sites"],
+    weights: Float[np.ndarray, " sites"],
     splits: Mapping[str, PartialSums],
     per_class: Mapping[str, int | None],
     top1: bool,
@@ -56,7 +124,7 @@ def make_table(
         stderr  = sqrt(max(0, S2 - S^2/N) / (N (N-1)))     of that mean; see `standard_error` for `per_class` splits
 
     Args:
-        indices: flat indices into the parameter tensor, in the order of the rows.
+        indices: flat indices into the parameter tensor, in the order of the rows; None: every weight in its order.
         shape: of the parameter tensor.
         weights: intact values.
         splits: merged and joined sums, in column order.
@@ -68,18 +136,22 @@ def make_table(
 
     Numerics: float64 throughout; the sums are taken as they are, nothing is summed here.
     """
-    columns = {"index": indices, **_coordinates(indices, shape), "weight": weights, "magnitude": np.abs(weights)}
+    kept = {"weight": _narrow(weights)} if indices is None else {"index": indices, "weight": _narrow(weights)}
     counts: dict[str, np.ndarray] = {}
     for split, sums in splits.items():
-        columns |= _measured(split, sums, per_class[split], not_finite)
-        counts |= {f"broken_{split}": sums.broken, f"fixed_{split}": sums.fixed}
-    return ImportanceTable(columns=columns | counts if top1 else columns, about=about)
+        kept |= _measured(split, sums, per_class[split], not_finite)
+        if top1:
+            assert sums.broken is not None
+            assert sums.fixed is not None
+            counts |= {f"broken_{split}": sums.broken, f"fixed_{split}": sums.fixed}
+    return ImportanceTable(columns=Rows(kept | counts, shape, first=0 if indices is None else None), about=about)
 
 
-def _coordinates(indices: Int64[np.ndarray, " sites"], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """The flat indices as places in the tensor; a scalar parameter has none."""
-    names = COORDINATES.get(len(shape), tuple(f"axis{axis}" for axis in range(len(shape))))
-    return dict(zip(names, np.unravel_index(indices, shape or (1,)), strict=False))
+def _narrow(weights: Float[np.ndarray, " sites"]) -> Float[np.ndarray, " sites"]:
+    """The same numbers in float32, if they are the same."""
+    with np.errstate(over="ignore"):
+        narrow = weights.astype(np.float32)
+    return narrow if np.array_equal(narrow, weights, equal_nan=True) else weights.astype(np.float64)
 
 
 def _measured(
@@ -119,7 +191,8 @@ def standard_error(sums: PartialSums, per_class: int | None) -> Float64[np.ndarr
     """
     n = sums.n_examples
     if per_class is not None:
-        return np.sqrt(sums.within) / n if per_class > 1 else np.full_like(sums.within, np.nan)
+        assert sums.within is not None
+        return np.sqrt(sums.within) / n if per_class > 1 else np.full_like(sums.delta, np.nan)
     if n == 1:
         return np.full_like(sums.delta, np.nan)
     return np.sqrt(np.maximum(0.0, sums.delta_squared - sums.delta * sums.delta / n) / (n * (n - 1)))

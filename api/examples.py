@@ -43,13 +43,13 @@ _PLAN: dict[str, Any] = {
         {"name": "test", "n_examples": 100, "per_class": 10},
     ],
     "n_shards": 2,
-    "proof": {"n_sites": 8, "examples": {"train": [21, 53, 97, 348, 398, 660, 822], "test": [85]}},
+    "proof": {"n_sites": 8, "examples": {"test": [85], "train": [21, 52, 97, 227, 348, 397, 659, 821, 1054]}},
     "estimate": {
         "n_examples": 1397,
-        "passes": 1.34,
-        "seconds": 2.5,
-        "memory_bytes": 328_999_032,
-        "redis_bytes": 14_848,
+        "passes": 32.1,
+        "seconds": 0.21,
+        "memory_bytes": 329_002_360,
+        "redis_bytes": 10_496,
     },
 }
 
@@ -114,6 +114,7 @@ _SPLIT_SUMMARY: dict[str, Any] = {
     "n_examples": 1297,
     "loss": 0.015625,
     "accuracy": 0.9969,
+    "series_bound": 0.0,
     "provably_without_effect": 9,
     "float32_would_call_zero": 31,
     "negative": 27,

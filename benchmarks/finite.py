@@ -5,7 +5,8 @@ Out: the time of the whole float32 network for every weight ("full forward", pre
 network for every weight ("prefix cached", prefix out), as ratios to ours. The error is against float64 brute force from
 the same layer input, over some of the sites, in units of max(|u|, 0.01 rms u).
 
-The look at eight sites in float64 that begins every shard is left out: a shard has more examples than these.
+Left out is what begins every shard, which has more examples than these: the look at eight sites in float64, and the
+compiling of the loops (once per machine; then loading them), by running the first batch once before the clock.
 
 The networks have seeded random weights; every ReLU's input is shifted so that the stated share of it is active.
 The floor is what the flops behind the target take in float32 matrix products here: below it no brute force can go.
@@ -102,8 +103,10 @@ def measure(name: str, parameter: str, n_sites: int, n_examples: int, active: fl
     finite.is_probed = True
     seconds: dict[str, float] = {}
     deltas = []
+    batches = list(zip(inputs.split(plan.batch_size), labels.split(plan.batch_size), strict=True))
     with freed_memory_kept():
-        for x, y in zip(inputs.split(plan.batch_size), labels.split(plan.batch_size), strict=True):
+        list(finite.run(*batches[0])[1])  # compiled, or loaded
+        for x, y in batches:
             _, pieces = finite.run(x, y)
             with timed(seconds, "ours"):
                 deltas.append(torch.cat([piece.delta for piece in pieces]))

@@ -15,6 +15,7 @@ SWEEP_LOCK = "ablation:sweep-lock"  # string: the worker that sweeps right now
 
 MODELS = "ablation:models"  # hash: facts of registered models by name, as the worker that started last found them
 DATASETS = "ablation:datasets"  # set: names of registered data sets, likewise
+PACE = "ablation:pace"  # string: how fast a thread of that worker's machine is
 
 # Stand for the planning and for the merge wherever a shard id is expected: they are leased and retried like shards.
 PLAN = "@plan"

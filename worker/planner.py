@@ -11,14 +11,21 @@ from worker.settings import Settings
 
 
 def plan_job(
-    spec: JobSpec, settings: Settings, registered: Registered, counts: dict[str, SplitCounts] | None = None
+    spec: JobSpec,
+    settings: Settings,
+    registered: Registered,
+    counts: dict[str, SplitCounts] | None = None,
+    *,
+    pace: float = 1.0,
 ) -> Plan | None:
     """The plan of a job here; None where a worker has to open its data first, to bring the `counts`.
+
+    `pace` of the workers (`ablation/pace.py`) changes the estimate alone.
 
     Raises:
         SpecError: it asks for something that there is not, or for more than Redis may hold.
     """
-    options = {"threads": settings.threads, "shard_s": settings.shard_s}
+    options = {"threads": settings.threads, "shard_s": settings.shard_s, "pace": pace}
     plan = plan_spec(spec, settings.folders, registered, counts=counts, **options)
     if plan and plan.estimate.redis_bytes > settings.max_redis_bytes:
         raise SpecError(

@@ -104,7 +104,8 @@ def plan_job(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
         from ablation.run import count_splits
 
         spec = get_record(store, job_id).spec
-        plan = planner.plan_job(spec, settings, registered_here(), count_splits(spec, settings.folders))
+        counts = count_splits(spec, settings.folders)
+        plan = planner.plan_job(spec, settings, registered_here(), counts, pace=store.pace())
         assert plan is not None  # for given counts it never is
         if store.set_plan(job_id, owner, plan):
             enqueue_shards(celery, job_id, [shard.id for shard in plan.shards])
@@ -140,7 +141,7 @@ def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
         from ablation.statistics import make_summary
 
         record = get_record(store, job_id)
-        partials = [codec.decode_partial(payload) for payload in store.partials(job_id, plan_of(record))]
+        partials = (codec.decode_partial(payload) for payload in store.partials(job_id, plan_of(record)))
         seconds = store.now() - (record.started_at or record.created_at).timestamp()
         table = finish_job(load(record, settings), partials, seconds=seconds)
         store.save_table(job_id, owner, table.about, make_summary(table), codec.encode_blocks(table))
@@ -191,7 +192,9 @@ def load(record: JobRecord, settings: Settings) -> "Job":
 
     if record.id not in _loaded:
         _loaded.clear()
-        _loaded[record.id] = load_job(record.spec, plan_of(record), settings.folders, device=settings.device)
+        _loaded[record.id] = load_job(
+            record.spec, plan_of(record), settings.folders, device=settings.device, name=record.id
+        )
     return _loaded[record.id]
 
 

@@ -23,6 +23,7 @@ from ablation.catalog import FactsTable, Registered, line_from_facts
 from ablation.errors import ServiceError, SpecError
 from ablation.plan import Plan
 from ablation.spec import JobSpec, Record
+from ablation.table import count_rows, cut_rows
 from worker import codec, keys, scripts
 from worker.settings import Settings
 from worker.states import TERMINAL, State
@@ -185,10 +186,11 @@ class JobStore:
         rows = self._block_rows(job_id)
         starts = [0, *accumulate(rows)]
         touched = [i for i, n in enumerate(rows) if starts[i] < offset + limit and starts[i] + n > offset] or [0]
-        blocks = [codec.decode_block(self._block(job_id, i)) for i in touched]
-        first = max(0, offset - starts[touched[0]])
-        columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-        return {name: values[first : first + limit] for name, values in columns.items()}
+        pieces = []
+        for i in touched:
+            first, last = (max(0, row - starts[i]) for row in (offset, offset + limit))
+            pieces.append(cut_rows(codec.decode_block(self._block(job_id, i)), slice(first, last)))
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def registered(self) -> Registered:
         """The models and data sets that workers have published."""
@@ -197,11 +199,16 @@ class JobStore:
             FactsTable(lines), tuple(sorted(name.decode() for name in self.client.smembers(keys.DATASETS)))
         )
 
+    def pace(self) -> float:
+        """How fast the worker is that has started last, for estimates; 1 where none has said."""
+        return float(self.client.get(keys.PACE) or 1.0)
+
     # The back room: what workers need
 
-    def publish(self, registered: Registered) -> None:
-        """Say which models and data sets are registered here, instead of what was said before."""
+    def publish(self, registered: Registered, pace: float) -> None:
+        """Say which models and data sets are registered here, instead of what was said before, and the pace here."""
         with self.client.pipeline() as pipeline:
+            pipeline.set(keys.PACE, pace)
             pipeline.delete(keys.MODELS, keys.DATASETS)
             for name, facts in registered.models.items():
                 pipeline.hset(keys.MODELS, name, line_from_facts(facts))
@@ -359,7 +366,7 @@ def _state(answer: bytes | None) -> State | None:
 
 def _counted(blocks: Iterable[bytes], n_rows: list[int]) -> Iterator[bytes]:
     for block in blocks:
-        n_rows.append(len(codec.decode_block(block)["index"]))
+        n_rows.append(count_rows(codec.decode_block(block)))
         yield block
 
 

@@ -71,6 +71,7 @@ def start_child(**_: Any) -> None:
     import ablation.run
     import ablation.statistics  # noqa: F401
     from ablation.devices import describe_device, find_device
+    from ablation.pace import measure_pace
 
     try:
         device = describe_device(find_device(settings.device, field="ABLATION_DEVICE"))
@@ -83,15 +84,16 @@ def start_child(**_: Any) -> None:
     print(f"worker: device {device}, {settings.threads} threads", file=sys.__stdout__, flush=True)
     offered = runner.find_registered()
     print(inventory.describe_registered(offered), file=sys.__stdout__, flush=True)
-    while not announce(offered):  # without Redis there is nothing to do
+    pace = measure_pace()
+    while not announce(offered, pace):  # without Redis there is nothing to do
         time.sleep(1)
     loaded.set()
 
 
-def announce(offered: Registered) -> bool:
-    """Publish what is registered here and that this worker could begin; False where Redis is away."""
+def announce(offered: Registered, pace: float) -> bool:
+    """Publish what is registered here, the pace, and that this worker could begin; False where Redis is away."""
     try:
-        child_store().publish(offered)
+        child_store().publish(offered, pace)
         child_store().note_worker(OWNER)
     except (RedisError, OSError) as error:
         log.warning("starting: Redis is away (%s); trying again", error)

@@ -1,12 +1,15 @@
 """Run one shard: batches in, `PartialSums` out.
 
     calls   what a network does with its parameters, written down      loss    loss change from a logit change
-    head    is the way to the loss a classifier head?                  direct  heads, many sites at once
-    prefix  what comes before the target, once per batch               finite  any target, many sites at once
-    carry   every operation, with the deltas beside it                 rerun   any target, one site at a time
-    rules, products   how each operation carries a change              shadow, moves   where deltas are kept, and how
-    tape    the intact network's products, once per batch              response  the loss as a series in one number
-    deltas  what every path yields                                     sums    deltas -> partial sums
+    head, tail, deep   is the way to the loss a short one?             deltas  what every path yields
+    direct, pooled     single weights of heads and tails               whole, deep, pooled   all weights of some units
+    loops, kernels, channels, piecewise, threads   the compiled loops of these
+    device, triton_kernels   whole rows on a GPU                       fused   compiled loops of finite
+    finite  any target, many sites at once                             rerun   any target, one site at a time
+    prefix  what comes before the target, once per batch               tape    the intact products, once per batch
+    carry   every operation, with the deltas beside it                 shadow, moves   where deltas are kept, and how
+    rules, products   how each operation carries a change              response  the loss as a series in one number
+    sums    deltas -> partial sums
 
 Not here: which shards there are (`plan.py`), where batches come from (`data.py`), what the sums become (`table.py`).
 """
@@ -22,13 +25,17 @@ from torch import Tensor
 from ablation import baseline
 from ablation.cache import Activations
 from ablation.engine.calls import record_calls
-from ablation.engine.deltas import Deltas
+from ablation.engine.deep import Deep, find_deep
+from ablation.engine.deltas import Deltas, Responses
 from ablation.engine.direct import Direct
 from ablation.engine.finite import Finite
 from ablation.engine.head import find_head
 from ablation.engine.loss import Intact, make_intact
+from ablation.engine.pooled import Pooled
 from ablation.engine.rerun import Rerun
 from ablation.engine.sums import Sums
+from ablation.engine.tail import find_tail
+from ablation.engine.whole import Whole
 from ablation.errors import ExampleError, ModelError
 from ablation.partial import PartialSums
 from ablation.precision import fit
@@ -40,8 +47,8 @@ from ablation.sites import Sites
 class EnginePath(Protocol):
     """One way to get the deltas; holds what does not change from batch to batch."""
 
-    def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
-        """One batch: the intact network, and the deltas of all sites."""
+    def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas | Responses]]:
+        """One batch: the intact network, and the deltas of all sites; or functions that sum them up."""
         ...
 
 
@@ -79,11 +86,17 @@ def open_path(
     activations: Activations | None = None,
 ) -> EnginePath:
     """Make the path ready for one shard. `example` is a small batch, looked at to find the classifier head."""
-    if path == "direct":
-        head = find_head(record_calls(model, example), parameter)
+    if path in ("direct", "response"):
+        calls = record_calls(model, example)
+        if (tail := find_tail(calls, parameter)) is not None:
+            return Pooled(model, tail, sites, precision=precision, top1=top1)
+        if path == "response" and (deep := find_deep(calls, parameter)) is not None:
+            return Deep(model, deep, sites, precision=precision, top1=top1, activations=activations)
+        head = find_head(calls, parameter)
         if head is None:
             raise ModelError(f"{parameter} is not part of a classifier head on this data; use engine='finite'.")
-        return Direct(model, head, sites, precision=precision, top1=top1, activations=activations)
+        of_head = Direct if path == "direct" else Whole
+        return of_head(model, head, sites, precision=precision, top1=top1, activations=activations)
     if path == "finite":
         return Finite(model, parameter, sites, precision=precision, top1=top1, lanes=lanes, activations=activations)
     if path == "rerun":
@@ -122,14 +135,14 @@ def run_batches(
         for deltas in pieces:
             sums.add(deltas, intact, in_proof)
             with counting_from(position):
-                check_deltas(deltas, sums.float["delta"])
+                check_deltas(deltas, intact, sums.float["delta"])
             on_step(position - first_example, deltas.rows.stop)
         sums.add_intact(intact)
         position += len(labels)
     return sums.finish()
 
 
-def check_deltas(deltas: Deltas, sums: Float64[Tensor, " sites"]) -> None:
+def check_deltas(deltas: Deltas | Responses, intact: Intact, sums: Float64[Tensor, " sites"]) -> None:
     """Refuse a loss change that is not finite: an activation that is not, or a replacement that makes one overflow.
 
     Looks at the sums, which is cheap, and at the deltas only where a sum is wrong.
@@ -137,8 +150,11 @@ def check_deltas(deltas: Deltas, sums: Float64[Tensor, " sites"]) -> None:
     Raises:
         ExampleError: the loss of an example is NaN or infinite with one of the weights replaced.
     """
-    if sums[deltas.rows].isfinite().all():
+    is_finite = sums[deltas.rows].isfinite()
+    if is_finite.all():
         return
+    if not isinstance(deltas, Deltas):
+        deltas = deltas.deltas_of((~is_finite).nonzero()[:1, 0].cpu().numpy(), intact)
     bad = (~deltas.delta.isfinite()).any(dim=0).nonzero().flatten().tolist()
     what = "gives a NaN or infinite loss once a weight is replaced"
     raise ExampleError(bad[0], f"{what}; check its activations and the replacement value.")

@@ -6,49 +6,23 @@ One weight w_ij moves one unit i, and only through d = (r - w_ij) x_j (DESIGN.md
     dz = t V[:, i]                    every logit, a scaled column of the last Linear
 
 and the loss changes as `loss.py` says. Pairs with t = 0 are dropped before anything of size (classes) is touched.
-The prefix runs once per batch and stops at the target.
+On a CPU, for ReLU and in the usual precision, compiled loops do it (`loops.py`); else matrix operations, below.
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ablation.cache import Activations
 from ablation.engine.deltas import HUGE_STEP, VALUES_AT_ONCE, Deltas
-from ablation.engine.head import Head, activate, relu_delta
+from ablation.engine.head import Head, HeadBatch, OpenHead, activate, relu_delta
+from ablation.engine.loops import Loops, open_loops
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
-from ablation.precision import as_found, in_own_precision, run
 from ablation.sites import Sites
 
 PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs looked at together: 8 MB a float64 matrix
-
-
-class _Caught(BaseException):
-    """Not an error: the target was reached, nothing after it has to run."""
-
-
-class _InputOf(TorchFunctionMode):
-    """Stops the forward pass at the call that uses `target`, and keeps that call's input."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self.target = target
-        self.input: Tensor | None = None
-
-    def __torch_function__(
-        self, call: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if call is F.linear and any(leaf is self.target for leaf in (*args, *kwargs.values())):
-            self.input = args[0] if args else kwargs["input"]
-            raise _Caught
-        return call(*args, **kwargs)
 
 
 class Direct:
@@ -58,54 +32,43 @@ class Direct:
         self, model: torch.nn.Module, head: Head, sites: Sites, *, precision: str, top1: bool,
         activations: Activations | None = None,
     ) -> None:  # fmt: skip
-        self.model = model
+        base = torch.float32 if precision == "float32" else torch.float64
+        self.open_head = OpenHead(model, head, base, activations)
         self.head = head
         self.sites = sites
         self.top1 = top1
-        self.activations = activations
-        self.target = model.get_parameter(head.weight)
-        base = torch.float32 if precision == "float32" else torch.float64
         huge = len(sites) > 0 and bool((sites.replacements - sites.weights).abs().max() > HUGE_STEP)
         self.delta_dtype = torch.float64 if precision == "float64" or huge else torch.float32
-        self.weight = self.target.detach().to(base)
-        self.bias = _get(model, head.bias, base)
-        self.last_weight = _get(model, head.last[0], base) if head.last else None
-        self.last_bias = _get(model, head.last[1], base) if head.last else None
-        if self.last_weight is not None:
-            self.columns = self.last_weight.T.contiguous()
-            self.live = (self.last_weight != 0).any(dim=0)
-        n_inputs = self.weight.shape[1]
+        n_inputs = self.open_head.weight.shape[1]
         self.unit = sites.indices if head.is_bias else sites.indices // n_inputs
         self.input = None if head.is_bias else sites.indices % n_inputs
         self.step = sites.replacements - sites.weights
+        on_host = self.open_head.weight.device.type == "cpu"
+        fits = on_host and not top1 and self.delta_dtype == torch.float32
+        self.loops = open_loops(self.open_head) if fits else None
+        if self.loops is None and (last := self.open_head.last_weight) is not None:
+            self.columns = last.T.contiguous()
+            self.live = (last != 0).any(dim=0)
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of many sites at once."""
-        x = self.layer_input(inputs).to(self.weight.dtype)
-        y = F.linear(x, self.weight, self.bias)
-        logits = activate(self.head, y)
-        if self.last_weight is not None:
-            logits = F.linear(logits, self.last_weight, self.last_bias)
-        intact = make_intact(logits, labels, self.delta_dtype)
-        return intact, self._deltas(intact, x.T.contiguous(), y.T.contiguous())
+        batch = self.open_head.run(inputs)
+        intact = make_intact(batch.logits, labels, self.delta_dtype)
+        if self.loops is not None:
+            return intact, self._score(intact, batch, self.loops)
+        x = batch.x.to(self.open_head.weight.dtype)
+        return intact, self._deltas(intact, x.T.contiguous(), batch.y.T.contiguous())
 
-    def layer_input(self, inputs: Tensor) -> Float[Tensor, "examples inputs"]:
-        """What the model feeds to the target layer, now or in an earlier job on the same batch."""
-        if self.activations is None:
-            return self._layer_input(inputs)
-        address = self.activations.address(inputs)
-        kept = self.activations.get(address)
-        if kept is None:
-            kept = self._layer_input(inputs)
-            self.activations.put(address, kept.clone(), len(inputs))
-        return kept
-
-    def _layer_input(self, inputs: Tensor) -> Float[Tensor, "examples inputs"]:
-        mode = _InputOf(self.target)
-        with as_found(self.model), in_own_precision(self.model), suppress(_Caught), mode:
-            run(self.model, inputs)
-        assert mode.input is not None, "the head was found by a forward pass that used the target"
-        return mode.input
+    def _score(self, intact: Intact, batch: HeadBatch, loops: Loops) -> Iterator[Deltas]:
+        """By the compiled loops, which look at every pair once."""
+        x = torch.ones(1, len(batch.x)) if self.input is None else batch.x.float().T.contiguous()
+        given = loops.of_batch(intact, batch)
+        at_once = max(1, PAIRS_AT_ONCE // len(batch.x))
+        for first in range(0, len(self.sites), at_once):
+            rows = slice(first, min(first + at_once, len(self.sites)))
+            source = torch.zeros_like(self.unit[rows]) if self.input is None else self.input[rows]
+            delta, touched = loops.score_sites(self.step[rows], self.unit[rows], source, x, given)
+            yield Deltas(rows, delta, touched, intact.correct.expand(touched.shape))
 
     def _deltas(
         self, intact: Intact, x: Float[Tensor, "inputs examples"], y: Float[Tensor, "units examples"]
@@ -115,7 +78,7 @@ class Direct:
         for first in range(0, len(self.sites), at_once):
             rows = slice(first, min(first + at_once, len(self.sites)))
             t = self._unit_deltas(rows, x, y)
-            moved = t != 0 if self.last_weight is None else (t != 0) & self.live[self.unit[rows], None]
+            moved = t != 0 if self.open_head.last_weight is None else (t != 0) & self.live[self.unit[rows], None]
             delta = torch.zeros(t.shape, dtype=torch.float64, device=t.device)
             correct = intact.correct.expand(t.shape).clone()
             n_pairs = max(1, VALUES_AT_ONCE // intact.logits.shape[1])
@@ -142,14 +105,7 @@ class Direct:
         self, t: Float[Tensor, " pairs"], unit: Int64[Tensor, " pairs"], intact: Intact
     ) -> Float[Tensor, "pairs classes"]:
         """dz = t V[:, i]; where the target is the last Linear, only logit i moves."""
-        if self.last_weight is not None:
+        if self.open_head.last_weight is not None:
             return self.columns.index_select(0, unit).mul_(t[:, None])
         dz = torch.zeros(len(t), intact.logits.shape[1], dtype=t.dtype, device=t.device)
         return dz.scatter_(1, unit[:, None], t[:, None])
-
-
-def _get(model: torch.nn.Module, name: str | None, dtype: torch.dtype) -> Tensor | None:
-    if name is None:
-        return None
-    owner, _, local = name.rpartition(".")
-    return getattr(model.get_submodule(owner), local).detach().to(dtype)

@@ -20,8 +20,9 @@ from ablation import baseline
 from ablation.cache import Activations
 from ablation.engine.carry import Carry, NotCarriedError, Rule
 from ablation.engine.deltas import HUGE_STEP, VALUES_AT_ONCE, Deltas
-from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
-from ablation.engine.moves import Block, Product
+from ablation.engine.fused import is_ready
+from ablation.engine.loss import Intact, is_correct, loss_delta, loss_delta_and_touched, make_intact
+from ablation.engine.moves import Block, Columns, Product
 from ablation.engine.products import RULES
 from ablation.engine.rerun import Rerun
 from ablation.engine.response import Response
@@ -134,18 +135,35 @@ class Finite:
 
 @torch.no_grad()
 def score(rows: slice, intact: Intact, dz: Tensor | Product, *, top1: bool) -> Deltas:
-    """The loss deltas of some sites, of the pairs that move alone, as many at once as stay in the cache."""
+    """The loss deltas of some sites: example by example where the logits' deltas are not yet written out."""
+    if isinstance(dz, Product) and isinstance(dz.factor, Columns):
+        n_examples = len(dz.factor.columns)
+        parts = [_score_pairs(intact, torch.tensor(k), dz.row(k), top1=top1) for k in range(n_examples)]
+        return Deltas(rows, *(torch.stack(each, dim=1) for each in zip(*parts, strict=True)))
     dz = dz if isinstance(dz, Tensor) else dz.dense()
-    touched = (dz != 0).any(dim=2)
-    delta = torch.zeros(touched.shape, dtype=torch.float64, device=dz.device)
-    correct = intact.correct.expand(touched.shape).clone()
-    for pairs in touched.nonzero().split(max(1, VALUES_AT_ONCE // dz.shape[2])):
-        row, example = pairs.unbind(1)
-        moved = dz[row, example]
-        delta[row, example] = loss_delta(intact, example, moved)
-        if top1:
-            correct[row, example] = is_correct(intact, example, moved)
-    return Deltas(rows, delta, touched, correct)
+    examples = torch.arange(dz.shape[1], device=dz.device).expand(dz.shape[:2]).flatten()
+    pairs = _score_pairs(intact, examples, dz.flatten(0, 1), top1=top1)
+    return Deltas(rows, *(each.unflatten(0, dz.shape[:2]) for each in pairs))
+
+
+def _score_pairs(
+    intact: Intact, examples: Int64[Tensor, "*pairs"], dz: Float[Tensor, "pairs classes"], *, top1: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss delta, touched and correct; by PyTorch's operations of as many pairs at once as stay in the cache."""
+    examples = examples.to(dz.device).expand(len(dz))
+    at_once = max(1, VALUES_AT_ONCE // dz.shape[1])
+    if is_ready(dz):
+        delta, touched = loss_delta_and_touched(intact, examples, dz)
+    else:
+        touched = (dz != 0).any(dim=1)
+        delta = torch.zeros(len(dz), dtype=torch.float64, device=dz.device)
+        for pairs in touched.nonzero()[:, 0].split(at_once):
+            delta[pairs] = loss_delta(intact, examples[pairs], dz[pairs])
+    correct = intact.correct[examples]
+    if top1:
+        for pairs in touched.nonzero()[:, 0].split(at_once):
+            correct[pairs] = is_correct(intact, examples[pairs], dz[pairs])
+    return delta, touched, correct
 
 
 def operations_without_rule(model: torch.nn.Module, parameter: str, inputs: Tensor) -> list[str]:

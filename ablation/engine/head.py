@@ -1,16 +1,25 @@
 """Whether a parameter's way to the loss is a classifier head: Linear -> elementwise f -> at most one more Linear.
 
 In: the recorded calls of a forward pass. Out: a `Head`, or None where the way is any other; then a slower path runs.
+An `OpenHead` runs the intact head on batches, in the base's precision; the prefix runs once per batch and stops at the
+target.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from ablation.cache import Activations
 from ablation.engine.calls import Call, Calls
+from ablation.engine.functions import Function, find_function
+from ablation.precision import as_found, in_own_precision, run
 
 # Functions of one number applied to every entry, with no tensor argument beside it.
 ELEMENTWISE = {
@@ -18,8 +27,8 @@ ELEMENTWISE = {
     "celu", "celu_", "gelu", "silu", "mish", "softplus", "sigmoid", "sigmoid_", "tanh", "tanh_", "hardswish",
     "hardsigmoid", "logsigmoid", "softsign", "tanhshrink",
 }  # fmt: skip
-_DROPOUT = {"dropout", "dropout_", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
-_SAME_SHAPE = {"flatten", "view", "reshape", "contiguous", "squeeze", "clone", "detach"}
+DROPOUT = {"dropout", "dropout_", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
+SAME_SHAPE = {"flatten", "view", "reshape", "contiguous", "squeeze", "clone", "detach"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,13 @@ class Head:
     bias: str | None
     functions: tuple[Callable[[Tensor], Tensor], ...]
     is_relu: bool
+    function: Function | None  # the one that the compiled loops know, besides ReLU
     last: tuple[str, str | None] | None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the compiled loops know what is between the Linears."""
+        return self.is_relu or self.function is not None or not self.functions
 
 
 def find_head(calls: Calls, parameter: str) -> Head | None:
@@ -51,17 +66,17 @@ def find_head(calls: Calls, parameter: str) -> Head | None:
         if through != {value} or call.inputs.count(value) != 1 or len(call.outputs) != 1:
             return None
         if call.name == "linear":
-            named = _linear_parameters(call, names)
+            named = linear_parameters(call, names)
             if named is None or len(linears) == 2 or len(call.output_shapes[0]) != 2:
                 return None
             if linears and value != call.inputs[0]:  # the target reaches the next Linear through its input only
                 return None
             linears.append(named)
-        elif not linears or (call.name not in _SAME_SHAPE | _DROPOUT and len(linears) == 2):
+        elif not linears or (call.name not in SAME_SHAPE | DROPOUT and len(linears) == 2):
             return None
         elif call.name in ELEMENTWISE and len(call.inputs) == 1:
             functions.append(call)
-        elif not _keeps_values(call):
+        elif not keeps_values(call):
             return None
         value = call.outputs[0]
     first_weight, first_bias = linears[0]
@@ -71,22 +86,29 @@ def find_head(calls: Calls, parameter: str) -> Head | None:
         bias=first_bias,
         functions=tuple(_of_one_tensor(call) for call in functions),
         is_relu=len(functions) == 1 and functions[0].name in ("relu", "relu_"),
+        function=known_function(functions[0]) if len(functions) == 1 else None,
         last=linears[1] if len(linears) == 2 else None,
     )
 
 
-def _linear_parameters(call: Call, names: dict[int, str]) -> tuple[str, str | None] | None:
+def linear_parameters(call: Call, names: dict[int, str]) -> tuple[str, str | None] | None:
     """The names of a Linear's weight and bias, if they are the model's own tensors."""
     if len(call.input_shapes[0]) != 2 or len(call.inputs) < 2 or any(value not in names for value in call.inputs[1:]):
         return None
     return names[call.inputs[1]], names[call.inputs[2]] if len(call.inputs) == 3 else None
 
 
-def _keeps_values(call: Call) -> bool:
-    if call.name in _DROPOUT:
+def known_function(call: Call) -> Function | None:
+    """The function besides ReLU that a call is, where the compiled loops know it."""
+    return find_function(call.name, call.args, call.kwargs)
+
+
+def keeps_values(call: Call) -> bool:
+    """Whether a call gives back the numbers it was given: dropout in eval mode, another view of the same shape."""
+    if call.name in DROPOUT:
         training = call.kwargs.get("training", call.args[2] if len(call.args) > 2 else True)
         return training is False
-    return call.name in _SAME_SHAPE and len(call.inputs) == 1 and call.input_shapes == call.output_shapes
+    return call.name in SAME_SHAPE and len(call.inputs) == 1 and call.input_shapes == call.output_shapes
 
 
 def _of_one_tensor(call: Call) -> Callable[[Tensor], Tensor]:
@@ -110,3 +132,89 @@ def activate(head: Head, y: Tensor) -> Tensor:
     for function in head.functions:
         y = function(y)
     return y
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """What the intact head computes of one batch."""
+
+    x: Float[Tensor, "examples inputs"]  # as the model computes it
+    y: Float[Tensor, "examples units"]
+    logits: Float[Tensor, "examples classes"]
+
+
+class OpenHead:
+    """A head with its model: the numbers of its Linears in the base's precision."""
+
+    def __init__(
+        self, model: torch.nn.Module, head: Head, dtype: torch.dtype, activations: Activations | None = None
+    ) -> None:
+        self.model = model
+        self.head = head
+        self.activations = activations
+        self.target = model.get_parameter(head.weight)
+        self.weight = self.target.detach().to(dtype)
+        self.bias = get_numbers(model, head.bias, dtype)
+        self.last_weight = get_numbers(model, head.last[0], dtype) if head.last else None
+        self.last_bias = get_numbers(model, head.last[1], dtype) if head.last else None
+
+    def run(self, inputs: Tensor, units: Tensor | None = None) -> HeadBatch:
+        """The intact head on one batch; y of some units only, where no more are asked for.
+
+        What comes before it, and the logits, may have been left in the cache by an earlier job on the same batch, or by
+        another shard of this one.
+        """
+        address = "" if self.activations is None else self.activations.address(inputs)
+        kept = None if self.activations is None else self.activations.get(address)
+        if kept is not None:
+            x, logits = kept["x"], kept["logits"]
+            rows = slice(None) if units is None else units
+            bias = None if self.bias is None else self.bias[rows]
+            return HeadBatch(x, F.linear(x.to(self.weight.dtype), self.weight[rows], bias), logits)
+        x = catch_input(self.model, self.target, inputs)
+        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        logits = activate(self.head, y)
+        if self.last_weight is not None:
+            logits = F.linear(logits, self.last_weight, self.last_bias)
+        if self.activations is not None:
+            self.activations.put(address, {"x": x.clone(), "logits": logits.clone()}, len(inputs))
+        return HeadBatch(x, y if units is None else y[:, units], logits)
+
+
+def catch_input(model: torch.nn.Module, target: Tensor, inputs: Tensor) -> Float[Tensor, "examples inputs"]:
+    """What the model feeds to the Linear that uses `target`; nothing after it is run."""
+    mode = _InputOf(target)
+    with as_found(model), in_own_precision(model), suppress(_Caught), mode:
+        run(model, inputs)
+    assert mode.input is not None, "the head was found by a forward pass that used the target"
+    return mode.input
+
+
+class _Caught(BaseException):
+    """Not an error: the target was reached, nothing after it has to run."""
+
+
+class _InputOf(TorchFunctionMode):
+    """Stops the forward pass at the call that uses `target`, and keeps that call's input."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+        self.input: Tensor | None = None
+
+    def __torch_function__(
+        self, call: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if call is F.linear and any(leaf is self.target for leaf in (*args, *kwargs.values())):
+            self.input = args[0] if args else kwargs["input"]
+            raise _Caught
+        return call(*args, **kwargs)
+
+
+def get_numbers(model: torch.nn.Module, name: str | None, dtype: torch.dtype) -> Tensor | None:
+    """A parameter's, or a buffer's, in some precision."""
+    if name is None:
+        return None
+    owner, _, local = name.rpartition(".")
+    return getattr(model.get_submodule(owner), local).detach().to(dtype)

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from ablation.engine.fused import expm1_sums, is_ready
+
 # Above this |sum|, log1p of it gains nothing over a difference of two log-sum-exps, and near -1 it loses.
 LARGE = 0.5
 
@@ -57,15 +59,25 @@ def loss_delta(
 
     Numerics: relative error about that of dz (float32: 1e-6 of sum_c q_c |dz_c - dz_y|), for any confidence.
     """
-    dz_label = dz.gather(1, intact.labels[examples, None])
-    # index_select and in-place products: this is where the time goes. Differences first, then float32.
-    centred = (dz - dz_label).to(intact.rest.dtype)
-    moved = intact.rest.index_select(0, examples).mul_(centred.expm1_()).sum(dim=1).double()
+    return loss_delta_and_touched(intact, examples, dz)[0]
+
+
+def loss_delta_and_touched(
+    intact: Intact, examples: Int64[Tensor, " pairs"], dz: Float[Tensor, "pairs classes"]
+) -> tuple[Float[Tensor, " pairs"], Bool[Tensor, " pairs"]]:
+    """The same, and whether any logit's delta is nonzero."""
+    if is_ready(dz):
+        moved, touched = expm1_sums(dz, intact.rest, intact.labels, examples)
+    else:
+        touched = (dz != 0).any(dim=1)
+        # index_select and in-place products: this is where the time goes. Differences first, then float32.
+        centred = (dz - dz.gather(1, intact.labels[examples, None])).to(intact.rest.dtype)
+        moved = intact.rest.index_select(0, examples).mul_(centred.expm1_()).sum(dim=1).double()
     delta = torch.log1p(moved)
     large = (~(moved.abs() <= LARGE)).nonzero().flatten()  # NaN and infinity count as large
     if len(large):
         delta[large] = _large_delta(intact, examples[large], dz[large])
-    return delta
+    return delta, touched
 
 
 def _large_delta(

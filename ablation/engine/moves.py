@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ablation.engine.fused import column_rows, is_ready, picked, product, run_rows
 from ablation.engine.head import relu_delta
 
 
@@ -82,8 +83,20 @@ class Product:
         """All entries."""
         if isinstance(self.factor, Block):
             return self._of_block
-        rows = zip(self.factor.columns, self.factor.numbers, strict=True)
-        return torch.stack([numbers @ self._rows(columns) for columns, numbers in rows], dim=1)
+        return torch.stack([self.row(row) for row in range(len(self.factor.columns))], dim=1)
+
+    def row(self, row: int) -> Float[Tensor, "ablations outputs"]:
+        """All entries of one row."""
+        if isinstance(self.factor, Block):
+            return self._of_block[:, row]
+        columns, numbers = self.factor.columns[row], self.factor.numbers[row]
+        if not self._is_fused(numbers):
+            return numbers @ self._rows(columns)
+        return product(numbers, picked(self.matrix.T, torch.arange(self.matrix.shape[1]), columns))
+
+    def _is_fused(self, numbers: Tensor) -> bool:
+        """Whether the loops of `fused.py` are for these: a Linear's matrix lies transposed."""
+        return is_ready(numbers, self.matrix) and self.matrix.T.is_contiguous()
 
     def relu(self, x: Tensor) -> Columns:
         """What is left of it behind a ReLU whose input is `x`.
@@ -91,8 +104,17 @@ class Product:
         Only units that x + dx can open for any ablation are computed, |dx_o| <= |dA| |B_o| (Cauchy-Schwarz): first for
         the few ablations that move most, then for the others, which reach fewer units.
         """
-        columns, numbers = zip(*(self._row(row, x[row]) for row in range(len(x))), strict=True)
-        return Columns(tuple(columns), tuple(numbers), x.shape[1])
+        columns, numbers = zip(*self._relu_rows(x), strict=True)
+        return Columns(columns, numbers, x.shape[1])
+
+    def _relu_rows(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The columns that move and their numbers, of each row."""
+        base, factor = x.to(self.matrix.dtype), self.factor
+        if isinstance(factor, Columns) and self._is_fused(factor.numbers[0]):
+            return column_rows(self.matrix.T, factor.columns, factor.numbers, base)
+        if isinstance(factor, Block) and factor.length > 1 and self._is_fused(factor.numbers):
+            return run_rows(self.matrix.T, factor.first, factor.numbers, base)
+        return [self._row(row, x[row]) for row in range(len(x))]
 
     def _row(self, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
         base = x.to(self.matrix.dtype)

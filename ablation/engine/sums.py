@@ -4,31 +4,46 @@ For splits sorted into blocks of one class, the variance within each class is cl
 so that nothing is kept per class.
 """
 
-import numpy as np
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from ablation.engine.deltas import Deltas
+from ablation.engine.deltas import Deltas, DeviceResponses, Responses, make_runs
 from ablation.engine.loss import Intact
-from ablation.partial import PartialSums, zero
+from ablation.partial import PartialSums
 
 
 class Sums:
     """Running sums of one shard; `finish` turns them into a frozen partial."""
 
-    def __init__(self, n_sites: int, per_class: int | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        n_sites: int,
+        per_class: int | None,
+        device: torch.device,
+        *,
+        proof: bool = True,
+        top1: bool = True,
+    ) -> None:
         self.n_sites = n_sites
         self.per_class = per_class
         self.n_seen = 0
         self.n_correct = 0
         self.loss = 0.0
+        self.bounds: Tensor | None = None  # by unit: what response functions left out at most
         self.float = {
             name: torch.zeros(n_sites, dtype=torch.float64, device=device)
-            for name in ("delta", "delta_squared", "within", "proof", "open", "open_squared")
+            for name in (
+                *("delta", "delta_squared"),
+                *(("proof",) if proof else ()),
+                *(("within", "open", "open_squared") if per_class else ()),
+            )
         }
         self.count = {
-            name: torch.zeros(n_sites, dtype=torch.int64, device=device) for name in ("touched", "broken", "fixed")
+            name: torch.zeros(n_sites, dtype=torch.int32, device=device)
+            for name in ("touched", *(("broken", "fixed") if top1 else ()))
         }
 
     def add_intact(self, intact: Intact) -> None:
@@ -37,19 +52,42 @@ class Sums:
         self.n_correct += int(intact.correct.sum())
         self.loss += float(intact.loss.double().sum())
 
-    def add(self, deltas: Deltas, intact: Intact, in_proof: Bool[Tensor, " examples"]) -> None:
+    def add(self, deltas: Deltas | Responses, intact: Intact, in_proof: Bool[Tensor, " examples"]) -> None:
         """Add some sites' deltas on the batch that comes next."""
+        if not isinstance(deltas, Deltas):
+            self._add_responses(deltas, in_proof)
+            return
         rows, delta = deltas.rows, deltas.delta
         squared = delta * delta
         self.float["delta"][rows] += delta.sum(dim=1)
         self.float["delta_squared"][rows] += squared.sum(dim=1)
-        if in_proof.any():
+        if "proof" in self.float and in_proof.any():
             self.float["proof"][rows] += delta[:, in_proof].sum(dim=1)
         self.count["touched"][rows] += deltas.touched.sum(dim=1)
-        self.count["broken"][rows] += (intact.correct & ~deltas.correct).sum(dim=1)
-        self.count["fixed"][rows] += (~intact.correct & deltas.correct).sum(dim=1)
+        if "broken" in self.count:
+            self.count["broken"][rows] += (intact.correct & ~deltas.correct).sum(dim=1)
+            self.count["fixed"][rows] += (~intact.correct & deltas.correct).sum(dim=1)
         if self.per_class:
             self._add_blocks(rows, delta, squared, self.per_class)
+
+    def _add_responses(self, responses: Responses, in_proof: Bool[Tensor, " examples"]) -> None:
+        """They sum themselves up, into these sums' own memory: on their device, or on the host."""
+        on_device = isinstance(responses, DeviceResponses)
+        if self.bounds is None:
+            home = responses.device if isinstance(responses, DeviceResponses) else torch.device("cpu")
+            self.bounds = torch.zeros(responses.n_units, dtype=torch.float64, device=home)
+            self.float = {name: tensor.to(home) for name, tensor in self.float.items()}
+            self.count = {name: tensor.to(home) for name, tensor in self.count.items()}
+
+        def given(tensor: Tensor) -> Any:
+            return tensor if on_device else tensor.numpy()
+
+        sums = {name: given(tensor) for name, tensor in (self.float | self.count).items()}
+        responses.add(sums, make_runs(len(in_proof), self.n_seen, self.per_class), given(self.bounds))
+        if "proof" in self.float and in_proof.any():
+            some = responses.of_examples(in_proof.nonzero()[:, 0].cpu().numpy())
+            once = make_runs(int(in_proof.sum()), 0, None)
+            some.add({"delta": given(self.float["proof"])}, once, given(torch.zeros_like(self.bounds)))
 
     def _add_blocks(
         self, rows: slice, delta: Float64[Tensor, "sites examples"], squared: Tensor, per_class: int
@@ -74,10 +112,7 @@ class Sums:
 
     def finish(self) -> PartialSums:
         """The frozen partial."""
-        if not self.n_seen:
-            return zero(self.n_sites)
-        floats: dict[str, np.ndarray] = {
-            name: self.float[name].cpu().numpy() for name in self.float if "open" not in name
-        }
-        counts: dict[str, np.ndarray] = {name: self.count[name].cpu().numpy() for name in self.count}
-        return PartialSums(n_examples=self.n_seen, n_correct=self.n_correct, loss=self.loss, **floats, **counts)
+        floats: dict[str, Any] = {name: self.float[name].cpu().numpy() for name in self.float if "open" not in name}
+        left_out = 0.0 if self.bounds is None else float(self.bounds.max())
+        counts: dict[str, Any] = {name: self.count[name].cpu().numpy() for name in self.count}
+        return PartialSums(self.n_seen, self.n_correct, self.loss, **floats, **counts, left_out=left_out)

@@ -26,7 +26,7 @@ def heavy_deltas(n_sites: int, n_examples: int, seed: int = 0, share_dead: float
 def sums_of(deltas: np.ndarray, per_class: int | None = None) -> PartialSums:
     """One partial over all examples; with `per_class`, they come in blocks of one class of that length."""
     n_sites, n_examples = deltas.shape
-    within = np.zeros(n_sites)
+    within = None if per_class is None else np.zeros(n_sites)
     if per_class is not None and per_class > 1:
         within = (per_class * deltas.reshape(n_sites, -1, per_class).var(axis=2, ddof=1)).sum(axis=1)
     return PartialSums(
@@ -37,9 +37,9 @@ def sums_of(deltas: np.ndarray, per_class: int | None = None) -> PartialSums:
         delta_squared=(deltas**2).sum(axis=1),
         within=within,
         proof=deltas[:, ::7].sum(axis=1),
-        touched=(deltas != 0).sum(axis=1),
-        broken=(deltas > 1e-6).sum(axis=1),
-        fixed=(deltas < -1e-6).sum(axis=1),
+        touched=(deltas != 0).sum(axis=1, dtype=np.int32),
+        broken=(deltas > 1e-6).sum(axis=1, dtype=np.int32),
+        fixed=(deltas < -1e-6).sum(axis=1, dtype=np.int32),
     )
 
 
@@ -48,6 +48,7 @@ def table_of(
     *,
     weights: Sequence[float] | np.ndarray | None = None,
     indices: np.ndarray | None = None,
+    every_weight: bool = False,
     shape: tuple[int, ...] = (97, 89),
     per_class: Mapping[str, int | None] | None = None,
     top1: bool = False,
@@ -59,11 +60,16 @@ def table_of(
     n_sites = len(next(iter(sums.values())).delta)
     weights = np.random.default_rng(9).standard_normal(n_sites) if weights is None else np.asarray(weights, float)
     baseline = {
-        name: {"n_examples": s.n_examples, "loss": s.loss / s.n_examples, "accuracy": s.n_correct / s.n_examples}
+        name: {
+            "n_examples": s.n_examples,
+            "loss": s.loss / s.n_examples,
+            "accuracy": s.n_correct / s.n_examples,
+            "series_bound": 0.0,
+        }
         for name, s in sums.items()
     }
     return make_table(
-        indices=np.arange(n_sites) * 2 + 1 if indices is None else indices,
+        indices=None if every_weight else np.arange(n_sites) * 2 + 1 if indices is None else indices,
         shape=shape,
         weights=weights,
         splits=sums,

@@ -69,8 +69,8 @@ def test_whole_numbers_are_exact() -> None:
 
 
 def test_the_exact_text_of_a_table() -> None:
-    table = table_of({"train": np.array([[0.5, 0.25], [0.0, 0.0]]), "test": np.array([[1e-7], [-2.5e-5]])})
-    table.columns["weight"][:], table.columns["magnitude"][:] = [-0.125, 1.0], [0.125, 1.0]  # type: ignore[index]
+    deltas = {"train": np.array([[0.5, 0.25], [0.0, 0.0]]), "test": np.array([[1e-7], [-2.5e-5]])}
+    table = table_of(deltas, weights=[-0.125, 1.0])
     stream = io.BytesIO()
     write_csv(table, stream)
     assert stream.getvalue().decode() == (

@@ -129,7 +129,8 @@ def test_all_sites_and_listed_ones() -> None:
     assert table.columns["index"].tolist() == list(range(5 * 13))
     some = ablation.ablate(case.model, "5.weight", splits, sites=[9, 2, 60], progress=False)
     assert some.columns["index"].tolist() == [9, 2, 60]
-    np.testing.assert_allclose(some.columns["utility_test"], table.columns["utility_test"][[9, 2, 60]], rtol=1e-9)
+    same = table.columns["utility_test"][[9, 2, 60]]  # by another path: whole rows have their own
+    np.testing.assert_allclose(some.columns["utility_test"], same, rtol=1e-5)
 
 
 def test_files(tmp_path) -> None:

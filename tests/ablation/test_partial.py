@@ -1,13 +1,13 @@
 """Merge adds disjoint examples, join appends disjoint sites: in any cut the same as uncut, to rounding."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablation.partial import PER_SITE, TOTALS, PartialSums, add, join, merge, zero
+from ablation.partial import PER_SITE, TOTALS, Gathered, PartialSums, add, held, join, merge, zero
 from tests.ablation.tables import heavy_deltas, sums_of
 
 COUNTS = ("n_examples", "n_correct", "touched", "broken", "fixed")
@@ -15,6 +15,9 @@ COUNTS = ("n_examples", "n_correct", "touched", "broken", "fixed")
 
 def assert_equal(a: PartialSums, b: PartialSums, rtol: float = 0.0) -> None:
     for name in (*TOTALS, *PER_SITE):
+        assert (getattr(a, name) is None) is (getattr(b, name) is None), name
+        if getattr(a, name) is None:
+            continue
         x, y = np.asarray(getattr(a, name)), np.asarray(getattr(b, name))
         assert x.dtype == y.dtype, name
         assert x.shape == y.shape, name
@@ -36,9 +39,9 @@ def part(deltas: np.ndarray) -> PartialSums:
         delta_squared=(deltas**2).sum(axis=1),
         within=3 * (deltas**2).sum(axis=1),
         proof=np.abs(deltas**3).sum(axis=1),
-        touched=(deltas != 0).sum(axis=1),
-        broken=(deltas > 0).sum(axis=1),
-        fixed=(deltas < -1e-7).sum(axis=1),
+        touched=(deltas != 0).sum(axis=1, dtype=np.int32),
+        broken=(deltas > 0).sum(axis=1, dtype=np.int32),
+        fixed=(deltas < -1e-7).sum(axis=1, dtype=np.int32),
     )
 
 
@@ -68,7 +71,7 @@ def test_merge_and_join_commute() -> None:
     blocks = [[part(piece) for piece in cut(rows, [7, 19], axis=1)] for rows in cut(deltas, [5], axis=0)]
     by_site = join([merge(row) for row in blocks])
     by_example = merge([join([top, bottom]) for top, bottom in zip(*blocks, strict=True)])
-    for name in PER_SITE:
+    for name in held(by_site):
         np.testing.assert_array_equal(getattr(by_site, name), getattr(by_example, name), err_msg=name)
     assert len(by_site.delta) == 12
 
@@ -81,9 +84,9 @@ def test_join_keeps_the_order_and_counts_the_examples_once() -> None:
 
 
 def test_zero_changes_no_bit() -> None:
-    whole = part(heavy_deltas(6, 9))
-    assert_equal(add(zero(6), whole), whole)
-    assert_equal(merge([whole, zero(6)]), whole)
+    whole, nothing = part(heavy_deltas(6, 9)), zero(6, within=True, top1=True)
+    assert_equal(add(nothing, whole), whole)
+    assert_equal(merge([whole, nothing]), whole)
     assert {field.name for field in fields(PartialSums)} == {*TOTALS, *PER_SITE}
 
 
@@ -95,9 +98,40 @@ def test_the_order_of_a_merge_decides_its_bytes() -> None:
     assert merge(parts).delta.tobytes() != merge(parts[::-1]).delta.tobytes()
 
 
+@pytest.mark.parametrize("fields", [{}, {"within": None}, {"proof": None, "within": None, "broken": None}])
+def test_gathered_one_at_a_time_is_joined_and_merged_to_the_bit(fields: dict[str, None]) -> None:
+    deltas = heavy_deltas(12, 30, share_dead=0.0)
+    deltas[0] = -0.0
+    blocks = [
+        [replace(part(piece), **fields) for piece in cut(rows, [7, 19], axis=1)] for rows in cut(deltas, [5], axis=0)
+    ]
+    gathered = Gathered(12)
+    for sites, parts in (((5, 12), blocks[1]), ((0, 5), blocks[0])):
+        for partial in parts:
+            gathered.add(sites, partial)
+    whole, expected = gathered.finish(), join([merge(parts) for parts in blocks])
+    assert_equal(whole, replace(expected, n_correct=whole.n_correct, loss=whole.loss))  # `part` makes them of row 0
+    assert whole.delta.tobytes() == expected.delta.tobytes()
+    assert list(held(whole)) == [name for name in PER_SITE if name not in fields]
+
+
+def test_what_does_not_fit_together_is_not_gathered() -> None:
+    gathered = Gathered(12)
+    gathered.add((0, 5), sums_of(heavy_deltas(5, 20)))
+    with pytest.raises(ValueError, match="of 6 sites for the rows 5 to 12"):
+        gathered.add((5, 12), sums_of(heavy_deltas(6, 20)))
+    with pytest.raises(ValueError, match="have the same fields"):
+        gathered.add((5, 12), sums_of(heavy_deltas(7, 20), 5))
+    gathered.add((5, 12), sums_of(heavy_deltas(7, 19)))
+    with pytest.raises(ValueError, match=r"got \[20, 19\]"):
+        gathered.finish()
+
+
 def test_partials_of_other_sites_are_refused() -> None:
     with pytest.raises(ValueError, match="got 6 and 7"):
         merge([zero(6), zero(7)])
+    with pytest.raises(ValueError, match="have the same fields"):
+        merge([zero(6), zero(6, top1=True)])
 
 
 def test_joins_of_other_examples_are_refused() -> None:

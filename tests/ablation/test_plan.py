@@ -2,13 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ablation.catalog import LayerFacts, ModelFacts
 from ablation.errors import SpecError
-from ablation.plan import LANE_VALUES, MAX_SITES_PER_SHARD, Plan, SplitCounts, make_plan
+from ablation.plan import LANE_VALUES, MAX_SITES_PER_SHARD, PARTIAL_BYTES, Plan, SplitCounts, make_plan
 from ablation.spec import make_spec
 
 FACTS = ModelFacts(
@@ -28,7 +29,9 @@ FACTS = ModelFacts(
             values_spread=200_000,
             widest_spread=50_000,
         ),
-        LayerFacts(parameter="fc.weight", kind="Linear", shape=(2048, 1024), path="direct", flops_after=5e6),
+        LayerFacts(
+            parameter="fc.weight", kind="Linear", shape=(2048, 1024), path="direct", response=True, flops_after=5e6
+        ),
     ),
 )
 
@@ -37,11 +40,12 @@ def plan(layer="fc", sites=100, train="all", test=None, n=5000, **options) -> Pl
     counts = {name: SplitCounts(n_examples=n, n_per_class=(n // 10,) * 10) for name in ("train", "test")}
     asked = {"count": sites} if isinstance(sites, int) else sites
     verify = options.pop("verify", 8)
+    facts = FACTS.model_copy(update={"layers": options.pop("facts", FACTS.layers)})
     spec = make_spec(
         {"model": {"name": "net"}, "layer": layer, "data": {"name": "d", "train": train, "test": test}, "sites": asked,
          "verify": verify}
     )  # fmt: skip
-    return make_plan(spec, FACTS, counts, **{"threads": 2, **options})
+    return make_plan(spec, facts, counts, **{"threads": 2, **options})
 
 
 @given(
@@ -88,9 +92,51 @@ def test_no_proof() -> None:
 
 
 def test_whole_layers_are_cut_along_sites() -> None:
-    cut = plan(sites="all")
+    cut = plan(sites="all", engine="direct")
     assert cut.n_sites == 2048 * 1024
     assert max(s.sites[1] - s.sites[0] for s in cut.shards) <= MAX_SITES_PER_SHARD
+
+
+@given(
+    shape=st.sampled_from([(2048, 1024), (37, 1024), (1, 1024), (3, 1 << 20), (50, 1)]),
+    n=st.integers(10, 4000),
+    shard_s=st.sampled_from([0.001, 5.0, 1e6]),
+    test=st.sampled_from([None, "all", {"per_class": 1}]),
+)
+def test_rows_are_cut_between_units_over_all_examples(shape, n, shard_s, test) -> None:
+    n -= n % 10
+    layer = FACTS.layers[1].model_copy(update={"shape": shape})
+    cut = plan(facts=(layer,), sites="all", test=test, n=n, shard_s=shard_s, engine="response")
+    n_units, fan_in = shape
+    for split in cut.splits:
+        shards = [shard for shard in cut.shards if shard.split == split.name]
+        assert {shard.examples for shard in shards} == {(0, split.n_examples)}
+        assert min(n_units, 2) <= len(shards) <= n_units
+        ends = [0, *(shard.sites[1] for shard in shards)]
+        assert [shard.sites[0] for shard in shards] == ends[:-1]
+        assert ends[-1] == n_units * fan_in
+        assert all(end % fan_in == 0 for end in ends)
+        units = np.diff(ends) // fan_in
+        bytes_per_unit = fan_in * (28 + 8 * bool(split.per_class))
+        assert units.max() == 1 or units.max() * bytes_per_unit <= PARTIAL_BYTES
+    assert len({shard.id for shard in cut.shards}) == len(cut.shards)
+
+
+def test_as_many_shards_of_rows_as_the_work_wants() -> None:
+    few, many = (plan(sites="all", engine="response", shard_s=shard_s) for shard_s in (1e6, 0.25))
+    assert len(few.shards) == 2
+    assert len(many.shards) == pytest.approx(many.estimate.seconds / 0.25, rel=0.2)
+
+
+def test_what_redis_will_hold() -> None:
+    """The store's own test compares it with what is there."""
+    whole = plan(sites="all", test="all", engine="response")
+    assert whole.estimate.redis_bytes == 2048 * 1024 * (2 * 28 + 4 + 2 * 20) + 1024 * (len(whole.shards) + 1)
+    unproved = plan(sites="all", engine="response", verify=0)
+    assert unproved.estimate.redis_bytes == 2048 * 1024 * (20 + 4 + 20) + 1024 * (len(unproved.shards) + 1)
+    drawn = plan(sites=100, train={"per_class": 3}, batch_size=10, shard_s=1e-9)
+    blocks = {shard.examples for shard in drawn.shards}
+    assert drawn.estimate.redis_bytes == 100 * (len(blocks) * 36 + 8 + 4 + 20) + 1024 * (len(drawn.shards) + 1)
 
 
 def test_the_same_arguments_give_the_same_plan() -> None:
@@ -125,8 +171,9 @@ def test_as_many_sites_at_once_as_their_deltas_fit() -> None:
         ({"layer": "conv", "sites": {"indices": [3, 1152]}}, "sites.indices", "0 to 1151"),
         ({"train": {"per_class": 501}}, "data.train.per_class", "1 to 500"),
         ({"train": None, "test": {"count": 5001}}, "data.test.count", "1 to 5000"),
-        ({"engine": "fast"}, "engine", "auto, direct, finite, rerun, reference"),
+        ({"engine": "fast"}, "engine", "auto, direct, response, finite, rerun, reference"),
         ({"layer": "conv", "engine": "direct"}, "engine", "not part of a classifier head"),
+        ({"layer": "conv", "engine": "response", "sites": "all"}, "engine", "all weights of a layer"),
     ],
 )
 def test_refusals(options, field, words) -> None:

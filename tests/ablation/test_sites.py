@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ablation.engine.loss import make_intact
-from ablation.sites import draw_indices, make_sites
+from ablation.sites import EveryWeight, draw_indices, list_sites, make_sites
 from ablation.spec import Constant, CountOfSites, SiteIndices
 
 
@@ -38,6 +38,24 @@ def test_replacements() -> None:
     constant = make_sites(weights, np.array([1]), Constant(constant=0.1))
     assert constant.replacements.tolist() == [0.1]  # in float64, not the nearest float32
     assert constant.replacements.dtype == torch.float64
+
+
+@pytest.mark.parametrize("value", ["zero", Constant(constant=0.1)])
+def test_every_weight_is_what_a_list_of_all_would_be(value) -> None:
+    weights = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).T  # not as it lies in memory
+    whole, listed = list_sites(weights, "all", value), make_sites(weights, np.arange(35), value)
+    assert isinstance(whole, EveryWeight)
+    for rows in (slice(0, 35), slice(7, 21), slice(21, 99), slice(3, 3), slice(0, None, 4)):
+        assert len(whole[rows]) == len(listed[rows])
+        for name in ("indices", "weights", "replacements"):
+            for found in (whole[rows], whole[rows].listed()):
+                assert torch.equal(getattr(found, name), getattr(listed[rows], name)), (rows, name)
+    some, same = whole[7:35].pick(np.array([0, 27, 3])), listed[7:35].pick(np.array([0, 27, 3]))
+    assert some.indices.tolist() == same.indices.tolist() == [7, 34, 10]
+    assert torch.equal(some.weights, same.weights)
+    assert torch.equal(some.replacements, same.replacements)
+    drawn = list_sites(weights, CountOfSites(count=4, seed=1), value)
+    assert drawn.indices.tolist() == draw_indices(CountOfSites(count=4, seed=1), 35).tolist()
 
 
 def test_the_suite_checks_axes() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ablation.statistics import (
+    Ranked,
     Spread,
     ceiling_at,
     compare_splits,
@@ -17,6 +18,7 @@ from ablation.statistics import (
     make_summary,
     measure_spread,
     pearson,
+    ranks_of_sorted,
     summary_lines,
 )
 from tests.ablation.tables import LOSS, PROOF, heavy_deltas, sums_of, table_of
@@ -40,7 +42,9 @@ def test_the_summary_of_a_two_split_job() -> None:
     assert (summary["proof"], summary["not_finite"], summary["seconds"]) == (PROOF, 0, 3.25)
     for split in ("train", "test"):
         utility, found = table.columns[f"utility_{split}"], summary["splits"][split]
-        assert {name: found[name] for name in ("n_examples", "loss", "accuracy")} == table.about["baseline"][split]
+        assert {name: found[name] for name in ("n_examples", "loss", "accuracy", "series_bound")} == table.about[
+            "baseline"
+        ][split]
         assert found["provably_without_effect"] == (table.columns[f"touched_{split}"] == 0).sum() > 0
         assert found["negative"] == (utility < 0).sum() > 0
         assert found["mean_utility"] == pytest.approx(utility.mean(), rel=1e-12)
@@ -218,3 +222,27 @@ def test_the_lines_say_what_people_ask_first() -> None:
     assert lines["noise ceiling"].startswith(f"{summary['train_test']['ceiling']:.3f}; ")
     assert lines["largest error"] == "3.2e-07 against the reference, allowed 1e-04 (8 sites, 64 examples)"
     assert lines["time"] == "3.25 s"
+
+
+@given(
+    n=st.integers(1, 60),
+    n_levels=st.integers(1, 60),
+    share=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+    seed=st.integers(0, 999),
+)
+def test_sorted_once_any_part_is_ranked_as_scipy_does(n: int, n_levels: int, share: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    a, b = random.integers(0, n_levels, n) / 3, random.standard_normal(n).round(1)
+    b[random.random(n) < 0.1] = np.nan
+    rows = (random.random(n) < share) & np.isfinite(b)
+    found = Ranked(a, b).spearman(rows)
+    if rows.sum() < 3 or np.ptp(a[rows]) == 0 or np.ptp(b[rows]) == 0:
+        assert found is None
+    else:
+        assert found == pytest.approx(stats.spearmanr(a[rows], b[rows]).statistic, abs=1e-12)
+    in_order = np.sort(a)
+    np.testing.assert_array_equal(ranks_of_sorted(in_order), stats.rankdata(in_order))
+
+
+def test_ranks_of_values_in_no_order_are_not_scipys() -> None:
+    assert ranks_of_sorted(np.array([3.0, 1.0, 1.0])).tolist() != stats.rankdata([3.0, 1.0, 1.0]).tolist()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ablation.partial import merge
+from ablation.table import Rows, count_rows, cut_rows
 from tests.ablation.tables import heavy_deltas, sums_of, table_of
 
 HEADER = "index,out,in,weight,magnitude,utility_train,stderr_train,touched_train,utility_test,stderr_test,touched_test"
@@ -166,3 +167,35 @@ def test_a_merged_partial_gives_the_same_columns_as_the_whole() -> None:
     )
     for name, values in whole.columns.items():
         np.testing.assert_allclose(cut.columns[name], values, rtol=1e-12, atol=1e-22, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(35,), (5, 7), (5, 7, 3, 2)])
+def test_a_whole_layer_needs_no_list_of_its_weights(shape: tuple[int, ...]) -> None:
+    n = int(np.prod(shape))
+    deltas = {"train": heavy_deltas(n, 6), "test": heavy_deltas(n, 5)}
+    listed = table_of(deltas, shape=shape, indices=np.arange(n), top1=True)
+    whole = table_of(deltas, shape=shape, every_weight=True, top1=True)
+    assert isinstance(whole.columns, Rows)
+    assert list(whole.columns) == list(listed.columns)
+    assert "index" not in whole.columns.kept
+    assert len(whole) == len(listed) == n
+    for name, values in listed.columns.items():
+        assert (whole.columns[name].dtype, whole.columns[name].tobytes()) == (values.dtype, values.tobytes()), name
+    for rows in (slice(0, 3), slice(4, 29), slice(30, 10_000), slice(n, n + 4)):
+        for name, values in cut_rows(whole.columns, rows).items():
+            assert values.tobytes() == listed.columns[name][rows].tobytes(), (name, rows)
+        inner = whole.columns.cut(slice(2, None)).cut(rows)
+        np.testing.assert_array_equal(inner["index"], np.arange(2, n)[rows])
+        assert count_rows(inner) == len(inner["weight"])
+
+
+def test_rows_keep_little_and_lose_nothing() -> None:
+    weights = np.random.default_rng(0).standard_normal(6).astype(np.float32)
+    columns = table_of({"test": heavy_deltas(6, 9)}, shape=(2, 3), every_weight=True, weights=weights).columns
+    assert isinstance(columns, Rows)
+    assert sum(values.nbytes for values in columns.kept.values()) == 6 * (4 + 8 + 8 + 4)
+    assert columns["weight"].tolist() == weights.astype(np.float64).tolist()
+    fine = weights.astype(np.float64) + 1e-12
+    fine[1] = 1e300
+    columns = table_of({"test": heavy_deltas(6, 9)}, shape=(2, 3), every_weight=True, weights=fine).columns
+    assert columns["weight"].tobytes() == fine.tobytes()

@@ -42,7 +42,7 @@ def make_partial(number: int, n_sites: int = N_SITES) -> PartialSums:
     """Sums that tell shards, fields and sites apart."""
     random = np.random.default_rng(number)
     floats = {name: random.normal(size=n_sites) for name in ("delta", "delta_squared", "within", "proof")}
-    counts = {name: random.integers(0, 100, size=n_sites) for name in ("touched", "broken", "fixed")}
+    counts = {name: random.integers(0, 100, size=n_sites, dtype=np.int32) for name in ("touched", "broken", "fixed")}
     return PartialSums(n_examples=10, n_correct=number, loss=0.1 + number, **floats, **counts)
 
 

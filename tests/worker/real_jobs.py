@@ -15,7 +15,7 @@ from worker.settings import Settings
 from worker.store import JobRecord, JobStore
 
 
-def plan_real(settings: Settings, shard_s: float, **asked: Any) -> tuple[JobSpec, Plan]:
+def plan_real(settings: Settings, shard_s: float, *, engine: str = "auto", **asked: Any) -> tuple[JobSpec, Plan]:
     """A job on `digits`, by default on so many weights that it lasts a while."""
     fields = {
         "model": {"name": "digits_alexnet"},
@@ -25,7 +25,7 @@ def plan_real(settings: Settings, shard_s: float, **asked: Any) -> tuple[JobSpec
     }
     spec = make_spec(fields | asked)
     facts, counts = catalog.model_facts(spec.model.name), catalog.split_counts(spec.data, settings.folders)
-    return spec, make_plan(spec, facts, counts, threads=1, shard_s=shard_s, batch_size=16)
+    return spec, make_plan(spec, facts, counts, threads=1, shard_s=shard_s, batch_size=16, engine=engine)
 
 
 def run_undisturbed(settings: Settings, spec: JobSpec, plan: Plan) -> ImportanceTable:

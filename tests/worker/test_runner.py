@@ -69,6 +69,33 @@ def test_shards_in_any_order_give_the_table_of_one_process(
     assert [*store.leases_of("a"), *store.leases_of("b")] == []
 
 
+def test_a_whole_layer_by_its_rows_takes_no_more_of_redis_than_was_planned(
+    store: JobStore, celery: Celery, settings: Settings
+) -> None:
+    spec, plan = plan_real(settings, 60, layer="fc2", sites="all", engine="response")
+    job = store.create(spec, plan)
+    n_bytes = held_bytes(store)
+    for shard in reversed(plan.shards):
+        runner.run_shard(store, celery, settings, "a", job.id, shard.id)
+    n_bytes = held_bytes(store) - n_bytes
+    assert len({shard.examples for shard in plan.shards if shard.split == "test"}) == 1
+    runner.finalize(store, celery, settings, "b", job.id)
+    assert reload(store, job).status is State.SUCCEEDED
+    table = run_undisturbed(settings, spec, plan)
+    assert b"".join(store.table_blocks(job.id)) == encode(table)
+    assert len(table) == store.n_rows(job.id) == 256 * 256
+    rows = store.read_rows(job.id, 256 * 200, 3)
+    assert (rows["out"].tolist(), rows["in"].tolist()) == ([200] * 3, [0, 1, 2])
+    assert [*rows] == [*table.columns]
+    together = n_bytes + sum(map(len, store.table_blocks(job.id)))
+    assert 0.97 * plan.estimate.redis_bytes <= together <= 1.03 * plan.estimate.redis_bytes
+
+
+def held_bytes(store: JobStore) -> int:
+    """What Redis holds in all keys."""
+    return sum(store.client.memory_usage(key, samples=0) for key in store.client.scan_iter("*"))
+
+
 def test_the_model_is_loaded_once_for_shards_of_one_job(
     settings: Settings, quick_job: JobRecord, store: JobStore
 ) -> None:
@@ -250,7 +277,7 @@ STRIPES = {
 
 @pytest.mark.usefixtures("registered")
 def test_a_worker_plans_what_only_it_can_open(store: JobStore, celery: Celery, settings: Settings) -> None:
-    store.publish(runner.find_registered())
+    store.publish(runner.find_registered(), 1.0)
     published = store.registered()
     assert {"stripe_net", "batch_net"} < set(published.models)
     assert "broken_net" not in published.models  # it can't be described

@@ -513,7 +513,8 @@ def test_a_job_cancelled_while_it_is_planned_stays_so(store: JobStore) -> None:
 
 def test_what_is_registered_is_what_was_published_last(store: JobStore) -> None:
     assert (dict(store.registered().models), store.registered().datasets) == ({}, ())
-    store.publish(Registered({"toy": FACTS}, ("mine", "also")))
+    store.publish(Registered({"toy": FACTS}, ("mine", "also")), 2.5)
+    assert store.pace() == 2.5
     assert (dict(store.registered().models), store.registered().datasets) == ({"toy": FACTS}, ("also", "mine"))
-    store.publish(Registered({}, ("mine",)))
+    store.publish(Registered({}, ("mine",)), 1.0)
     assert (dict(store.registered().models), store.registered().datasets) == ({}, ("mine",))

@@ -1,0 +1,55 @@
+"""Where compiled loops are kept, so that none is ever run that its source doesn't say any more."""
+
+from pathlib import Path
+from typing import Any
+
+import numba
+import pytest
+
+from ablation.engine import kernels
+
+ENGINE = Path(kernels.__file__).parent
+
+
+def test_every_file_with_compiled_loops_is_known() -> None:
+    """Each of them is in the name of the folder where all are kept, since loops call each other across files."""
+    decorated = {
+        path.stem
+        for path in ENGINE.glob("*.py")
+        if "\n@kernel" in path.read_text() and path.stem != "triton_kernels"  # which Triton keeps by itself
+    }
+    assert decorated == set(kernels.LOOPS)
+
+
+def test_another_text_of_any_of_them_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in kernels.LOOPS:
+        (tmp_path / f"{name}.py").write_bytes((ENGINE / f"{name}.py").read_bytes())
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    folders = [kernels._cache_folder.__wrapped__()]
+    with (tmp_path / "functions.py").open("a") as file:
+        file.write("# another text")
+    folders.append(kernels._cache_folder.__wrapped__())
+    assert folders[0] != folders[1]
+    assert {Path(folder).parent for folder in folders} == {tmp_path / "__pycache__"}
+
+
+def test_without_a_place_to_keep_them_they_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, asked = numba.njit, []
+
+    def njit(*, cache: bool = False, **options: Any) -> Any:
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile_(**options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(numba, "njit", njit)
+        plus_one = kernels.kernel(lambda x: x + 1)
+    assert plus_one(1) == 2
+    assert asked == [True, False]
+
+
+def test_numbas_own_setting_is_left_alone() -> None:
+    before = numba.config.CACHE_DIR
+    kernels.kernel(lambda x: x)
+    assert before == numba.config.CACHE_DIR
