@@ -99,6 +99,10 @@ class Gathered:
         arrays, rows = held(partial), slice(*sites)
         if partial.delta.size != rows.stop - rows.start:
             raise ValueError(f"got a partial of {partial.delta.size} sites for the rows {rows.start} to {rows.stop}")
+        if not self.totals and partial.delta.size == self.n_sites:  # all there is of one shard: nothing to copy
+            self.arrays = {name: values if values.flags.writeable else values.copy() for name, values in arrays.items()}
+            self.totals[sites] = (partial.n_examples, partial.n_correct, partial.loss, partial.left_out)
+            return
         if not self.totals:
             self.arrays = {name: np.zeros(self.n_sites, values.dtype) for name, values in arrays.items()}
         if arrays.keys() != self.arrays.keys():

@@ -42,6 +42,7 @@ MAX_LANES = 1024  # sites carried at once
 LANE_VALUES = 1 << 26  # numbers that their deltas may have at the widest place: 256 MB in float32
 LANE_FLOPS = 5e11  # of one run with deltas: some seconds, after which a job can be cancelled
 PROOF_EXAMPLES = 64
+FEWEST_PROVED = 4  # however little the job costs
 PROOF_SHARE = 0.1  # of the job's cost, at most
 PARTIAL_BYTES = 64 << 20  # of a shard of whole rows: what the merge holds beside the totals
 FORM_BYTES = 1 << 10  # and what its form takes, as it goes to Redis
@@ -280,6 +281,8 @@ def _choose_lanes(
     Many sites share one run of the intact network, and one look at which of its units are active.
     """
     largest = batch_size or _choose_batch_size(facts)
+    if path == "response" and len(layer.shape) == 2:  # every batch fetches the sums of all weights once
+        return 1, batch_size or MAX_BATCH
     if path != "finite":
         return 1, largest
     n_pairs = max(1, min(LANE_VALUES // max(1, layer.widest_spread), int(LANE_FLOPS / max(1, layer.flops_spread))))
@@ -355,7 +358,7 @@ def _plan_proof(
     blocks = sorted({(shard.split, *shard.examples) for shard in shards})
     n_all = sum(last - first for _, first, last in blocks)
     one_s = proof_s(1, n_sites, facts, layer, threads)
-    n_wanted = min(PROOF_EXAMPLES, max(8, int(PROOF_SHARE * seconds / max(one_s, 1e-9))))
+    n_wanted = min(PROOF_EXAMPLES, max(FEWEST_PROVED, int(PROOF_SHARE * seconds / max(one_s, 1e-9))))
     random = np.random.default_rng(0)
     examples: dict[str, tuple[int, ...]] = {}
     for split, first, last in blocks:
@@ -385,7 +388,7 @@ def _estimate(
     deltas_bytes = 12 * lanes * batch_size * layer.widest_spread if lanes > 1 else 0
     return Estimate(
         n_examples=n_examples,
-        passes=seconds / (n_examples * pass_s(facts, threads)),
+        passes=(seconds - START_S) / (n_examples * pass_s(facts, threads)),
         seconds=seconds / pace,
         memory_bytes=12 * n_parameters
         + 12 * batch_size * facts.widest

@@ -43,10 +43,10 @@ _PLAN: dict[str, Any] = {
         {"name": "test", "n_examples": 100, "per_class": 10},
     ],
     "n_shards": 2,
-    "proof": {"n_sites": 8, "examples": {"test": [85], "train": [21, 52, 97, 227, 348, 397, 659, 821, 1054]}},
+    "proof": {"n_sites": 8, "examples": {"train": [349, 662, 824], "test": [85]}},
     "estimate": {
         "n_examples": 1397,
-        "passes": 32.1,
+        "passes": 1.41,
         "seconds": 0.21,
         "memory_bytes": 329_002_360,
         "redis_bytes": 10_496,

@@ -95,7 +95,7 @@ def now(device: torch.device) -> float:
 def score(model: nn.Sequential, sites: Sites, x: Tensor, labels: Tensor) -> tuple[float, float]:
     """Seconds from layer input to sums, and of these the part after the intact head: the scoring alone."""
     scoring = 0.0
-    path = open_path("direct", model, "0.weight", sites, x[:2], precision="mixed", top1=False)
+    path = open_path("direct", model, "0.weight", sites, x[:2], precision="mixed", top1=False, lanes=1)
     run_intact = path.run
 
     def timed(inputs: Tensor, targets: Tensor):  # type: ignore[no-untyped-def]

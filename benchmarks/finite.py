@@ -94,7 +94,9 @@ def measure(name: str, parameter: str, n_sites: int, n_examples: int, active: fl
         {"model": {"name": name}, "layer": parameter, "data": {"name": "d", "test": "all"},
          "sites": {"count": n_sites}}
     )  # fmt: skip
-    plan = make_plan(spec, facts, {"test": SplitCounts(n_examples=n_examples)}, threads=torch.get_num_threads())
+    plan = make_plan(
+        spec, facts, {"test": SplitCounts(n_examples=n_examples)}, threads=torch.get_num_threads(), engine="finite"
+    )
     weights = model.get_parameter(parameter)
     chosen = np.random.default_rng(0).choice(weights.numel(), n_sites, replace=False)
     sites = make_sites(weights, chosen, "zero")

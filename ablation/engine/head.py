@@ -134,6 +134,9 @@ def activate(head: Head, y: Tensor) -> Tensor:
     return y
 
 
+AT_ONCE = 64  # examples before the head: their activations are what takes memory
+
+
 @dataclass(frozen=True)
 class HeadBatch:
     """What the intact head computes of one batch."""
@@ -182,7 +185,9 @@ class OpenHead:
 
 
 def catch_input(model: torch.nn.Module, target: Tensor, inputs: Tensor) -> Float[Tensor, "examples inputs"]:
-    """What the model feeds to the Linear that uses `target`; nothing after it is run."""
+    """What the model feeds to the Linear that uses `target`; nothing after it is run. Large batches go in parts."""
+    if len(inputs) > AT_ONCE:
+        return torch.cat([catch_input(model, target, part) for part in inputs.split(AT_ONCE)])
     mode = _InputOf(target)
     with as_found(model), in_own_precision(model), suppress(_Caught), mode:
         run(model, inputs)

@@ -24,6 +24,7 @@ import numba
 import numpy as np
 
 LOOPS = ("channels", "curves", "functions", "fused", "kernels", "piecewise")  # the files with compiled loops
+_settings: Any = numba.config
 _OWN_CACHE = Path.home() / ".cache" / "weight-ablation"
 
 TILE = 1024  # inputs that are summed up in float32 together: 8 KB
@@ -50,13 +51,13 @@ def in_order(function: Callable[..., Any]) -> Any:
 def _compiled(function: Callable[..., Any], fastmath: set[str]) -> Any:
     function = inspect.unwrap(function)  # of what checks types when tests run
     options: Any = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
-    given, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _cache_folder()
+    given, _settings.CACHE_DIR = _settings.CACHE_DIR, _cache_folder()
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep it
         return numba.njit(**options)(function)
     finally:
-        numba.config.CACHE_DIR = given
+        _settings.CACHE_DIR = given
 
 
 @cache
@@ -64,7 +65,7 @@ def _cache_folder() -> str:
     """Where compiled loops are kept: by the text of all of them, for Numba looks only at the file that a loop is in."""
     here = Path(__file__).parent
     texts = hashlib.blake2b(b"".join((here / f"{name}.py").read_bytes() for name in LOOPS), digest_size=8)
-    places = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else [here / "__pycache__", _OWN_CACHE]
+    places = [Path(_settings.CACHE_DIR)] if _settings.CACHE_DIR else [here / "__pycache__", _OWN_CACHE]
     for place in places:
         folder = place / f"loops-{texts.hexdigest()}"
         with suppress(OSError):

@@ -73,7 +73,9 @@ def test_what_is_printed_as_json_is_what_the_api_answers(settings: Settings, sto
     assert json.loads(invoke("models", "--json").stdout) == models
     assert json.loads(invoke("layers", models[0]["name"], "--json").stdout) == layers
     assert json.loads(invoke("datasets", "--json").stdout) == data
-    assert json.loads(planned.stdout) == plan
+    ours = json.loads(planned.stdout)
+    assert ours["estimate"].pop("seconds") > 0 < plan["estimate"].pop("seconds")  # each at the pace that it knows of
+    assert ours == plan
 
 
 @pytest.mark.parametrize(
