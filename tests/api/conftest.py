@@ -79,6 +79,7 @@ def serving(settings: Settings) -> Iterator[httpx.Client]:
     # With its protocol named, asyncio turns Nagle's algorithm off, as it does for the real service: 40 ms an answer.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # a client that is quicker than the thread waits, and is not refused
         server = uvicorn.Server(uvicorn.Config(make_app(settings), log_level="error"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
