@@ -26,7 +26,6 @@ from ablation.catalog import SplitCounts, find_root, model_names
 from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example
 from ablation.devices import find_device, freed_memory_kept
 from ablation.engine import open_path, run_batches
-from ablation.engine.head import OpenHead
 from ablation.errors import DataError, ExampleError, ModelError, as_given
 from ablation.folders import Folders
 from ablation.layers import registered_here
@@ -48,10 +47,12 @@ N_CHECKED = 32  # examples at the beginning of a split that the model is checked
 
 
 @runtime_checkable
-class HasHead(Protocol):
-    """A path that needs of a batch only what the model feeds to its head, and finds that in the cache."""
+class HasPrefix(Protocol):
+    """A path that needs of a batch only what comes before its layer, and finds that in the cache."""
 
-    open_head: OpenHead
+    def keep_prefix(self, inputs: Tensor) -> None:
+        """Let the cache have it, if there is room."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
             on_batch(0.0)
         path = open_engine(job, job.sites[rows], example)
         filled, batches = 0.0, read(job, shard.split, positions)
-        if isinstance(path, HasHead) and (notes := notes_of(job, shard)):
+        if isinstance(path, HasPrefix) and (notes := notes_of(job, shard)):
             filled = FILL_SHARE * len(notes.missing()) / len(notes.batches)
             fill(job, shard, path, notes, lambda part: on_batch(filled * part))
             batches = read_noted(job, shard, notes)
@@ -225,7 +226,7 @@ def sharing(plan: Plan, shard: Shard) -> list[str]:
     return [other.id for other in plan.shards if (other.split, other.examples) == (shard.split, shard.examples)]
 
 
-def fill(job: Job, shard: Shard, path: HasHead, notes: Notes, on_batch: Callable[[float], None]) -> None:
+def fill(job: Job, shard: Shard, path: HasPrefix, notes: Notes, on_batch: Callable[[float], None]) -> None:
     """Let the cache have what comes before the layer for every batch of the shard, with whoever else is at it.
 
     `on_batch` is called with the fraction of the batches that are there. Stops where nothing is kept: there is no room.
@@ -240,7 +241,7 @@ def fill(job: Job, shard: Shard, path: HasHead, notes: Notes, on_batch: Callable
                 break
             address = notes.activations.address(inputs)
             if not notes.activations.has(address):
-                path.open_head.run(inputs)
+                path.keep_prefix(inputs)
                 if not notes.activations.has(address):
                     return
             notes.put(batch, address, labels)

@@ -189,6 +189,10 @@ class Deep:
         responses = DeepResponses(self.columns, self.last, examples, every)
         return intact, iter([responses.deltas_of(self.sites.indices.cpu().numpy(), intact)])
 
+    def keep_prefix(self, inputs: Tensor) -> None:
+        """Let the cache have what other shards need of this batch."""
+        self._intact(inputs)
+
     def _intact(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, y1 of the sites' units, y2 and the logits; all but y1 may have been left in the cache."""
         (weight, bias), second, last = self.linears

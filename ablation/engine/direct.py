@@ -59,6 +59,10 @@ class Direct:
         x = batch.x.to(self.open_head.weight.dtype)
         return intact, self._deltas(intact, x.T.contiguous(), batch.y.T.contiguous())
 
+    def keep_prefix(self, inputs: Tensor) -> None:
+        """Let the cache have what other shards need of this batch."""
+        self.open_head.run(inputs)
+
     def _score(self, intact: Intact, batch: HeadBatch, loops: Loops) -> Iterator[Deltas]:
         """By the compiled loops, which look at every pair once."""
         x = torch.ones(1, len(batch.x)) if self.input is None else batch.x.float().T.contiguous()

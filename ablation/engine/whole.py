@@ -189,6 +189,10 @@ class Whole:
         self.units = torch.from_numpy(self.by_unit.units).to(self.open_head.weight.device)
         self.on_device = self.units.is_cuda and (head.is_relu or not head.functions) and can_launch()
 
+    def keep_prefix(self, inputs: Tensor) -> None:
+        """Let the cache have what other shards need of this batch."""
+        self.open_head.run(inputs)
+
     @cached_property
     def device_head(self) -> Any:
         """The head's numbers on the device, and loops that run there."""

@@ -44,7 +44,7 @@ def whole_job(
     spec = make_spec(fields | asked)
     facts, counts = catalog.model_facts("digits_alexnet"), catalog.split_counts(spec.data, folders)
     options = {"threads": 1, "batch_size": 15, "engine": "response"}
-    layer = catalog.find_layer(facts, "fc3")
+    layer = catalog.find_layer(facts, spec.layer)
     seconds = split_s(70, facts, layer, "response", n_sites=layer.n_weights, batch_size=15, lanes=1, threads=1)
     plan = make_plan(spec, facts, counts, **options, shard_s=seconds / n_shards)
     job = load_job(spec, plan.model_copy(update={"path": path}), folders, device="cpu", name="one")
@@ -106,8 +106,11 @@ def test_rows_of_any_cut_agree_with_the_direct_path(path: str, home: Path, tmp_p
         np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-6 * scale, err_msg=name)
 
 
-def test_an_example_is_read_once_and_not_once_a_shard(home: Path, tmp_path: Path, read_indices) -> None:
-    job = read_indices.watch(whole_job(home, tmp_path))
+@pytest.mark.parametrize(("path", "layer"), [("direct", "fc3"), ("response", "fc3"), ("response", "fc1")])
+def test_an_example_is_read_once_and_not_once_a_shard(
+    home: Path, tmp_path: Path, read_indices, path: str, layer: str
+) -> None:
+    job = read_indices.watch(whole_job(home, tmp_path, path, layer=layer))
     n_shards = len([shard for shard in job.plan.shards if shard.split == "train"])
     assert n_shards >= 4
     for shard in job.plan.shards:
