@@ -185,7 +185,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
             filled = FILL_SHARE * len(notes.missing()) / len(notes.batches)
             fill(job, shard, path, notes, lambda part: on_batch(filled * part))
             batches = read_noted(job, shard, notes)
-        partial = run_batches(
+        return run_batches(
             path,
             job.model,
             batches,
@@ -200,15 +200,9 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
                 * (examples + sites / n_sites * min(job.plan.batch_size, last - first - examples))
                 / (last - first)
             ),
+            proof=bool(job.plan.proof.n_sites),
+            top1=job.spec.top1,
         )
-    return without_unasked(job, partial)
-
-
-def without_unasked(job: Job, partial: PartialSums) -> PartialSums:
-    """The partial without sums that nothing will be made of."""
-    if not job.plan.proof.n_sites:
-        partial = replace(partial, proof=None)
-    return partial if job.spec.top1 else replace(partial, broken=None, fixed=None)
 
 
 def notes_of(job: Job, shard: Shard) -> Notes | None:

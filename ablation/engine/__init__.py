@@ -115,13 +115,15 @@ def run_batches(
     proof_examples: frozenset[int],
     device: torch.device,
     on_step: Callable[[int, int], None],
+    proof: bool = True,
+    top1: bool = True,
 ) -> PartialSums:
-    """Sum the deltas of all sites over the batches of one shard.
+    """Sum the deltas of all sites over the batches of one shard; `proof`, `top1`: whether their sums are wanted.
 
     `on_step(n_examples, n_sites)` is called after each piece of work with how much of it is done: examples of whole
     batches, and sites of the batch under way. It may raise, to cancel.
     """
-    sums = Sums(n_sites, per_class, device)
+    sums = Sums(n_sites, per_class, device, proof=proof, top1=top1)
     position = first_example
     for inputs, labels in batches:
         with counting_from(position):

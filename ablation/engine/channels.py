@@ -11,18 +11,17 @@ import numpy as np
 from ablation.engine.kernels import (
     ORDERS,
     REACH_LONG,
+    add_sums,
     close_class,
+    column_of,
     flush,
     in_order,
     kernel,
     long_series,
     long_sum,
-    loss_of_column,
-    loss_of_logit,
-    moments_of_column,
-    moments_of_logit,
+    loss_of,
     rest_of_series,
-    series_of_log,
+    series_of,
 )
 
 AT_ONCE = 128  # input channels that are summed up together
@@ -46,26 +45,6 @@ def list_positions(y, largest, has_relu, at, low, high):
         at[end], low[end], high[end] = 0, _NEVER, -_NEVER
         end += 1
     return n, end
-
-
-@kernel
-def series_of(unit, column, is_logit, q, label, m, kappa):
-    """The coefficients of one (channel, example)."""
-    if is_logit:
-        moments_of_logit(q, unit, label, m)
-    else:
-        moments_of_column(q, column, label, m)
-    series_of_log(m, kappa)
-
-
-@kernel
-def loss_of(t, c, unit, spread, q, z, column, label, is_logit):
-    """F(t): by the series within its reach, else directly."""
-    if abs(t) * spread <= REACH_LONG:
-        return np.float64(long_sum(t, c))
-    if is_logit:
-        return loss_of_logit(np.float64(t), unit, q, z, label)
-    return loss_of_column(np.float64(t), spread, q, z, column, label)
 
 
 @in_order
@@ -95,17 +74,15 @@ def score_weights(
     for site in range(steps.shape[0]):
         channel = channels[site]
         unit = units[channel]
-        column = columns[0 if is_logit else unit]
-        if not is_logit and not column.any():
+        column, spread, is_heard = column_of(columns, unit, is_logit)
+        if not is_heard:
             delta[site], touched[site] = 0.0, False
             continue
-        spread = np.float32(1) if is_logit else column.max() - column.min()
         if channel != before:
             for n in range(n_examples):
                 _, n_moving[n] = list_positions(y[n, channel], np.inf, has_relu, at[n], low[n], high[n])
                 series_of(unit, column, is_logit, q[n], labels[n], m, kappa)
-                for k in range(ORDERS):
-                    c[n, k] = kappa[k]
+                c[n] = kappa
             before = channel
         step = np.float32(steps[site])
         for n in range(n_examples):
@@ -171,10 +148,9 @@ def add_channels(
     for row in range(channels.shape[0]):
         channel = channels[row]
         unit = units[channel]
-        column = columns[0 if is_logit else unit]
-        if not is_logit and not column.any():
+        column, spread, is_heard = column_of(columns, unit, is_logit)
+        if not is_heard:
             continue
-        spread = np.float32(1) if is_logit else column.max() - column.min()
         largest = np.float64(max(steps[row].max(), -steps[row].min()))
         for n in range(n_examples):
             far = largest * largest_x[n]
@@ -183,8 +159,7 @@ def add_channels(
             is_far[n] = reach > REACH_LONG
             if moving:
                 series_of(unit, column, is_logit, q[n], labels[n], m, kappa)
-                for k in range(ORDERS):
-                    c[n, k] = kappa[k]
+                c[n] = kappa
                 bounds[row] += rest_of_series(reach, spread, 2 * kappa[1])
         for k in range(n_kernel):
             shift = kernel_offsets[k]
@@ -229,16 +204,13 @@ def add_channels(
                             flush(narrow, wide)
                     flush(narrow, wide)
                     begin = cuts[cut]
+                    tile = slice(first, first + size)
+                    add_sums(wide, delta[row, tile, k], delta_squared[row, tile, k])
                     for j in range(size):
-                        delta[row, first + j, k] += wide[j]
-                        delta_squared[row, first + j, k] += wide[AT_ONCE + j]
                         touched[row, first + j, k] += counts[j]
                     if per_class:
-                        for j in range(size):
-                            open_delta[row, first + j, k] += wide[j]
-                            open_squared[row, first + j, k] += wide[AT_ONCE + j]
+                        add_sums(wide, open_delta[row, tile, k], open_squared[row, tile, k])
                         if closes[cut]:
-                            tile = slice(first, first + size)
                             close_class(
                                 open_delta[row, tile, k], open_squared[row, tile, k], within[row, tile, k], per_class
                             )

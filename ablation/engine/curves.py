@@ -10,19 +10,13 @@ at most sum_c q_c |u_c| e^(2 |t| R), and the rest of F.
 One loop serves many forms of t: it is written once, and compiled for each.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False
-# Compiled by Numba, which finds the types.
-import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ablation.engine import functions
-from ablation.engine.channels import AT_ONCE, add_series, series_of
-from ablation.engine.channels import loss_of as loss_of_number
+from ablation.engine.channels import AT_ONCE, add_series
 from ablation.engine.functions import (
     FIRST_SMOOTH,
     bend,
@@ -41,14 +35,18 @@ from ablation.engine.kernels import (
     REACH_LONG,
     REACH_SHORT,
     TILE,
+    add_sums,
     close_class,
+    column_of,
+    direct_loss,
     flush,
     kernel,
     long_series,
     long_sum,
-    loss_of_column,
-    loss_of_logit,
+    loss_of,
+    part_of_kernel,
     rest_of_series,
+    series_of,
     short_series,
     short_sum,
 )
@@ -56,12 +54,6 @@ from ablation.engine.kernels import (
 _SHORT, _LONG, _WIDE, _STILL = range(4)  # how the pairs of one (unit, example) are worked out
 _EVERY = 1e30  # a |d| that none is beyond
 _NONE, _ONE = np.float32(0), np.float32(1)
-
-
-def part_of_kernel(function: Callable[..., Any]) -> Any:
-    """Compile what belongs to a kernel, as `kernel` does; it is kept with that, since no name tells its forms apart."""
-    fastmath = {"reassoc", "contract", "nsz", "arcp"}
-    return njit(nogil=True, fastmath=fastmath, error_model="numpy")(inspect.unwrap(function))
 
 
 @kernel
@@ -109,24 +101,20 @@ def bent_numbers(a, k):
 
 @kernel
 def score_curved_sites(
-    steps, units, inputs, x, y, function, q, z, labels, columns, spreads, is_logit, delta, touched
+    steps, units, inputs, x, y, function, q, z, labels, columns, is_logit, delta, touched
 ):  # fmt: skip
     """As `kernels.score_sites`."""
     for site in range(steps.shape[0]):
         unit, x_site, step = units[site], x[inputs[site]], np.float64(steps[site])
-        y_site, column = y[unit], columns[0 if is_logit else unit]
-        is_dead = not is_logit and not column.any()
+        y_site = y[unit]
+        column, spread, is_heard = column_of(columns, unit, is_logit)
         for n in range(x_site.shape[0]):
             d, t = step * np.float64(x_site[n]), 0.0
-            if d != 0 and not is_dead:
+            if d != 0 and is_heard:
                 t = change_of(function, y_site[n], d)
             delta[site, n], touched[site, n] = 0.0, t != 0
-            if t == 0:
-                continue
-            if is_logit:
-                delta[site, n] = loss_of_logit(t, unit, q[n], z[n], labels[n])
-            else:
-                delta[site, n] = loss_of_column(t, spreads[unit], q[n], z[n], column, labels[n])
+            if t != 0:
+                delta[site, n] = direct_loss(t, unit, spread, q[n], z[n], column, labels[n], is_logit)
 
 
 # --- whole rows: all inputs of a unit ---------------------------------------------------------------------------------
@@ -186,7 +174,7 @@ def add_far(step, x, c, function, y, near, unit, spread, q, z, label, column, is
             continue
         t = change_of(function, y, np.float64(step[j]) * np.float64(x[j]))
         if t != 0:
-            f = loss_of_number(t, c, unit, spread, q, z, column, label, is_logit)
+            f = loss_of(t, c, unit, spread, q, z, column, label, is_logit)
             wide[j] += f
             wide[TILE + j] += f * f
             counts[j] += 1
@@ -287,10 +275,9 @@ def add_curved_rows(
     counts = np.empty(TILE, np.int32)
     for row in range(steps.shape[0]):
         unit, step = units[row], steps[row]
-        column = columns[0 if is_logit else unit]
-        if not is_logit and not column.any():  # no logit hears of this unit
+        column, spread, is_heard = column_of(columns, unit, is_logit)
+        if not is_heard:
             continue
-        spread = np.float32(1) if is_logit else column.max() - column.min()
         largest = np.float64(max(step.max(), -step.min()))
         n_pairs = 0
         for n in range(n_examples):
@@ -332,14 +319,11 @@ def add_curved_rows(
                     spread, q, z, labels, column, is_logit, narrow, wide, counts,
                 )  # fmt: skip
                 begin = end
+                add_sums(wide, delta[row, tile], delta_squared[row, tile])
                 for j in range(size):
-                    delta[row, first + j] += wide[j]
-                    delta_squared[row, first + j] += wide[TILE + j]
                     touched[row, first + j] += counts[j]
                 if per_class:
-                    for j in range(size):
-                        open_delta[row, first + j] += wide[j]
-                        open_squared[row, first + j] += wide[TILE + j]
+                    add_sums(wide, open_delta[row, tile], open_squared[row, tile])
                     if closes[k]:
                         close_class(open_delta[row, tile], open_squared[row, tile], within[row, tile], per_class)
 
@@ -360,11 +344,10 @@ def score_curved_weights(
     for site in range(steps.shape[0]):
         channel = channels[site]
         unit = units[channel]
-        column = columns[0 if is_logit else unit]
-        if not is_logit and not column.any():
+        column, spread, is_heard = column_of(columns, unit, is_logit)
+        if not is_heard:
             delta[site], touched[site] = 0.0, False
             continue
-        spread = np.float32(1) if is_logit else column.max() - column.min()
         if channel != before:
             for n in range(n_examples):
                 for p in range(n_positions):
@@ -382,7 +365,7 @@ def score_curved_weights(
             delta[site, n], touched[site, n] = 0.0, t != 0
             if t != 0:
                 c_n = long_series(c, n)
-                delta[site, n] = loss_of_number(t, c_n, unit, spread, q[n], z[n], column, labels[n], is_logit)
+                delta[site, n] = loss_of(t, c_n, unit, spread, q[n], z[n], column, labels[n], is_logit)
 
 
 def make_add_position(change: Any) -> Any:
@@ -461,10 +444,9 @@ def add_curved_channels(
     for row in range(channels.shape[0]):
         channel = channels[row]
         unit = units[channel]
-        column = columns[0 if is_logit else unit]
-        if not is_logit and not column.any():
+        column, spread, is_heard = column_of(columns, unit, is_logit)
+        if not is_heard:
             continue
-        spread = np.float32(1) if is_logit else column.max() - column.min()
         largest = np.float64(max(steps[row].max(), -steps[row].min()))
         for n in range(n_examples):
             far = largest * largest_x[n].max()
@@ -513,7 +495,7 @@ def add_curved_channels(
                             for j in range(size):
                                 t = total[j]
                                 if abs(t) * spread > REACH_LONG:
-                                    f = loss_of_number(t, c_n, unit, spread, q[n], z[n], column, labels[n], is_logit)
+                                    f = loss_of(t, c_n, unit, spread, q[n], z[n], column, labels[n], is_logit)
                                     wide[j] += f
                                     wide[AT_ONCE + j] += f * f
                                     counts[j] += 1
@@ -523,16 +505,13 @@ def add_curved_channels(
                             flush(narrow, wide)
                     flush(narrow, wide)
                     begin = cuts[cut]
+                    tile = slice(first, first + size)
+                    add_sums(wide, delta[row, tile, k], delta_squared[row, tile, k])
                     for j in range(size):
-                        delta[row, first + j, k] += wide[j]
-                        delta_squared[row, first + j, k] += wide[AT_ONCE + j]
                         touched[row, first + j, k] += counts[j]
                     if per_class:
-                        for j in range(size):
-                            open_delta[row, first + j, k] += wide[j]
-                            open_squared[row, first + j, k] += wide[AT_ONCE + j]
+                        add_sums(wide, open_delta[row, tile, k], open_squared[row, tile, k])
                         if closes[cut]:
-                            tile = slice(first, first + size)
                             close_class(
                                 open_delta[row, tile, k], open_squared[row, tile, k], within[row, tile, k], per_class
                             )

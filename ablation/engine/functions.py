@@ -21,7 +21,6 @@ With s the sigmoid, phi the normal density and He_n Hermite's polynomials:
 Here: one number at a time. Not here: the loops (`curves.py`), and ReLU, which has loops of its own.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False
 # Compiled by Numba, which finds the types.
 import math
 from typing import Any, NamedTuple

@@ -24,6 +24,7 @@ import numba
 import numpy as np
 
 LOOPS = ("channels", "curves", "functions", "fused", "kernels", "piecewise")  # the files with compiled loops
+_LANES = {"reassoc", "contract", "nsz", "arcp"}  # what LLVM may do: sums in lanes among it
 _settings: Any = numba.config
 _OWN_CACHE = Path.home() / ".cache" / "weight-ablation"
 
@@ -40,17 +41,24 @@ SMALL = np.float32(0.25)  # |z| that the polynomial of expm1 is used for
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a loop, once per machine where the result can be kept. Sums may be cut into vector lanes."""
-    return _compiled(function, {"reassoc", "contract", "nsz", "arcp"})
+    return _compiled(function, _LANES)
+
+
+def part_of_kernel(function: Callable[..., Any]) -> Any:
+    """The same for what is kept with the loop that calls it: one text in many forms, which no name tells apart."""
+    return _compiled(function, _LANES, is_kept=False)
 
 
 def in_order(function: Callable[..., Any]) -> Any:
     """The same for sums that must be formed as they are written, since they cancel."""
-    return _compiled(function, {"contract", "nsz", "arcp"})
+    return _compiled(function, _LANES - {"reassoc"})
 
 
-def _compiled(function: Callable[..., Any], fastmath: set[str]) -> Any:
+def _compiled(function: Callable[..., Any], fastmath: set[str], *, is_kept: bool = True) -> Any:
     function = inspect.unwrap(function)  # of what checks types when tests run
     options: Any = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+    if not is_kept:
+        return numba.njit(**options)(function)
     given, _settings.CACHE_DIR = _settings.CACHE_DIR, _cache_folder()
     try:
         return numba.njit(cache=True, **options)(function)
@@ -214,12 +222,37 @@ def loss_of_logit(t, unit, q, z, label):
     return math.log(after) - math.log(before) - (t if unit == label else 0.0)
 
 
+@kernel
+def series_of(unit, column, is_logit, q, label, m, kappa):
+    """The coefficients of one (unit, example)."""
+    if is_logit:
+        moments_of_logit(q, unit, label, m)
+    else:
+        moments_of_column(q, column, label, m)
+    series_of_log(m, kappa)
+
+
+@kernel
+def direct_loss(t, unit, spread, q, z, column, label, is_logit):
+    """F(t), directly."""
+    if is_logit:
+        return loss_of_logit(np.float64(t), unit, q, z, label)
+    return loss_of_column(np.float64(t), spread, q, z, column, label)
+
+
+@kernel
+def column_of(columns, unit, is_logit):
+    """A unit's column of the last Linear, its spread, and whether any logit hears of the unit."""
+    column = columns[0 if is_logit else unit]
+    return column, np.float32(1) if is_logit else column.max() - column.min(), is_logit or column.any()
+
+
 # --- single weights ---------------------------------------------------------------------------------------------------
 
 
 @kernel
 def score_sites(
-    steps, units, inputs, x, y, has_relu, q, z, labels, columns, spreads, is_logit, delta, touched
+    steps, units, inputs, x, y, has_relu, q, z, labels, columns, is_logit, delta, touched
 ):  # fmt: skip
     """The loss delta of every (site, example), and whether any logit moves.
 
@@ -227,20 +260,17 @@ def score_sites(
     """
     for site in range(steps.shape[0]):
         unit, x_site, step = units[site], x[inputs[site]], np.float64(steps[site])
-        y_site, column = y[unit], columns[0 if is_logit else unit]
-        is_dead = not is_logit and not column.any()
+        y_site = y[unit]
+        column, spread, is_heard = column_of(columns, unit, is_logit)
         for n in range(x_site.shape[0]):
             t = step * np.float64(x_site[n])
             if has_relu and t != 0:
                 t = max(t, -y_site[n]) + min(y_site[n], 0.0)
-            if t == 0 or is_dead:
+            if t == 0 or not is_heard:
                 delta[site, n], touched[site, n] = 0.0, False
                 continue
             touched[site, n] = True
-            if is_logit:
-                delta[site, n] = loss_of_logit(t, unit, q[n], z[n], labels[n])
-            else:
-                delta[site, n] = loss_of_column(t, spreads[unit], q[n], z[n], column, labels[n])
+            delta[site, n] = direct_loss(t, unit, spread, q[n], z[n], column, labels[n], is_logit)
 
 
 # --- whole rows: all inputs of a unit ---------------------------------------------------------------------------------
@@ -330,6 +360,14 @@ def add_long(step, x, first, low, high, c, pairs, n_pairs, examples, narrow, wid
 
 
 @kernel
+def loss_of(t, c, unit, spread, q, z, column, label, is_logit):
+    """F(t): by the series within its reach, else directly."""
+    if abs(t) * spread <= REACH_LONG:
+        return np.float64(long_sum(t, c))
+    return direct_loss(t, unit, spread, q, z, column, label, is_logit)
+
+
+@kernel
 def add_wide(
     step, x, first, low, high, c, pairs, n_pairs, examples, unit, spread, q, z, labels, column, is_logit, wide
 ):  # fmt: skip
@@ -342,12 +380,7 @@ def add_wide(
             t = unit_delta(step[j] * x[n, first + j], low[p], high[p])
             if t == 0:
                 continue
-            if abs(t) * spread <= REACH_LONG:
-                f = np.float64(long_sum(t, a))
-            elif is_logit:
-                f = loss_of_logit(np.float64(t), unit, q[n], z[n], labels[n])
-            else:
-                f = loss_of_column(np.float64(t), spread, q[n], z[n], column, labels[n])
+            f = loss_of(t, a, unit, spread, q[n], z[n], column, labels[n], is_logit)
             wide[j] += f
             wide[TILE + j] += f * f
 
@@ -451,9 +484,8 @@ def add_rows(
     narrow_sums, wide_sums = np.zeros(2 * TILE, np.float32), np.empty(2 * TILE)
     for row in range(steps.shape[0]):
         unit, step = units[row], steps[row]
-        column = columns[0 if is_logit else unit]
-        spread = np.float32(1) if is_logit else column.max() - column.min()
-        if not is_logit and not column.any():  # no logit hears of this unit
+        column, spread, is_heard = column_of(columns, unit, is_logit)
+        if not is_heard:
             continue
         largest = np.float64(max(step.max(), -step.min()))
         opened[:] = 0
@@ -462,17 +494,11 @@ def add_rows(
         )
         for p in range(n_pairs):
             n = examples[p]
-            if is_logit:
-                moments_of_logit(q[n], unit, labels[n], m)
-            else:
-                moments_of_column(q[n], column, labels[n], m)
-            series_of_log(m, kappa)
-            for k in range(ORDERS):
-                c[p, k] = kappa[k]
+            series_of(unit, column, is_logit, q[n], labels[n], m, kappa)
+            c[p] = kappa
             bounds[row] += rest_of_series(reach[p], spread, 2 * kappa[1])
         for first in range(0, n_inputs, TILE):
             tile = slice(first, min(first + TILE, n_inputs))
-            size = tile.stop - tile.start
             count_touched(
                 step[tile], x, first, active, opened, low, candidates, n_candidates, examples,
                 touched[row, tile],
@@ -491,15 +517,20 @@ def add_rows(
                     step[tile], x, first, low, high, c, wide, n_wide, examples, unit, spread, q, z, labels, column,
                     is_logit, wide_sums,
                 )  # fmt: skip
-                for j in range(size):
-                    delta[row, first + j] += wide_sums[j]
-                    delta_squared[row, first + j] += wide_sums[TILE + j]
+                add_sums(wide_sums, delta[row, tile], delta_squared[row, tile])
                 if per_class:
-                    for j in range(size):
-                        open_delta[row, first + j] += wide_sums[j]
-                        open_squared[row, first + j] += wide_sums[TILE + j]
+                    add_sums(wide_sums, open_delta[row, tile], open_squared[row, tile])
                     if closes[k]:
                         close_class(open_delta[row, tile], open_squared[row, tile], within[row, tile], per_class)
+
+
+@kernel
+def add_sums(sums, total, squared):
+    """Add the sums of F, in the first half of `sums`, and of F^2, in the second, for one tile."""
+    half = sums.shape[0] // 2
+    for j in range(total.shape[0]):
+        total[j] += sums[j]
+        squared[j] += sums[half + j]
 
 
 @kernel

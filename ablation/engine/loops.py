@@ -63,7 +63,6 @@ class Loops:
         self.function = function  # None: ReLU or none
         self.is_logit = columns is None
         self.columns = np.zeros((1, 1), np.float32) if columns is None else columns.numpy()
-        self.spreads = self.columns.max(axis=1) - self.columns.min(axis=1)
 
     def of_batch(self, intact: Intact, batch: HeadBatch) -> Given:
         """A batch, once for all sites."""
@@ -91,7 +90,7 @@ class Loops:
         def run(first: int, last: int) -> None:
             part = slice(first, last)
             where = *(each[part] for each in args), x.numpy(), batch.y
-            given = batch.q, batch.z, batch.labels, self.columns, self.spreads, self.is_logit
+            given = batch.q, batch.z, batch.labels, self.columns, self.is_logit
             if self.function is None:
                 kernels.score_sites(*where, self.has_relu, *given, *(each[part] for each in out))
             else:

@@ -24,8 +24,8 @@ class Sums:
         per_class: int | None,
         device: torch.device,
         *,
-        proof: bool = True,
-        top1: bool = True,
+        proof: bool,
+        top1: bool,
     ) -> None:
         self.n_sites = n_sites
         self.per_class = per_class
