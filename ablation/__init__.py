@@ -13,7 +13,7 @@ The map, in reading order (a file imports only files above it):
     demo        the built-in model, its training   plots       a figure of the table
     models      name -> module in eval mode        proof       the job's own check against the reference
     sites       list weights, draw sampled ones    devices     what torch finds here to compute on
-    cost, pace  what it costs, the machine's pace  run         the whole walk on one screen
+    cost, machine   costs; pace and memory here    run         the whole walk on one screen
     plan        spec + shapes -> shards            notebook    `ablation.ablate` and the table it returns
     views       what is told of models and plans   cli/        an edge: reads the environment, starts services
     precision   float64 from the target on

@@ -2,8 +2,7 @@
 
 In: facts of a model and a layer, and how the job is cut. Out: seconds on the machine that the table was measured on
 (an AMD EPYC of 2025), on as many threads. The cut of a job uses these as they are, so that it is the same everywhere;
-the estimate that people see divides them by the pace of the machine that will run it (`pace.py`). Torch-free: the API
-plans.
+the estimate that people see divides them by the pace of the machine that will run it (`machine.py`). Torch-free.
 """
 
 from typing import Literal

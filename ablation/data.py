@@ -318,6 +318,28 @@ def _draw(random: np.random.Generator, members: np.ndarray, n: int, field: str) 
     return np.sort(random.choice(members, size=n, replace=False, shuffle=False)).astype(np.int64)
 
 
+# --- which data ------------------------------------------------------------------------------------------------------
+
+
+def tell_apart(dataset: Dataset, indices: Int64[np.ndarray, " examples"]) -> Iterator[str | Tensor]:
+    """What tells these examples from any others: which they are, and what is known of them without reading them all.
+
+    Of pictures in memory their numbers; of files their names below the root, sizes and classes; of any other data set
+    the first and the last example.
+    """
+    yield str(len(dataset))  # type: ignore[arg-type]
+    yield torch.from_numpy(np.ascontiguousarray(indices))
+    if isinstance(dataset, Pictures):
+        yield from (torch.from_numpy(np.ascontiguousarray(each)) for each in (dataset.pixels, dataset.targets))
+    elif isinstance(dataset, ImageFiles):
+        for path, label in (dataset.samples[index] for index in indices):
+            yield f"{Path(path).parent.name}/{Path(path).name} {os.path.getsize(path)} {label}"
+    else:
+        for index in (indices[0], indices[-1]):
+            inputs, label = _pair(_read(dataset, int(index)), f"example {index}")
+            yield from (torch.as_tensor(np.asarray(inputs)), str(label))
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,15 @@ def _glibc() -> tuple[Any, Any]:
     return library.mallopt, library.malloc_trim
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the machine: that is the error, or its cause."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch on a CPU
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
 def describe_device(where: torch.device) -> str:
     """What a device is: its name, and how much memory it has."""
     if where.type != "cuda":

@@ -7,6 +7,8 @@ AblationError
 │   └── ExampleError  one example can't be used; `.position` says which
 ├── CheckpointError   a checkpoint file can't be loaded into the model
 ├── ProofError        the job's own check against the reference failed; both numbers are in the message
+├── OutOfMemory       memory ran out, and no smaller batch would help
+├── Unfit             this worker must not go on with what another began: its model, data or versions are others
 ├── Cancelled         the job was cancelled while it ran; not a fault
 └── ServiceError      a part of the service is missing or unreachable (Redis, a server), or set up wrongly (a folder)
 """
@@ -77,6 +79,14 @@ class CheckpointError(AblationError):
 
 class ProofError(AblationError):
     """The job's own check against the reference went beyond its bound."""
+
+
+class OutOfMemory(AblationError):
+    """Memory ran out, and no smaller batch would help."""
+
+
+class Unfit(AblationError):
+    """This worker must not go on with what another began: its model, data or versions are others."""
 
 
 class Cancelled(AblationError):

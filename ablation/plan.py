@@ -98,6 +98,7 @@ class Plan(Record):
     path: Path
     precision: Precision
     batch_size: int
+    n_halved: int = Field(default=0, description="how often what is carried at once was halved, for want of memory")
     lanes: int = Field(description="sites whose deltas are carried at once; 1 where each is run by itself")
     threads: int
     splits: tuple[SplitPlan, ...] = Field(strict=False)
@@ -187,19 +188,51 @@ def make_plan(
     batch_size: int | None = None,
     is_shared: bool = True,
     pace: float = 1.0,
+    memory_bytes: float = math.inf,
+    n_halved: int = 0,
 ) -> Plan:
     """The cut of a job: which path, which shards, which examples the proof goes over, and what it will cost.
 
     `is_shared`: whether several processes may run it. `pace` of the machine (`cost.py`) changes the estimate alone.
+    What is carried at once is halved `n_halved` times, and more often where it would not fit into `memory_bytes`.
 
     Raises:
-        SpecError: the model has no such layer, or more sites or examples were asked for than there are.
+        SpecError: the model has no such layer, more sites or examples were asked for than there are, or it takes more
+            memory than there is.
     """
+    options: dict[str, Any] = {"threads": threads, "shard_s": shard_s, "engine": engine, "is_shared": is_shared}
+    options |= {"pace": pace, "batch_size": batch_size}
+    plan = _cut_job(spec, facts, counts, n_halved=n_halved, **options)
+    while plan.estimate.memory_bytes > memory_bytes:
+        if batch_size or plan.batch_size == plan.lanes == 1:
+            raise SpecError(
+                "sites",
+                f"{plan.n_sites} sites in batches of {plan.batch_size} examples",
+                f"what takes at most {memory_bytes} bytes of memory; this takes about {plan.estimate.memory_bytes}",
+                "Ask for fewer sites, or use a machine with more memory.",
+            )
+        plan = _cut_job(spec, facts, counts, n_halved=plan.n_halved + 1, **options)
+    return plan
+
+
+def _cut_job(
+    spec: JobSpec,
+    facts: ModelFacts,
+    counts: dict[str, SplitCounts],
+    *,
+    threads: int,
+    shard_s: float,
+    engine: str,
+    batch_size: int | None,
+    is_shared: bool,
+    pace: float,
+    n_halved: int,
+) -> Plan:
     layer = find_layer(facts, spec.layer)
     n_sites = count_sites(spec, layer)
     path = _choose_path(spec, layer, n_sites, engine)
     splits = tuple(count_asked(name, asked, counts[name]) for name, asked in spec.data.splits.items())
-    lanes, batch_size = _choose_lanes(facts, layer, path, n_sites, batch_size)
+    lanes, batch_size = _choose_lanes(facts, layer, path, n_sites, batch_size, n_halved)
     seconds = {
         split.name: split_s(
             split.n_examples, facts, layer, path,
@@ -230,6 +263,7 @@ def make_plan(
         path=path,
         precision=spec.precision,
         batch_size=batch_size,
+        n_halved=n_halved,
         lanes=lanes,
         threads=threads,
         splits=splits,
@@ -274,18 +308,19 @@ def _choose_batch_size(facts: ModelFacts) -> int:
 
 
 def _choose_lanes(
-    facts: ModelFacts, layer: LayerFacts, path: Path, n_sites: int, batch_size: int | None
+    facts: ModelFacts, layer: LayerFacts, path: Path, n_sites: int, batch_size: int | None, n_halved: int
 ) -> tuple[int, int]:
     """How many sites at once on how many examples: as many pairs as their deltas fit, sites before examples.
 
     Many sites share one run of the intact network, and one look at which of its units are active.
     """
-    largest = batch_size or _choose_batch_size(facts)
+    largest = batch_size or max(1, _choose_batch_size(facts) >> n_halved)
     if path == "response" and len(layer.shape) == 2:  # every batch fetches the sums of all weights once
-        return 1, batch_size or MAX_BATCH
+        return 1, batch_size or max(1, MAX_BATCH >> n_halved)
     if path != "finite":
         return 1, largest
-    n_pairs = max(1, min(LANE_VALUES // max(1, layer.widest_spread), int(LANE_FLOPS / max(1, layer.flops_spread))))
+    n_pairs = min(LANE_VALUES // max(1, layer.widest_spread), int(LANE_FLOPS / max(1, layer.flops_spread)))
+    n_pairs = max(1, n_pairs >> n_halved)
     lanes = max(1, min(n_sites, MAX_LANES, n_pairs // (batch_size or 1)))
     return lanes, batch_size or min(largest, 1 << (max(1, n_pairs // lanes).bit_length() - 1))
 

@@ -23,14 +23,14 @@ from torch.utils.data import Dataset
 from ablation import baseline
 from ablation.cache import Activations, Notes, find_next, find_start, hash_of, make_known
 from ablation.catalog import SplitCounts, find_root, model_names
-from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example
+from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example, tell_apart
 from ablation.devices import find_device, freed_memory_kept
 from ablation.engine import open_path, run_batches
 from ablation.errors import DataError, ExampleError, ModelError, as_given
 from ablation.folders import Folders
 from ablation.layers import registered_here
+from ablation.machine import find_memory, measure_pace
 from ablation.models import load_model
-from ablation.pace import measure_pace
 from ablation.partial import Gathered, PartialSums
 from ablation.plan import SHARD_S, Plan, Shard, plan_spec
 from ablation.precision import fit
@@ -74,6 +74,7 @@ class Job:
     splits: dict[str, Split]
     device: torch.device
     activations: Activations | None = None
+    found: dict[str, str] = field(default_factory=dict)  # hashes of what was opened: the same for all who work on it
     name: str = field(default_factory=lambda: secrets.token_hex(8))  # of this run: whose shards leave each other notes
 
     @property
@@ -87,15 +88,18 @@ def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None 
     where = find_device(device)
     model, transform = load_model(spec.model.name, spec.model.weights, spec.model.seed, folders=folders)
     splits = {}
-    for name, dataset in open_splits(spec, folders, transform).items():
-        labels = labels_of(dataset) if plan_of(plan, name).per_class else None
-        splits[name] = Split(dataset, draw_examples(spec.data.splits[name], labels, len(dataset)))
+    for split, dataset in open_splits(spec, folders, transform).items():
+        labels = labels_of(dataset) if plan_of(plan, split).per_class else None
+        splits[split] = Split(dataset, draw_examples(spec.data.splits[split], labels, len(dataset)))
     job = make_job(spec, plan, model.to(where), splits)
-    return replace(job, activations=_activations_of(job, folders), name=name or job.name)
+    found = {"torch": torch.__version__, "model": hash_of(job.model.state_dict().values())}
+    found |= {name: hash_of(tell_apart(split.dataset, split.indices)) for name, split in splits.items()}
+    activations = _activations_of(job, found["model"], folders)
+    return replace(job, activations=activations, found=found, name=name or job.name)
 
 
-def _activations_of(job: Job, folders: Folders) -> Activations | None:
-    """The activations that earlier jobs on the same prefix have left; None where none are kept.
+def _activations_of(job: Job, model: str, folders: Folders) -> Activations | None:
+    """The activations that earlier jobs on the same prefix have left; None where none are kept. `model`: its hash.
 
     Of a registered model only the weights can be told apart, and not its code: its activations are not kept.
     """
@@ -104,8 +108,7 @@ def _activations_of(job: Job, folders: Folders) -> Activations | None:
     about = hash_of(
         [
             *(version("weight-ablation"), torch.__version__, platform.machine(), job.device.type),
-            *(job.spec.model.name, job.plan.parameter, job.plan.path, job.plan.precision, str(job.plan.threads)),
-            *job.model.state_dict().values(),
+            *(job.spec.model.name, model, job.plan.parameter, job.plan.path, job.plan.precision, str(job.plan.threads)),
         ]
     )
     n_examples = sum(split.n_examples for split in job.plan.splits)
@@ -171,7 +174,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
-            inputs = torch.cat([batch for batch, _ in read(job, shard.split, positions[:N_CHECKED])])
+            inputs = torch.cat([batch for batch, _ in read(job, shard.split, positions[: min(N_CHECKED, job.plan.batch_size)])])
             baseline.check_repeatable(example, inputs)
             on_batch(0.0)
             baseline.check_composition(job.model, inputs)
@@ -461,7 +464,7 @@ def run_spec(
     threads = threads or torch.get_num_threads()
     plan = plan_here(
         spec, folders, threads=threads, shard_s=shard_s, engine=engine, batch_size=batch_size, is_shared=False,
-        pace=measure_pace(),
+        pace=measure_pace(), memory_bytes=find_memory(),
     )  # fmt: skip
     job = load_job(spec, plan, folders, device=device)
 

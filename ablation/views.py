@@ -44,6 +44,7 @@ class PlanView(BaseModel):
     path: Path
     precision: Precision
     batch_size: int
+    n_halved: int
     lanes: int
     threads: int
     splits: tuple[SplitPlan, ...]

@@ -73,17 +73,17 @@ def get_planner(desk: Annotated[Desk, Depends(get_desk)]) -> Callable[[JobSpec],
     def plan(spec: JobSpec) -> Plan | None:
         is_built_in = spec.model.name in model_names() and spec.data.name in dataset_names()
         registered = NOTHING if is_built_in else desk.store.registered()
-        return plan_job(spec, desk.settings, registered, pace=get_pace(desk))
+        return plan_job(spec, desk.settings, registered, machine=get_machine(desk))
 
     return plan
 
 
-def get_pace(desk: Desk) -> float:
-    """Of the workers; 1 where Redis is away, since it only changes the estimate."""
+def get_machine(desk: Desk) -> dict[str, float]:
+    """The workers' pace and memory; nothing where Redis is away: the estimate is coarser then."""
     try:
-        return desk.hasty_store.pace()
+        return desk.hasty_store.machine()
     except AWAY:
-        return 1.0
+        return {}
 
 
 async def refuse_unknown_parameters(request: Request) -> None:

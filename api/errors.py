@@ -81,6 +81,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(TooManyJobs, _answer_quota)
     for kind in (ServiceError, *AWAY):
         app.add_exception_handler(kind, _answer_unavailable)
+    app.add_exception_handler(redis.exceptions.ResponseError, _answer_refusal)
     app.add_exception_handler(Exception, _answer_fault)
 
 
@@ -133,6 +134,15 @@ def _answer_quota(request: Request, error: Exception) -> JSONResponse:
 def _answer_unavailable(request: Request, error: Exception) -> JSONResponse:
     log.warning("unavailable: %s", error)
     return unavailable(request, "A part of the service is away.")
+
+
+def _answer_refusal(request: Request, error: Exception) -> JSONResponse:
+    """Redis is there and does not do it: it is full, or its disk is; else the fault is ours."""
+    if isinstance(error, redis.exceptions.OutOfMemoryError) or str(error).startswith("MISCONF"):
+        log.error("Redis takes nothing in: %s", error)
+        return unavailable(request, "The store has no room: nothing was changed. Delete jobs that are over.")
+    log.exception("Redis refused a command", exc_info=error)
+    return _answer_fault(request, error)
 
 
 def _answer_fault(request: Request, error: Exception) -> JSONResponse:

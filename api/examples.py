@@ -36,6 +36,7 @@ _PLAN: dict[str, Any] = {
     "path": "direct",
     "precision": "mixed",
     "batch_size": 256,
+    "n_halved": 0,
     "lanes": 1,
     "threads": 2,
     "splits": [

@@ -49,7 +49,6 @@ from api.schemas import (
     pending,
     retry_after_s,
 )
-from worker import keys
 from worker.codec import decode_block
 from worker.queue import enqueue_shards
 from worker.states import TERMINAL, State
@@ -243,7 +242,7 @@ def _create(desk: Desk, spec: JobSpec, plan: Plan | None, idempotency_key: str |
         assert posted is not None  # it was there a moment ago
         return posted
     with suppress(KombuError):  # Redis went away just now: the sweeper sends what waits without a message
-        enqueue_shards(desk.celery, job.id, [shard.id for shard in plan.shards] if plan else [keys.PLAN])
+        enqueue_shards(desk.celery, len(plan.shards) if plan else 1)
     return job
 
 

@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 import ablation
 from ablation.engine import open_path
 from ablation.engine.rerun import Rerun
-from ablation.pace import measure_pace
+from ablation.machine import measure_pace
 from ablation.sites import make_sites
 from benchmarks import alexnet_head
 from benchmarks.environment import RESULTS, write_result

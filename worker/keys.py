@@ -10,12 +10,14 @@ FINALIZE_QUEUE = "ablation:queue:finalize"
 SEQUENCE = "ablation:sequence"  # counter: one number a job, in the order of creation
 JOBS = "ablation:jobs"  # zset: job id by sequence number, expired ones left out
 FINISHED = "ablation:finished"  # zset: job id by the time it came to an end (of expired ones: expired)
+TURNS = "ablation:turns"  # zset: jobs with shards that wait, by the time they joined the line; the first has its turn
+REFUSED = "ablation:refused"  # zset: jobs that a worker found that it must not work on, by the time of the first
 WORKERS = "ablation:workers"  # zset: worker by the time it was last seen
 SWEEP_LOCK = "ablation:sweep-lock"  # string: the worker that sweeps right now
 
 MODELS = "ablation:models"  # hash: facts of registered models by name, as the worker that started last found them
 DATASETS = "ablation:datasets"  # set: names of registered data sets, likewise
-PACE = "ablation:pace"  # string: how fast a thread of that worker's machine is
+MACHINE = "ablation:machine"  # hash: pace (how fast a thread of that worker's machine is), memory_bytes
 
 # Stand for the planning and for the merge wherever a shard id is expected: they are leased and retried like shards.
 PLAN = "@plan"
@@ -38,10 +40,12 @@ def posted(idempotency_key: str) -> str:
 
 
 def job(job_id: str) -> str:
-    """Hash: status, seq, created_at, started_at, finished_at, n_shards, spec, plan, error.
+    """Hash: status, seq, created_at, started_at, finished_at, n_shards, n_cut, spec, plan, error.
+
+    Who may work on it: package (the version that took it in), found (what the first worker opened, as JSON).
 
     And what its pace is measured by: first_done (the shards that were done when any part of one was), first_done_at,
-    last_done_at.
+    last_done_at. And turn_began: since when it has its turn.
     """
     return f"ablation:job:{job_id}"
 
@@ -67,8 +71,13 @@ def fractions(job_id: str) -> str:
 
 
 def attempts(job_id: str) -> str:
-    """Hash: shard -> how often it failed or lost its worker."""
+    """Hash: shard -> how often it failed; "lost " and the shard -> how often its worker was gone as a whole."""
     return f"ablation:job:{job_id}:attempts"
+
+
+def refusals(job_id: str) -> str:
+    """Hash: worker -> why it must not work on this job."""
+    return f"ablation:job:{job_id}:refusals"
 
 
 def done(job_id: str) -> str:

@@ -3,6 +3,8 @@
 In: a spec, settings, what is registered. Out: a plan that fits into Redis. Torch-free.
 """
 
+from collections.abc import Mapping
+
 from ablation.catalog import Registered, SplitCounts
 from ablation.errors import SpecError
 from ablation.plan import Plan, plan_spec
@@ -16,16 +18,17 @@ def plan_job(
     registered: Registered,
     counts: dict[str, SplitCounts] | None = None,
     *,
-    pace: float = 1.0,
+    machine: Mapping[str, float] | None = None,
+    n_halved: int = 0,
 ) -> Plan | None:
     """The plan of a job here; None where a worker has to open its data first, to bring the `counts`.
 
-    `pace` of the workers (`ablation/pace.py`) changes the estimate alone.
+    `machine`: the workers' `pace` and `memory_bytes`, as far as they are known. `n_halved` as in `make_plan`.
 
     Raises:
         SpecError: it asks for something that there is not, or for more than Redis may hold.
     """
-    options = {"threads": settings.threads, "shard_s": settings.shard_s, "pace": pace}
+    options = {"threads": settings.threads, "shard_s": settings.shard_s, "n_halved": n_halved, **(machine or {})}
     plan = plan_spec(spec, settings.folders, registered, counts=counts, **options)
     if plan and plan.estimate.redis_bytes > settings.max_redis_bytes:
         raise SpecError(

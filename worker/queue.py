@@ -4,8 +4,6 @@ In: settings. Out: the Celery application with every Celery setting, and one fun
 A message is only a hint that there is work: what is to be done, by whom and how often is decided in the store.
 """
 
-from collections.abc import Iterable
-
 from celery import Celery
 
 from worker import keys
@@ -47,23 +45,23 @@ def make_celery(settings: Settings) -> Celery:
     return celery
 
 
-def enqueue_shard(celery: Celery, job_id: str, shard_id: str) -> None:
-    """Send a worker to this shard (`keys.PLAN` sends it to the planning, `keys.FINALIZE` to the merge)."""
+def enqueue(celery: Celery, job_id: str, shard_id: str) -> None:
+    """Send a worker to what is to be done: the merge of this job (`keys.FINALIZE`), or else one shard more."""
     if shard_id == keys.FINALIZE:
         enqueue_finalize(celery, job_id)
     else:
-        celery.send_task(RUN_SHARD, args=[job_id, shard_id], ignore_result=True)
+        enqueue_shards(celery, 1)
 
 
-def enqueue_shards(celery: Celery, job_id: str, shard_ids: Iterable[str]) -> None:
-    """Send workers to all of these shards, in a few round trips.
+def enqueue_shards(celery: Celery, n: int) -> None:
+    """Send workers to `n` shards, in a few round trips. Which ones is decided when they come: whose turn it is then.
 
     Raises:
         KombuError: Redis is away; some of them may have been sent.
     """
     with celery.producer_or_acquire() as producer, producer.batch():
-        for shard_id in shard_ids:
-            celery.send_task(RUN_SHARD, args=[job_id, shard_id], ignore_result=True, producer=producer)
+        for _ in range(n):
+            celery.send_task(RUN_SHARD, ignore_result=True, producer=producer)
 
 
 def enqueue_finalize(celery: Celery, job_id: str) -> None:

@@ -7,28 +7,39 @@ Not here: signals and Celery's wrappers (`tasks.py`), recovery (`sweeper.py`), t
 import logging
 import re
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from celery import Celery
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from ablation.catalog import Registered, dataset_names, model_names
-from ablation.errors import AblationError, Cancelled
+from ablation.errors import AblationError, Cancelled, OutOfMemory, Unfit, shorten
 from ablation.plan import Plan
+from ablation.spec import JobSpec
 from worker import codec, keys, planner
-from worker.queue import enqueue_finalize, enqueue_shard, enqueue_shards
+from worker.queue import enqueue, enqueue_finalize, enqueue_shards
 from worker.settings import Settings
 from worker.states import State
-from worker.store import JobRecord, JobStore
+from worker.store import PACKAGE, JobRecord, JobStore
 
 if TYPE_CHECKING:
     from ablation.run import Job
 
 log = logging.getLogger(__name__)
 
-_loaded: dict[str, "Job"] = {}  # the last job's model and data, by job id: at most one
+UNFIT_S = 1.0  # before the message of a job that is not for this worker goes back to the others
+FULL = {
+    "type": "store-full",
+    "title": "The store has no room for what the job found.",
+    "detail": "Redis holds as much as it may (maxmemory), so the job's sums could not be kept. Delete jobs that are "
+    "over (DELETE /v1/jobs/ID), ask for fewer sites, or let the operator give Redis more memory; then post it again.",
+}
+
+_loaded: dict[tuple[str, int], "Job"] = {}  # the last job's model and data, by its id and cut: at most one
+_unfit: set[str] = set()  # jobs that this worker must not work on
 
 
 class Heartbeat:
@@ -79,36 +90,117 @@ def beating(store: JobStore, settings: Settings, job_id: str, shard_id: str, own
         thread.join()
 
 
-def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str, shard_id: str) -> None:
-    """Compute one shard and store its partial; whoever stores the last one sends the merge. Twice is once."""
+def run_next(store: JobStore, celery: Celery, settings: Settings, owner: str) -> None:
+    """Work on the shard whose turn it is, or plan its job; on the next where another worker is quicker."""
+    unfit: set[str] = set()
+    while turn := store.next_shard(settings.turn_s, unfit):
+        job_id, shard_id = turn
+        if refuse_unfit(store, celery, owner, job_id, shard_id):
+            unfit.add(job_id)
+        elif shard_id == keys.PLAN:
+            if plan_job(store, celery, settings, owner, job_id):
+                return
+        elif run_shard(store, celery, settings, owner, job_id, shard_id):
+            return
+    if unfit:  # what is left is for others, and its message too
+        time.sleep(UNFIT_S)
+        enqueue_shards(celery, 1)
+
+
+def refuse_unfit(store: JobStore, celery: Celery, owner: str, job_id: str, shard_id: str) -> bool:
+    """Whether the job is not for this worker, which the store is told: another version of the package took it in."""
+    if job_id in _unfit:
+        return True
+    package = store.package_of(job_id)
+    if package in (None, PACKAGE):  # None: the job is gone
+        return False
+    note_unfit(store, celery, owner, job_id, shard_id, f"the API is weight-ablation {package}, the worker {PACKAGE}")
+    return True
+
+
+def note_unfit(store: JobStore, celery: Celery, owner: str, job_id: str, shard_id: str, why: str) -> None:
+    """This worker must not work on the job: its numbers would be others than those of whoever began it."""
+    log.error("job %s: refused here: %s", job_id, why)
+    _unfit.add(job_id)
+    if store.refuse(job_id, shard_id, owner, make_unfit_error(why)):
+        enqueue(celery, job_id, shard_id)
+
+
+def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str, shard_id: str) -> bool:
+    """Compute one shard and store its partial; whoever stores the last one sends the merge. Twice is once.
+
+    False where another worker has it, or nobody wants it.
+    """
     if not store.claim(job_id, shard_id, owner):
-        return
+        return False
     with settled(store, celery, settings, owner, job_id, shard_id) as heart:
+        from ablation.devices import is_out_of_memory
         from ablation.run import run_shard as compute
 
         record = get_record(store, job_id)
-        shard = next(shard for shard in plan_of(record).shards if shard.id == shard_id)
-        job = load(record, settings)
+        shard = next((shard for shard in plan_of(record).shards if shard.id == shard_id), None)
+        if shard is None:
+            raise Cancelled(f"job {job_id} has been cut anew")
+        job = load(store, record, settings)
         heart.on_batch(0.0)
-        partial = compute(job, shard, on_batch=heart.on_batch)
+        try:
+            partial = compute(job, shard, on_batch=heart.on_batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            cut_smaller(store, celery, settings, job_id, error)
+            return True
         if store.complete(job_id, shard_id, owner, codec.encode_partial(partial)):
             enqueue_finalize(celery, job_id)
+    return True
 
 
-def plan_job(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> None:
-    """Open the job's data, cut the job, and send its shards. Twice is once."""
+def plan_job(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> bool:
+    """Open the job's data, cut the job, and send its shards. Twice is once; False as for `run_shard`."""
     if not store.claim(job_id, keys.PLAN, owner):
-        return
+        return False
     with settled(store, celery, settings, owner, job_id, keys.PLAN):
-        from ablation.layers import registered_here
-        from ablation.run import count_splits
-
-        spec = get_record(store, job_id).spec
-        counts = count_splits(spec, settings.folders)
-        plan = planner.plan_job(spec, settings, registered_here(), counts, pace=store.pace())
-        assert plan is not None  # for given counts it never is
+        plan = cut(store, settings, get_record(store, job_id).spec)
         if store.set_plan(job_id, owner, plan):
-            enqueue_shards(celery, job_id, [shard.id for shard in plan.shards])
+            enqueue_shards(celery, len(plan.shards))
+    return True
+
+
+def cut(store: JobStore, settings: Settings, spec: JobSpec, n_halved: int = 0) -> Plan:
+    """The plan of a job whose data are counted here."""
+    from ablation.layers import registered_here
+    from ablation.run import count_splits
+
+    counts = count_splits(spec, settings.folders)
+    plan = planner.plan_job(spec, settings, registered_here(), counts, machine=store.machine(), n_halved=n_halved)
+    assert plan is not None  # for given counts it never is
+    return plan
+
+
+def cut_smaller(store: JobStore, celery: Celery, settings: Settings, job_id: str, error: Exception) -> None:
+    """Cut the job anew with half the batch, since memory ran out here.
+
+    Raises:
+        OutOfMemory: the batch is one example already.
+    """
+    _loaded.clear()
+    record = get_record(store, job_id)
+    before = plan_of(record)
+    if before.batch_size == before.lanes == 1:
+        raise OutOfMemory(
+            f"memory ran out even one example at a time ({shorten(str(error))}). Ask for fewer sites, or give the "
+            "worker more memory."
+        ) from error
+    plan = mark_cut(cut(store, settings, record.spec, before.n_halved + 1), record.n_cut)
+    if store.cut_again(job_id, record.n_cut, plan):
+        log.warning("job %s: memory ran out; cut anew in batches of %d", job_id, plan.batch_size)
+        enqueue_shards(celery, len(plan.shards))
+
+
+def mark_cut(plan: Plan, n_cut: int) -> Plan:
+    """The plan of a job that was cut before: its shards have ids of their own."""
+    shards = tuple(shard.model_copy(update={"id": f"{shard.id}-cut{n_cut}"}) for shard in plan.shards)
+    return plan.model_copy(update={"shards": shards})
 
 
 def find_registered() -> Registered:
@@ -134,6 +226,10 @@ def without_built_in(names: Iterable[str], built_in: Sequence[str], kind: str) -
 
 def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> None:
     """Merge the partials, prove the table and store it. Twice is once."""
+    if refuse_unfit(store, celery, owner, job_id, keys.FINALIZE):
+        time.sleep(UNFIT_S)
+        enqueue_finalize(celery, job_id)
+        return
     if not store.claim_finalize(job_id, owner):
         return
     with settled(store, celery, settings, owner, job_id, keys.FINALIZE):
@@ -143,7 +239,7 @@ def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
         record = get_record(store, job_id)
         partials = (codec.decode_partial(payload) for payload in store.partials(job_id, plan_of(record)))
         seconds = store.now() - (record.started_at or record.created_at).timestamp()
-        table = finish_job(load(record, settings), partials, seconds=seconds)
+        table = finish_job(load(store, record, settings), partials, seconds=seconds)
         store.save_table(job_id, owner, table.about, make_summary(table), codec.encode_blocks(table))
         _loaded.clear()
 
@@ -158,14 +254,19 @@ def settled(
             yield heart
     except Cancelled:
         if store.release(job_id, shard_id, owner):
-            enqueue_shard(celery, job_id, shard_id)
+            enqueue(celery, job_id, shard_id)
+    except Unfit as error:
+        note_unfit(store, celery, owner, job_id, shard_id, str(error))
     except AblationError as error:
         log.warning("job %s, shard %s: %s", job_id, shard_id, error)
         store.fail(job_id, make_error(error, settings))
+    except OutOfMemoryError as error:
+        log.error("job %s, shard %s: %s", job_id, shard_id, error)
+        store.fail(job_id, FULL)
     except Exception as error:
         log.exception("job %s, shard %s: unexpected", job_id, shard_id)
         if store.retry(job_id, shard_id, owner, settings.max_attempts, make_unexpected_error(error, shard_id)):
-            enqueue_shard(celery, job_id, shard_id)
+            enqueue(celery, job_id, shard_id)
 
 
 def get_record(store: JobStore, job_id: str) -> JobRecord:
@@ -186,22 +287,40 @@ def plan_of(record: JobRecord) -> Plan:
     return record.plan
 
 
-def load(record: JobRecord, settings: Settings) -> "Job":
-    """The job's model and data; kept until another job comes."""
+def load(store: JobStore, record: JobRecord, settings: Settings) -> "Job":
+    """The job's model and data; kept until another job comes, or this one is cut anew.
+
+    Raises:
+        Unfit: they are not those that the job was begun with.
+    """
     from ablation.run import load_job
 
-    if record.id not in _loaded:
+    key = record.id, record.n_cut
+    if key not in _loaded:
         _loaded.clear()
-        _loaded[record.id] = load_job(
-            record.spec, plan_of(record), settings.folders, device=settings.device, name=record.id
-        )
-    return _loaded[record.id]
+        job = load_job(record.spec, plan_of(record), settings.folders, device=settings.device, name=record.id)
+        began_with = store.agree(record.id, job.found)
+        if began_with != job.found:
+            names = [name for name in began_with if began_with[name] != job.found.get(name)]
+            raise Unfit(f"{' and '.join(names)} here are not those that the job was begun with on another worker")
+        _loaded[key] = job
+    return _loaded[key]
 
 
 def make_error(error: AblationError, settings: Settings) -> dict[str, str]:
     """An error of ours as the job shows it: what it is, what it means, and its own words without host paths."""
     title = (type(error).__doc__ or type(error).__name__).splitlines()[0]
     return {"type": _kebab(type(error).__name__), "title": title, "detail": hide_paths(str(error), settings)}
+
+
+def make_unfit_error(why: str) -> dict[str, str]:
+    """Why a job fails that no worker here may work on."""
+    return {
+        "type": "no-worker-fits",
+        "title": "No worker here may work on this job.",
+        "detail": f"Every worker has refused it: {why}. Let all workers have the same version of the package, the same "
+        "checkpoints and the same data; then send the spec again.",
+    }
 
 
 def make_unexpected_error(error: Exception, shard_id: str) -> dict[str, str]:

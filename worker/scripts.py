@@ -5,19 +5,26 @@ A shard is always in exactly one of three places: `waiting`, `leases` or `done`;
 late, changes nothing.
 """
 
+from collections.abc import Callable
+
 from worker import keys
 from worker.states import MOVES, TERMINAL
 
 
 def keys_of(job_id: str) -> list[str]:
     """What scripts find in `KEYS`; the last two are the beginnings of keys (we don't run on Redis Cluster)."""
-    per_job = (keys.job, keys.waiting, keys.leases, keys.owners, keys.fractions, keys.attempts, keys.done)
-    shared = [keys.JOBS, keys.FINISHED, keys.SEQUENCE]
+    per_job = (
+        keys.job, keys.waiting, keys.leases, keys.owners, keys.fractions, keys.attempts, keys.done, keys.refusals
+    )  # fmt: skip
+    shared = [keys.JOBS, keys.FINISHED, keys.SEQUENCE, keys.TURNS, keys.REFUSED, keys.WORKERS]
     results = [keys.result(job_id), keys.table(job_id)]
     return [key(job_id) for key in per_job] + results + shared + [keys.partial(job_id, ""), keys.in_state("")]
 
 
-_NAMES = "job waiting leases owners fractions attempts done result tbl jobs finished sequence partial_of in_state"
+_NAMES = (
+    "job waiting leases owners fractions attempts done refusals result tbl jobs finished sequence turns refused"
+    " workers partial_of in_state"
+)
 
 
 def _lua_set(names: list[str]) -> str:
@@ -42,7 +49,14 @@ local status = redis.call('HGET', job, 'status') or 'unknown'
 
 local function drop_work()
   for _, shard in ipairs(redis.call('SMEMBERS', done)) do redis.call('UNLINK', partial_of .. shard) end
-  redis.call('UNLINK', waiting, leases, owners, fractions, attempts, done)
+  redis.call('UNLINK', waiting, leases, owners, fractions, attempts, done, refusals)
+  redis.call('ZREM', refused, id)
+end
+
+-- The shards, from the `first` on, wait in this order; their job is in the line of those that wait for their turn.
+local function wait(shards, first)
+  for i = first or 1, #shards do redis.call('ZADD', waiting, now + i * 1e-6, shards[i]) end
+  if status ~= 'finalizing' then redis.call('ZADD', turns, 'NX', now, id) end
 end
 
 local function move(to)
@@ -51,6 +65,7 @@ local function move(to)
   redis.call('ZADD', in_state .. to, redis.call('HGET', job, 'seq'), id)
   redis.call('HSET', job, 'status', to)
   status = to
+  if to ~= 'running' then redis.call('ZREM', turns, id) end
   if TERMINAL[to] then
     redis.call('ZADD', finished, now, id)
     if to ~= 'expired' then
@@ -80,8 +95,8 @@ def _script(body: str) -> str:
     return _PREAMBLE + body
 
 
-# spec, plan, posted ('' for: without an idempotency key), keep_s, max_jobs, shards... -> 'made', 'known' where the
-# idempotency key has made a job already, 'full' where max_jobs are not over. Twice is once: the connection may have
+# spec, plan, posted ('' for: without an idempotency key), keep_s, max_jobs, package, shards... -> 'made', 'known' where
+# the idempotency key has made a job already, 'full' where max_jobs are not over. Twice is once: the connection may have
 # broken before the answer came.
 CREATE = _script("""
 if status ~= 'unknown' then return 'made' end
@@ -93,11 +108,11 @@ for state in pairs(MOVES) do
 end
 if n_jobs >= max_jobs then return 'full' end
 local seq = redis.call('INCR', sequence)
-redis.call('HSET', job, 'status', 'queued', 'seq', seq, 'created_at', now, 'n_shards', #ARGV - 6,
-           'spec', ARGV[2], 'plan', ARGV[3])
+redis.call('HSET', job, 'status', 'queued', 'seq', seq, 'created_at', now, 'n_shards', #ARGV - 7,
+           'spec', ARGV[2], 'plan', ARGV[3], 'package', ARGV[7])
 redis.call('ZADD', jobs, seq, id)
 redis.call('ZADD', in_state .. 'queued', seq, id)
-for i = 7, #ARGV do redis.call('ZADD', waiting, now, ARGV[i]) end
+wait(ARGV, 8)
 if posted ~= '' then
   redis.call('UNLINK', posted)
   redis.call('HSET', posted, 'id', id, 'job', job, 'planned', ARGV[3] ~= '' and 1 or 0)
@@ -111,6 +126,7 @@ return 'made'
 CLAIM = _script("""
 local shard, owner = ARGV[2], ARGV[3]
 if not wants(shard) or redis.call('ZREM', waiting, shard) == 0 then return 0 end
+if redis.call('ZCARD', waiting) == 0 then redis.call('ZREM', turns, id) end
 redis.call('ZADD', leases, now, shard)
 redis.call('HSET', owners, shard, owner)
 if status == 'queued' then
@@ -127,7 +143,7 @@ if redis.call('HGET', owners, shard) ~= owner then return 0 end
 let_go(shard)
 if not wants(shard) then return 0 end
 redis.call('HSET', job, 'plan', ARGV[4], 'n_shards', #ARGV - 4)
-for i = 5, #ARGV do redis.call('ZADD', waiting, now, ARGV[i]) end
+wait(ARGV, 5)
 return 1
 """)
 
@@ -135,6 +151,7 @@ return 1
 BEAT = _script("""
 local shard, owner, fraction = ARGV[2], ARGV[3], ARGV[4]
 if redis.call('HGET', owners, shard) ~= owner then return false end
+redis.call('PERSIST', job) -- does nothing; but at maxmemory a script may go on that has written before
 redis.call('ZADD', leases, now, shard)
 if shard ~= FINALIZE and shard ~= PLAN and redis.call('HGET', fractions, shard) ~= fraction then
   redis.call('HSET', fractions, shard, fraction)
@@ -153,25 +170,59 @@ local shard, owner = ARGV[2], ARGV[3]
 if redis.call('HGET', owners, shard) ~= owner then return 0 end
 let_go(shard)
 if not wants(shard) then return 0 end
-redis.call('ZADD', waiting, now, shard)
+wait({shard})
 return 1
 """)
 
-# shard, owner ('' for: whoever let the lease go stale), lease_s, max_attempts, error -> 1 where the shard waits again
-RETRY = _script("""
-local shard, owner, lease_s, max_attempts, problem = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
-local beat = redis.call('ZSCORE', leases, shard)
-if not beat then return 0 end
-if owner == '' and tonumber(beat) > now - lease_s then return 0 end
-if owner ~= '' and redis.call('HGET', owners, shard) ~= owner then return 0 end
+# found -> what the first worker that opened the job has found: this, if there was none before
+AGREE = _script("""
+if status ~= 'unknown' then redis.call('HSETNX', job, 'found', ARGV[2]) end
+return redis.call('HGET', job, 'found') or ARGV[2]
+""")
+
+# owner, reason, shard -> 1 where the shard waits again, for another worker than this one
+REFUSE = _script("""
+local owner, reason, shard = ARGV[2], ARGV[3], ARGV[4]
+if TERMINAL[status] or status == 'unknown' then return 0 end
+redis.call('ZADD', refused, 'NX', now, id)
+redis.call('HSET', refusals, owner, reason)
+if redis.call('HGET', owners, shard) ~= owner then return 0 end
 let_go(shard)
 if not wants(shard) then return 0 end
-if redis.call('HINCRBY', attempts, shard, 1) >= max_attempts then
+wait({shard})
+return 1
+""")
+
+# n_cut (how often the job had been cut when its plan was read), plan, shards... -> 1 where the job is cut anew by this
+# call: all that was done is dropped, and these shards are to be sent
+CUT_AGAIN = _script("""
+if status ~= 'running' or (redis.call('HGET', job, 'n_cut') or '1') ~= ARGV[2] then return 0 end
+drop_work()
+redis.call('HDEL', job, 'first_done', 'first_done_at', 'last_done_at')
+redis.call('HSET', job, 'plan', ARGV[3], 'n_shards', #ARGV - 3, 'n_cut', ARGV[2] + 1)
+wait(ARGV, 4)
+return 1
+""")
+
+# shard, owner ('' for: whoever let the lease go stale), lease_s, max_attempts, max_losses, error -> 1 where the shard
+# waits again. A worker that is gone as a whole is counted apart: others than the shard may have killed it.
+RETRY = _script("""
+local shard, owner, lease_s, problem = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[7]
+local beat, holder = redis.call('ZSCORE', leases, shard), redis.call('HGET', owners, shard)
+if not beat then return 0 end
+if owner == '' and tonumber(beat) > now - lease_s then return 0 end
+if owner ~= '' and holder ~= owner then return 0 end
+local seen = tonumber(redis.call('ZSCORE', workers, holder or '') or 0)
+local is_gone = owner == '' and seen < now - lease_s / 2
+local count, most = is_gone and 'lost ' .. shard or shard, tonumber(is_gone and ARGV[6] or ARGV[5])
+let_go(shard)
+if not wants(shard) then return 0 end
+if redis.call('HINCRBY', attempts, count, 1) >= most then
   redis.call('HSET', job, 'error', problem)
   move('failed')
   return 0
 end
-redis.call('ZADD', waiting, now, shard)
+wait({shard})
 return 1
 """)
 
@@ -179,7 +230,8 @@ return 1
 # the same.
 COMPLETE = _script("""
 local shard, draft, n_chunks, owner = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
-if status ~= 'running' or redis.call('SISMEMBER', done, shard) == 1 then
+local is_of_plan = redis.call('ZSCORE', waiting, shard) or redis.call('ZSCORE', leases, shard)
+if status ~= 'running' or not is_of_plan then
   redis.call('UNLINK', draft)
   if redis.call('HGET', owners, shard) == owner then let_go(shard) end
   return 0
@@ -194,7 +246,7 @@ redis.call('SADD', done, shard)
 let_go(shard)
 if redis.call('SCARD', done) < tonumber(redis.call('HGET', job, 'n_shards')) then return 0 end
 move('finalizing')
-redis.call('ZADD', waiting, now, FINALIZE)
+wait({FINALIZE})
 return 1
 """)
 
@@ -248,6 +300,47 @@ redis.call('ZREM', in_state .. 'expired', id)
 # lost_s -> the shards that have been waiting for longer; from now on they count as sent just now
 RESEND = _script("""
 local lost = redis.call('ZRANGEBYSCORE', waiting, '-inf', now - tonumber(ARGV[2]))
-for _, shard in ipairs(lost) do redis.call('ZADD', waiting, now, shard) end
+if #lost > 0 then wait(lost) end
 return lost
 """)
+
+
+def _of_any(key: Callable[[str], str]) -> str:
+    """Lua for this key of the job `id`."""
+    return f"'{key(chr(39) + ' .. id .. ' + chr(39))}'"
+
+
+# turn_s, unfit jobs... -> the job whose turn it is, and the first of its shards that wait; nothing where none waits.
+# A job keeps its turn for turn_s, so that a short one is done in one go, and then goes to the end of the line.
+NEXT = f"""
+local turns = KEYS[1]
+local clock = redis.call('TIME')
+local now = clock[1] + clock[2] / 1e6
+local is_unfit = {{}}
+for i = 2, #ARGV do is_unfit[ARGV[i]] = true end
+local place = 0
+while true do
+  local id = redis.call('ZRANGE', turns, place, place)[1]
+  if not id then return false end
+  local job = {_of_any(keys.job)}
+  local shard = redis.call('ZRANGE', {_of_any(keys.waiting)}, 0, 0)[1]
+  local began = tonumber(redis.call('HGET', job, 'turn_began') or now)
+  if is_unfit[id] then
+    place = place + 1
+  elseif not shard then
+    redis.call('ZREM', turns, id)
+  elseif now - began > tonumber(ARGV[1]) then
+    redis.call('HDEL', job, 'turn_began')
+    redis.call('ZADD', turns, now, id)
+  else
+    redis.call('PERSIST', job) -- see BEAT
+    redis.call('HSETNX', job, 'turn_began', now)
+    return {{id, shard}}
+  end
+end
+"""
+
+# -> all that is known of a job: its hash, how many shards are done, and the fractions of those being worked on
+LOAD = """
+return {redis.call('HGETALL', KEYS[1]), redis.call('SCARD', KEYS[2]), redis.call('HVALS', KEYS[3])}
+"""

@@ -79,13 +79,24 @@ class Settings(BaseSettings):
     lost_s: float = Field(
         default=30, gt=0, le=DAY_S, description="a waiting shard without a message for this long is sent again"
     )
-    max_attempts: int = Field(default=3, ge=1, le=1000, description="a shard that fails this often fails its job")
+    turn_s: float = Field(
+        default=10, ge=0, le=DAY_S, description="a job lets the others go first after this many seconds"
+    )
+    max_attempts: int = Field(
+        default=5, ge=1, le=1000, description="a shard that fails or ends its process this often fails its job"
+    )
+    max_losses: int = Field(
+        default=12, ge=1, le=1000, description="and one whose whole worker is gone this often, for whatever reason"
+    )
     result_days: float = Field(default=7, gt=0, le=CENTURY_DAYS, description="results are kept this long")
     tombstone_days: float = Field(
         default=30, gt=0, le=CENTURY_DAYS, description="and what is left of the job this much longer"
     )
     max_jobs: int = Field(default=10_000, ge=1, description="jobs that may be queued or at work at once")
     max_redis_bytes: int = Field(default=4 << 30, gt=0, description="what one job may hold in Redis")
+    memory_bytes: int | None = Field(
+        default=None, gt=0, description="what a job may take of the worker's memory; default: all that the machine has"
+    )
     device: str | None = Field(
         default=None, description="torch device of the worker: cpu, cuda, cuda:1; default: CUDA if there, else CPU"
     )

@@ -9,6 +9,7 @@ import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from itertools import accumulate
 from typing import Any
 
@@ -28,7 +29,9 @@ from worker import codec, keys, scripts
 from worker.settings import Settings
 from worker.states import TERMINAL, State
 
+PACKAGE = version("weight-ablation")
 DRAFT_S = 3600  # what a dead worker had half written goes away after this
+SEEN_S = 10.0  # a worker counts as gone after this long a silence
 IDEMPOTENCY_S = 24 * 3600  # so long a repeated request with the same key gets the first answer again
 
 
@@ -49,6 +52,7 @@ class JobRecord(Record):
     id: str
     status: State
     progress: Progress
+    n_cut: int = Field(default=1, description="how often it was cut: once more each time memory ran out")
     shards_per_s: float | None = Field(default=None, description="measured pace; None: there is no measure yet")
     created_at: datetime
     started_at: datetime | None = None
@@ -89,9 +93,12 @@ class JobStore:
         self._scripts: dict[str, Any] = {}
 
     def _run(self, script: str, job_id: str, *arguments: str | bytes | float) -> Any:
+        return self._registered(script)(keys=scripts.keys_of(job_id), args=[job_id, *arguments])
+
+    def _registered(self, script: str) -> Any:
         if script not in self._scripts:
             self._scripts[script] = self.client.register_script(script)
-        return self._scripts[script](keys=scripts.keys_of(job_id), args=[job_id, *arguments])
+        return self._scripts[script]
 
     # The counter: what the API and the command line need
 
@@ -109,7 +116,7 @@ class JobStore:
         texts = [spec.model_dump_json(), plan.model_dump_json() if plan else ""]
         posted = keys.posted(idempotency_key) if idempotency_key else ""
         shards = [shard.id for shard in plan.shards] if plan else [keys.PLAN]
-        outcome = self._run(scripts.CREATE, job_id, *texts, posted, IDEMPOTENCY_S, max_jobs, *shards)
+        outcome = self._run(scripts.CREATE, job_id, *texts, posted, IDEMPOTENCY_S, max_jobs, PACKAGE, *shards)
         if outcome == b"full":
             raise TooManyJobs(
                 f"{max_jobs} jobs are queued or at work, and no more are allowed at once. "
@@ -199,22 +206,31 @@ class JobStore:
             FactsTable(lines), tuple(sorted(name.decode() for name in self.client.smembers(keys.DATASETS)))
         )
 
-    def pace(self) -> float:
-        """How fast the worker is that has started last, for estimates; 1 where none has said."""
-        return float(self.client.get(keys.PACE) or 1.0)
+    def machine(self) -> dict[str, float]:
+        """Of the worker that has started last: its `pace` and its `memory_bytes`; nothing of what none has said."""
+        known = self.client.hgetall(keys.MACHINE)
+        return {name.decode(): float(number) for name, number in known.items()}
 
     # The back room: what workers need
 
-    def publish(self, registered: Registered, pace: float) -> None:
-        """Say which models and data sets are registered here, instead of what was said before, and the pace here."""
+    def publish(self, registered: Registered, *, pace: float, memory_bytes: int) -> None:
+        """Say which models and data sets are registered here, and what the machine is, instead of what was said."""
         with self.client.pipeline() as pipeline:
-            pipeline.set(keys.PACE, pace)
+            pipeline.hset(keys.MACHINE, mapping={"pace": pace, "memory_bytes": memory_bytes})
             pipeline.delete(keys.MODELS, keys.DATASETS)
             for name, facts in registered.models.items():
                 pipeline.hset(keys.MODELS, name, line_from_facts(facts))
             for name in registered.datasets:
                 pipeline.sadd(keys.DATASETS, name)
             pipeline.execute()
+
+    def next_shard(self, turn_s: float, unfit: Iterable[str] = ()) -> tuple[str, str] | None:
+        """(job, shard) of whose turn it is, but for the `unfit` jobs; None where no shard waits.
+
+        Jobs take turns of `turn_s`. Nothing is taken yet (`claim`), so another worker may be told the same.
+        """
+        found = self._registered(scripts.NEXT)(keys=[keys.TURNS], args=[turn_s, *unfit])
+        return found and (found[0].decode(), found[1].decode())
 
     def claim(self, job_id: str, shard_id: str, owner: str) -> bool:
         """Whether `owner` may work on the shard; refused where it is done, leased or not wanted any more."""
@@ -224,10 +240,31 @@ class JobStore:
         """Whether `owner` may merge and write the table."""
         return self.claim(job_id, keys.FINALIZE, owner)
 
+    def agree(self, job_id: str, found: Mapping[str, str]) -> dict[str, str]:
+        """What the first worker has found that opened the job; `found` itself where that is this one."""
+        return json.loads(self._run(scripts.AGREE, job_id, json.dumps(dict(found))))
+
+    def refuse(self, job_id: str, shard_id: str, owner: str, error: Mapping[str, Any]) -> bool:
+        """Note that `owner` must not work on the job; True where the shard, if it had one, waits again."""
+        return bool(self._run(scripts.REFUSE, job_id, owner, json.dumps(error), shard_id))
+
+    def package_of(self, job_id: str) -> str | None:
+        """The version of this package that took the job in."""
+        answer = self.client.hget(keys.job(job_id), "package")
+        return answer and answer.decode()
+
     def set_plan(self, job_id: str, owner: str, plan: Plan) -> bool:
         """Cut the job that `owner` has planned; True where its shards are to be sent to the queue."""
         shards = [shard.id for shard in plan.shards]
         return bool(self._run(scripts.SET_PLAN, job_id, keys.PLAN, owner, plan.model_dump_json(), *shards))
+
+    def cut_again(self, job_id: str, n_cut: int, plan: Plan) -> bool:
+        """Drop all that is done of a job that was cut `n_cut` times, and cut it by this plan; True: send its shards.
+
+        Their ids must be others than before: whoever still works on one of those has no part in it any more.
+        """
+        shards = [shard.id for shard in plan.shards]
+        return bool(self._run(scripts.CUT_AGAIN, job_id, n_cut, plan.model_dump_json(), *shards))
 
     def beat(self, job_id: str, shard_id: str, owner: str, fraction: float) -> State | None:
         """Keep the lease; the job's state, or None where the lease has been taken away."""
@@ -239,13 +276,18 @@ class JobStore:
 
     def retry(self, job_id: str, shard_id: str, owner: str, max_attempts: int, error: Mapping[str, Any]) -> bool:
         """Count a failed attempt of `owner`; True where the shard waits again, else the job has failed with `error`."""
-        return bool(self._run(scripts.RETRY, job_id, shard_id, owner, 0, max_attempts, json.dumps(error)))
+        text = json.dumps(error)
+        return bool(self._run(scripts.RETRY, job_id, shard_id, owner, 0, max_attempts, max_attempts, text))
 
     def retry_stale(
-        self, job_id: str, shard_id: str, lease_s: float, max_attempts: int, error: Mapping[str, Any]
+        self, job_id: str, shard_id: str, lease_s: float, max_attempts: int, max_losses: int, error: Mapping[str, Any]
     ) -> bool:
-        """The same where the worker has not been heard of for `lease_s`; nothing happens if it has."""
-        return bool(self._run(scripts.RETRY, job_id, shard_id, "", lease_s, max_attempts, json.dumps(error)))
+        """The same where the worker has not been heard of for `lease_s`; nothing happens if it has.
+
+        Where the whole worker is gone it is a loss, of which there may be `max_losses`.
+        """
+        text = json.dumps(error)
+        return bool(self._run(scripts.RETRY, job_id, shard_id, "", lease_s, max_attempts, max_losses, text))
 
     def complete(self, job_id: str, shard_id: str, owner: str, payload: bytes) -> bool:
         """Store a partial and mark its shard done; True where it was the last and the merge is to be sent."""
@@ -299,6 +341,14 @@ class JobStore:
             held = self.client.hgetall(keys.owners(job_id))
             yield from ((job_id, shard_id.decode()) for shard_id, by in held.items() if by.decode() == owner)
 
+    def refused_by_all(self, within_s: float, waited_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Jobs that every worker seen `within_s` refused, the first of them `waited_s` ago; and the reason of one."""
+        alive = set(self.client.zrangebyscore(keys.WORKERS, self.now() - within_s, "+inf"))
+        for job_id in map(bytes.decode, self.client.zrangebyscore(keys.REFUSED, "-inf", self.now() - waited_s)):
+            refusals = self.client.hgetall(keys.refusals(job_id))
+            if alive and alive <= refusals.keys() and not self.client.zcard(keys.leases(job_id)):
+                yield job_id, json.loads(next(iter(refusals.values())))
+
     def resend(self, job_id: str, lost_s: float) -> Sequence[str]:
         """The shards that have been waiting for more than `lost_s`; they count as sent just now."""
         return [shard_id.decode() for shard_id in self._run(scripts.RESEND, job_id, lost_s)]
@@ -321,7 +371,7 @@ class JobStore:
         """This worker has stopped."""
         self.client.zrem(keys.WORKERS, worker)
 
-    def n_workers(self, within_s: float = 10) -> int:
+    def n_workers(self, within_s: float = SEEN_S) -> int:
         """How many workers were seen within the last seconds."""
         return self.client.zcount(keys.WORKERS, self.now() - within_s, "+inf")
 
@@ -332,11 +382,12 @@ class JobStore:
 
     def _load(self, job_ids: Iterable[str]) -> Sequence[JobRecord | None]:
         job_ids = [*job_ids]
-        with self.client.pipeline() as pipeline:
+        load = self._registered(scripts.LOAD)
+        with self.client.pipeline(transaction=False) as pipeline:  # a transaction is refused at maxmemory
             for job_id in job_ids:
-                pipeline.hgetall(keys.job(job_id)).scard(keys.done(job_id)).hvals(keys.fractions(job_id))
-            answers = iter(pipeline.execute())
-        return [_make_record(job_id, *parts) for job_id, *parts in zip(job_ids, answers, answers, answers, strict=True)]
+                load(keys=[keys.job(job_id), keys.done(job_id), keys.fractions(job_id)], client=pipeline)
+            answers = pipeline.execute()
+        return [_make_record(job_id, *parts) for job_id, parts in zip(job_ids, answers, strict=True)]
 
     def _write_draft(self, job_id: str, shard_id: str, chunks: Iterable[bytes]) -> tuple[str, int]:
         draft, n_chunks = keys.draft(job_id, shard_id, secrets.token_hex(4)), 0
@@ -370,10 +421,10 @@ def _counted(blocks: Iterable[bytes], n_rows: list[int]) -> Iterator[bytes]:
         yield block
 
 
-def _make_record(job_id: str, raw: dict[bytes, bytes], n_done: int, fractions: list[bytes]) -> JobRecord | None:
+def _make_record(job_id: str, raw: list[bytes], n_done: int, fractions: list[bytes]) -> JobRecord | None:
     if not raw:
         return None
-    fields = {name.decode(): value for name, value in raw.items()}
+    fields = {name.decode(): value for name, value in zip(raw[::2], raw[1::2], strict=True)}
     status = State(fields["status"].decode())
     total = int(fields["n_shards"])
     done = float(fields["n_done"]) if status in TERMINAL else n_done + sum(map(float, fractions))
@@ -381,6 +432,7 @@ def _make_record(job_id: str, raw: dict[bytes, bytes], n_done: int, fractions: l
         id=job_id,
         status=status,
         progress=Progress(done=min(done, total), total=total),
+        n_cut=int(fields.get("n_cut", 1)),
         shards_per_s=_pace(fields, done),
         created_at=_time(fields["created_at"]),
         started_at=_time(fields["started_at"]) if "started_at" in fields else None,

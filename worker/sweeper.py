@@ -7,16 +7,17 @@ of every worker, one at a time; every change is a compare-and-set of the store, 
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from celery import Celery
 from redis.exceptions import LockError, RedisError
 
 from worker import keys
-from worker.queue import enqueue_shard
+from worker.queue import enqueue
 from worker.settings import Settings
 from worker.states import State
-from worker.store import JobStore
+from worker.store import SEEN_S, JobStore
 
 LOCK_S = 5.0  # a sweeper that was killed holds the others up for this long
 DAY_S = 24 * 3600.0
@@ -24,22 +25,26 @@ DAY_S = 24 * 3600.0
 log = logging.getLogger(__name__)
 
 
-def sweep(store: JobStore, celery: Celery, settings: Settings) -> None:
-    """Put everything right that needs it, once."""
-    retry_stale_shards(store, celery, settings)
+def sweep(store: JobStore, celery: Celery, settings: Settings, *, with_leases: bool = True) -> None:
+    """Put everything right that needs it, once; without looking at the leases, where nobody could keep one."""
+    if with_leases:
+        retry_stale_shards(store, celery, settings)
     for job_id in store.jobs_in(State.CANCELLING):
         store.cancel(job_id)
     resend_lost_shards(store, celery, settings)
+    for job_id, error in [*store.refused_by_all(SEEN_S, settings.lost_s)]:
+        log.error("job %s: no worker here may work on it: %s", job_id, error.get("detail"))
+        store.fail(job_id, error)
     store.expire_due(settings.result_days * DAY_S, settings.tombstone_days * DAY_S)
 
 
 def retry_stale_shards(store: JobStore, celery: Celery, settings: Settings) -> None:
-    """Send shards again whose worker has not been heard of for `lease_s`; fail their job after `max_attempts`."""
+    """Send shards again whose worker has not been heard of for `lease_s`; fail their job after too many attempts."""
     for job_id, shard_id in [*store.stale_leases(settings.lease_s)]:
-        error = make_lost_error(shard_id, settings.max_attempts)
-        if store.retry_stale(job_id, shard_id, settings.lease_s, settings.max_attempts, error):
+        caps = settings.max_attempts, settings.max_losses
+        if store.retry_stale(job_id, shard_id, settings.lease_s, *caps, make_lost_error(shard_id)):
             log.warning("job %s, shard %s: its worker is gone; sent again", job_id, shard_id)
-            enqueue_shard(celery, job_id, shard_id)
+            enqueue(celery, job_id, shard_id)
 
 
 def resend_lost_shards(store: JobStore, celery: Celery, settings: Settings) -> None:
@@ -53,16 +58,16 @@ def resend_lost_shards(store: JobStore, celery: Celery, settings: Settings) -> N
     for job_id in [*store.jobs_in(*empty)]:
         for shard_id in store.resend(job_id, settings.lost_s):
             log.warning("job %s, shard %s: its message was lost; sent again", job_id, shard_id)
-            enqueue_shard(celery, job_id, shard_id)
+            enqueue(celery, job_id, shard_id)
 
 
-def make_lost_error(shard_id: str, max_attempts: int) -> dict[str, str]:
+def make_lost_error(shard_id: str) -> dict[str, str]:
     """Why a job fails whose shard lost its worker each time."""
     return {
         "type": "worker-lost",
         "title": "A part of the job could not be finished.",
-        "detail": f"{keys.in_words(shard_id)} was given up after {max_attempts} attempts: its worker stopped each "
-        "time, most often because memory ran out. Ask for fewer sites or examples, or give the worker more memory.",
+        "detail": f"{keys.in_words(shard_id)} was given up after many attempts: its worker died each time, most often "
+        "because memory ran out. Ask for fewer sites or examples, or give the worker more memory.",
     }
 
 
@@ -81,6 +86,7 @@ class Sweeper(threading.Thread):
         super().__init__(name="sweeper", daemon=True)
         self.store, self.celery, self.settings, self.worker, self.stopping = store, celery, settings, worker, stopping
         self.is_ready = is_ready
+        self.blind_until = 0.0  # by time.monotonic(): until then a stale lease proves nothing
 
     def run(self) -> None:
         """Sweep, wait, and so on; a Redis that is away is waited for."""
@@ -94,20 +100,29 @@ class Sweeper(threading.Thread):
         try:
             step()
         except (RedisError, OSError) as error:
+            self.note_outage()
             log.warning("sweep: Redis is away (%s); trying again", error)
         except Exception:
             log.exception("sweep: failed; trying again")
 
     def sweep_alone(self) -> None:
         """Say that this worker is alive, and sweep unless another one is at it."""
+        started = time.monotonic()
         if self.is_ready():
             self.store.note_worker(self.worker)
         lock = self.store.client.lock(keys.SWEEP_LOCK, timeout=LOCK_S, blocking=False)
-        if lock.acquire():
-            try:
-                sweep(self.store, self.celery, self.settings)
-            finally:
-                release_quietly(lock)
+        if not lock.acquire():
+            return
+        if time.monotonic() - started > self.settings.lease_s / 2:
+            self.note_outage()
+        try:
+            sweep(self.store, self.celery, self.settings, with_leases=time.monotonic() >= self.blind_until)
+        finally:
+            release_quietly(lock)
+
+    def note_outage(self) -> None:
+        """Redis was away just now: whoever holds a lease has the time of one to come back."""
+        self.blind_until = time.monotonic() + self.settings.lease_s
 
 
 def release_quietly(lock: object) -> None:

@@ -17,17 +17,19 @@ from functools import cache
 from typing import Any
 
 from celery.signals import worker_process_init, worker_ready, worker_shutting_down
+from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from ablation.catalog import Registered
 from ablation.errors import SpecError
-from worker import inventory, keys, runner
-from worker.queue import FINALIZE, RUN_SHARD, enqueue_shard, make_celery
+from worker import inventory, runner
+from worker.queue import FINALIZE, RUN_SHARD, enqueue, make_celery
 from worker.settings import load_settings
 from worker.store import JobStore, connect
-from worker.sweeper import Sweeper
+from worker.sweeper import Sweeper, make_lost_error
 from worker.tether import tether
 
+PATIENCE = 600  # a second each: so long a shard waits for a Redis that is away before its work is thrown away
 GRACE_S = 4.0  # a shard in flight has this long to notice that it is not wanted; then the process ends anyway
 
 log = logging.getLogger(__name__)
@@ -43,16 +45,13 @@ refused = multiprocessing.Event()  # set by the child: a setting is wrong, so th
 @cache
 def child_store() -> JobStore:
     """The child's own connection: one must not be shared across a fork."""
-    return JobStore(connect(settings))
+    return JobStore(connect(settings, n_retries=PATIENCE))
 
 
 @app.task(name=RUN_SHARD)
-def run_shard(job_id: str, shard_id: str) -> None:
-    """Compute one shard, or cut the job that has none yet."""
-    if shard_id == keys.PLAN:
-        runner.plan_job(child_store(), app, settings, OWNER, job_id)
-    else:
-        runner.run_shard(child_store(), app, settings, OWNER, job_id, shard_id)
+def run_shard() -> None:
+    """Compute the shard whose turn it is, or cut the job that has none yet."""
+    runner.run_next(child_store(), app, settings, OWNER)
 
 
 @app.task(name=FINALIZE)
@@ -71,7 +70,7 @@ def start_child(**_: Any) -> None:
     import ablation.run
     import ablation.statistics  # noqa: F401
     from ablation.devices import describe_device, find_device
-    from ablation.pace import measure_pace
+    from ablation.machine import find_memory, measure_pace
 
     try:
         device = describe_device(find_device(settings.device, field="ABLATION_DEVICE"))
@@ -84,21 +83,31 @@ def start_child(**_: Any) -> None:
     print(f"worker: device {device}, {settings.threads} threads", file=sys.__stdout__, flush=True)
     offered = runner.find_registered()
     print(inventory.describe_registered(offered), file=sys.__stdout__, flush=True)
-    pace = measure_pace()
-    while not announce(offered, pace):  # without Redis there is nothing to do
+    machine = {"pace": measure_pace(), "memory_bytes": settings.memory_bytes or find_memory()}
+    while not begin(offered, machine):  # without Redis there is nothing to do
         time.sleep(1)
     loaded.set()
 
 
-def announce(offered: Registered, pace: float) -> bool:
-    """Publish what is registered here, the pace, and that this worker could begin; False where Redis is away."""
+def begin(offered: Registered, machine: dict[str, Any]) -> bool:
+    """Publish what is here, and that this worker could begin; False where Redis is away."""
+    store = JobStore(connect(settings))
     try:
-        child_store().publish(offered, pace)
-        child_store().note_worker(OWNER)
-    except (RedisError, OSError) as error:
+        store.publish(offered, **machine)
+        give_up_orphans(store)
+        store.note_worker(OWNER)
+    except (RedisError, KombuError, OSError) as error:
         log.warning("starting: Redis is away (%s); trying again", error)
         return False
     return True
+
+
+def give_up_orphans(store: JobStore) -> None:
+    """Let wait what the child before this one was at when it died; that was an attempt."""
+    for job_id, shard_id in [*store.leases_of(OWNER)]:
+        if store.retry(job_id, shard_id, OWNER, settings.max_attempts, make_lost_error(shard_id)):
+            log.warning("job %s, shard %s: its process died; sent again", job_id, shard_id)
+            enqueue(app, job_id, shard_id)
 
 
 @worker_ready.connect
@@ -136,4 +145,4 @@ def put_back(store: JobStore) -> None:
     """Release every lease of this worker and send its shards to the others."""
     for job_id, shard_id in [*store.leases_of(OWNER)]:
         if store.release(job_id, shard_id, OWNER):
-            enqueue_shard(app, job_id, shard_id)
+            enqueue(app, job_id, shard_id)

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from ablation.catalog import NOTHING, Registered, dataset_facts, dataset_names, model_facts, model_names
 from ablation.cli.display import print_json, print_table, say_bytes, say_number, say_seconds
 from ablation.cli.options import home_option, json_option, located, run_options, spec_options
-from ablation.pace import measure_pace
+from ablation.machine import find_memory, measure_pace
 from ablation.plan import Plan, plan_spec
 from ablation.registered import GROUPS, registered_names
 from ablation.spec import JobSpec
@@ -88,7 +88,8 @@ def datasets(as_json: bool) -> None:
 def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None, as_json: bool) -> None:
     """Say how a job would be computed and what it would cost; computes nothing."""
     cut: dict[str, Any] = {"threads": settings.threads, "shard_s": settings.shard_s}
-    options = {**cut, "engine": engine, "batch_size": batch_size, "is_shared": False, "pace": measure_pace()}
+    machine = {"pace": measure_pace(), "memory_bytes": settings.memory_bytes or find_memory()}
+    options = {**cut, **machine, "engine": engine, "batch_size": batch_size, "is_shared": False}
     with located(spec, settings.folders) as (spec, folders):
         made = plan_spec(spec, folders, own_registered(), **options)
         if made is None:  # registered data, which has to be opened

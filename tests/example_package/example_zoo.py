@@ -1,6 +1,8 @@
 """A model and a data set that an operator might register beside the built-in ones (see pyproject.toml beside this)."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor, Resize, ToDtype
+
+FEW = 32  # examples
 
 prepare = Compose([Grayscale(), Resize((9, 9)), PILToTensor(), ToDtype(torch.float32, scale=True)])
 
@@ -53,6 +57,38 @@ def mean_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
     """The same with examples that see each other."""
     net, transform = stripe_net()
     net.insert(4, MinusMean())
+    return net, transform
+
+
+class Deadly(nn.Module):
+    """Ends its process, as the kernel does when memory runs out, if it is given more than a few examples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > FEW:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def deadly_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
+    """The same, but no worker outlives it."""
+    net, transform = stripe_net()
+    net.insert(4, Deadly())
+    return net, transform
+
+
+class Hungry(nn.Module):
+    """Wants more memory than any machine has, if it is given more than a few examples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > FEW:
+            torch.empty(len(x) << 44, dtype=torch.uint8)
+        return x
+
+
+def hungry_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
+    """The same, for small batches only."""
+    net, transform = stripe_net()
+    net.insert(4, Hungry())
     return net, transform
 
 

@@ -10,7 +10,7 @@ from ablation.run import load_job, run_job
 from ablation.spec import JobSpec, make_spec
 from ablation.table import ImportanceTable
 from worker import codec
-from worker.queue import enqueue_shard
+from worker.queue import enqueue_shards
 from worker.settings import Settings
 from worker.store import JobRecord, JobStore
 
@@ -41,6 +41,5 @@ def encode(table: ImportanceTable) -> bytes:
 def submit(store: JobStore, celery: Celery, spec: JobSpec, plan: Plan) -> JobRecord:
     """What the API does with a job."""
     job = store.create(spec, plan)
-    for shard in plan.shards:
-        enqueue_shard(celery, job.id, shard.id)
+    enqueue_shards(celery, len(plan.shards))
     return job

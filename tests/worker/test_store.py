@@ -90,7 +90,7 @@ VERBS: dict[str, Callable[[JobStore, JobRecord], object]] = {
     "complete": lambda store, job: store.complete(job.id, first_shard(job), "a", payload()),
     "save_table": lambda store, job: save(store, job.id),
     "retry": lambda store, job: store.retry(job.id, first_shard(job), "a", 1, ERROR),
-    "retry_stale": lambda store, job: store.retry_stale(job.id, first_shard(job), 0, 1, ERROR),
+    "retry_stale": lambda store, job: store.retry_stale(job.id, first_shard(job), 0, 1, 1, ERROR),
     "fail": lambda store, job: store.fail(job.id, ERROR),
     "cancel": lambda store, job: store.cancel(job.id),
     "delete": lambda store, job: store.delete(job.id),
@@ -270,7 +270,7 @@ def test_a_partial_that_comes_late_counts_once(store: JobStore, toy_job: MakeJob
     job = toy_job(1)
     shard = first_shard(job)
     store.claim(job.id, shard, "a")
-    assert store.retry_stale(job.id, shard, 0, 3, ERROR)
+    assert store.retry_stale(job.id, shard, 0, 3, 3, ERROR)
     assert store.claim(job.id, shard, "b")
     assert store.complete(job.id, shard, "a", payload())
     assert store.beat(job.id, shard, "b", 0.5) is None
@@ -302,7 +302,7 @@ def test_a_fresh_lease_is_not_taken_away(store: JobStore, toy_job: MakeJob) -> N
     job = toy_job(1)
     store.claim(job.id, first_shard(job), "a")
     assert [*store.stale_leases(60)] == []
-    assert not store.retry_stale(job.id, first_shard(job), 60, 3, ERROR)
+    assert not store.retry_stale(job.id, first_shard(job), 60, 3, 3, ERROR)
     assert [*store.stale_leases(0)] == [(job.id, first_shard(job))]
 
 
@@ -497,7 +497,7 @@ def test_a_plan_cuts_the_job_once(store: JobStore) -> None:
 def test_a_planning_whose_worker_is_gone_is_sent_again(store: JobStore) -> None:
     job, plan = make_unplanned(store)
     store.claim(job.id, keys.PLAN, "a")
-    assert store.retry_stale(job.id, keys.PLAN, -1, 3, ERROR)
+    assert store.retry_stale(job.id, keys.PLAN, -1, 3, 3, ERROR)
     assert not store.set_plan(job.id, "a", plan)
     assert store.claim(job.id, keys.PLAN, "b")
     assert store.set_plan(job.id, "b", plan)
@@ -513,8 +513,8 @@ def test_a_job_cancelled_while_it_is_planned_stays_so(store: JobStore) -> None:
 
 def test_what_is_registered_is_what_was_published_last(store: JobStore) -> None:
     assert (dict(store.registered().models), store.registered().datasets) == ({}, ())
-    store.publish(Registered({"toy": FACTS}, ("mine", "also")), 2.5)
-    assert store.pace() == 2.5
+    store.publish(Registered({"toy": FACTS}, ("mine", "also")), pace=2.5, memory_bytes=10)
+    assert store.machine() == {"pace": 2.5, "memory_bytes": 10}
     assert (dict(store.registered().models), store.registered().datasets) == ({"toy": FACTS}, ("also", "mine"))
-    store.publish(Registered({}, ("mine",)), 1.0)
+    store.publish(Registered({}, ("mine",)), pace=1.0, memory_bytes=20)
     assert (dict(store.registered().models), store.registered().datasets) == ({}, ("mine",))

@@ -1,11 +1,19 @@
-"""How fast is this machine, measured against the one that the cost table (`cost.py`) was measured on? Torch-free."""
+"""What is this machine: how fast, against the one that the cost table (`cost.py`) was measured on, and how large?
 
+In: nothing. Out: its pace, and its memory in bytes. Torch-free.
+"""
+
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 TABLE_S = 0.0130  # what the products took there
+
+# Where Linux says what a container may take: "max", or a number beyond any machine, for as much as there is.
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def measure_pace() -> float:
@@ -26,3 +34,14 @@ def _best_product_s(size: int, dtype: type) -> float:
         matrix @ matrix
         seconds.append(time.perf_counter() - started)
     return min(seconds)
+
+
+def find_memory() -> int:
+    """Bytes of memory that a process may take: what the machine has, or what its container is given of it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in MEMORY_LIMITS:
+        try:
+            found.append(int(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return min(found)
