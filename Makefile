@@ -11,7 +11,7 @@ BENCHMARKS = $(basename $(notdir $(shell grep -ls __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve up test test-slow test-gpu test-ui contract check bench bench-gpu facts \
+.PHONY: help install demo serve up test test-slow soak load test-gpu test-ui contract check bench bench-gpu facts \
   check-torchvision lock clean
 
 help: ## list the targets
@@ -63,6 +63,12 @@ test: install ## the suite, on a real Redis and a real worker
 
 test-slow: install ## what takes minutes
 	@exec .venv/bin/python -m pytest -m "slow and not gpu"
+
+soak: install ## jobs under a seeded schedule of faults: what was lost, which bytes differed, how long recovery took
+	@exec .venv/bin/python tools/soak.py $(ARGS)
+
+load: install ## many jobs, polls, event streams and a slow download at once; ARGS="--jobs 10000" for the long one
+	@exec .venv/bin/python tools/load.py $(ARGS)
 
 test-gpu: install ## what needs a CUDA device
 	@exec .venv/bin/python -m pytest -m gpu

@@ -17,6 +17,12 @@ FINALIZE = "worker.finalize"
 # took 93 s; so it is long here, and the sweeper, which goes by leases, does the recovering.
 VISIBILITY_S = 3600
 
+# A link that goes away without a word leaves connections open that nobody answers on. Without these limits (Celery has
+# none) a worker waits on them until the kernel gives up, about 15 minutes later.
+CONNECT_S = 5  # until a connection stands
+ANSWER_S = 10  # until the answer to a command; BRPOP is asked to answer within a second
+CHECK_S = 10  # between two looks at whether answers are overdue
+
 
 def make_celery(settings: Settings) -> Celery:
     """The Celery application; without tasks, so good for sending only (`tasks.py` adds them)."""
@@ -25,7 +31,12 @@ def make_celery(settings: Settings) -> Celery:
         accept_content=["json"],
         broker_connection_max_retries=None,  # a Redis that is away is waited for
         broker_connection_retry_on_startup=True,
-        broker_transport_options={"visibility_timeout": VISIBILITY_S},
+        broker_transport_options={
+            "visibility_timeout": VISIBILITY_S,
+            "socket_connect_timeout": CONNECT_S,
+            "socket_timeout": ANSWER_S,
+            "health_check_interval": CHECK_S,
+        },
         enable_utc=True,
         result_backend=None,
         result_backend_transport_options={"visibility_timeout": VISIBILITY_S},

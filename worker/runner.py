@@ -26,6 +26,7 @@ from worker.states import State
 from worker.store import PACKAGE, JobRecord, JobStore
 
 if TYPE_CHECKING:
+    from ablation.partial import PartialSums
     from ablation.run import Job
 
 log = logging.getLogger(__name__)
@@ -203,6 +204,17 @@ def mark_cut(plan: Plan, n_cut: int) -> Plan:
     return plan.model_copy(update={"shards": shards})
 
 
+def read_partial(payload: bytes) -> "PartialSums":
+    """A partial from the store.
+
+    Raises:
+        Cancelled: it has been dropped, since the job has ended meanwhile.
+    """
+    if not payload:
+        raise Cancelled("the job has ended while it was merged")
+    return codec.decode_partial(payload)
+
+
 def find_registered() -> Registered:
     """What is registered here and a job may name; the log says of everything else why not."""
     from ablation.layers import registered_here
@@ -237,7 +249,7 @@ def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
         from ablation.statistics import make_summary
 
         record = get_record(store, job_id)
-        partials = (codec.decode_partial(payload) for payload in store.partials(job_id, plan_of(record)))
+        partials = map(read_partial, store.partials(job_id, plan_of(record)))
         seconds = store.now() - (record.started_at or record.created_at).timestamp()
         table = finish_job(load(store, record, settings), partials, seconds=seconds)
         store.save_table(job_id, owner, table.about, make_summary(table), codec.encode_blocks(table))

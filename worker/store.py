@@ -78,10 +78,11 @@ def connect(settings: Settings, n_retries: int = 5) -> Redis:
         )
     return Redis.from_url(
         settings.redis_url,
-        retry=Retry(ExponentialBackoff(cap=1, base=0.05), n_retries),
+        # Not the default errors: among them is the one that connecting times out with, and is tried again for within.
+        retry=Retry(ExponentialBackoff(cap=1, base=0.05), n_retries, (ConnectionError, TimeoutError)),
         retry_on_error=[BusyLoadingError, ConnectionError, TimeoutError],
-        socket_connect_timeout=5,
-        socket_timeout=30,
+        socket_connect_timeout=2,
+        socket_timeout=10,
     )
 
 
@@ -295,7 +296,7 @@ class JobStore:
         return bool(self._run(scripts.COMPLETE, job_id, shard_id, draft, n_chunks, owner))
 
     def partials(self, job_id: str, plan: Plan) -> Iterator[bytes]:
-        """The partials of every shard, in plan order."""
+        """The partials of every shard, in plan order; empty where one has been dropped, since the job has ended."""
         for shard in plan.shards:
             yield b"".join(self.client.lrange(keys.partial(job_id, shard.id), 0, -1))
 

@@ -16,6 +16,7 @@ import time
 from functools import cache
 from typing import Any
 
+import celery.worker.request
 from celery.signals import worker_process_init, worker_ready, worker_shutting_down
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
@@ -48,13 +49,25 @@ def child_store() -> JobStore:
     return JobStore(connect(settings, n_retries=PATIENCE))
 
 
-@app.task(name=RUN_SHARD)
+class Request(celery.worker.request.Request):
+    """A message that this worker has taken."""
+
+    def acknowledge(self) -> None:
+        """Say that it is done with; where that fails, connect anew.
+
+        Celery would log the failure and count the message as still being worked on: no other would ever be asked for.
+        """
+        self._connection_errors = ()  # those that it would swallow
+        super().acknowledge()
+
+
+@app.task(name=RUN_SHARD, Request=Request)
 def run_shard() -> None:
     """Compute the shard whose turn it is, or cut the job that has none yet."""
     runner.run_next(child_store(), app, settings, OWNER)
 
 
-@app.task(name=FINALIZE)
+@app.task(name=FINALIZE, Request=Request)
 def finalize(job_id: str) -> None:
     """Merge, prove, store the table."""
     runner.finalize(child_store(), app, settings, OWNER, job_id)

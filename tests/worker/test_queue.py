@@ -63,5 +63,7 @@ def test_the_settings_that_recovery_rests_on(celery: Celery) -> None:
     assert (conf.worker_concurrency, conf.worker_prefetch_multiplier, conf.worker_proc_alive_timeout) == (1, 1, 60)
     assert (conf.accept_content, conf.task_serializer) == (["json"], "json")
     long = {"visibility_timeout": 3600}
-    assert conf.broker_transport_options == conf.result_backend_transport_options == long
+    assert conf.result_backend_transport_options == long
+    limits = {"socket_connect_timeout": 5, "socket_timeout": 10, "health_check_interval": 10}
+    assert conf.broker_transport_options == long | limits, "or a worker waits for ever where a link is cut in silence"
     assert conf.visibility_timeout == 3600
