@@ -35,13 +35,13 @@ def make_desk(settings: Settings) -> Desk:
     return Desk(settings, store, hasty_store, make_celery(settings))
 
 
-def get_desk(request: Request) -> Desk:
+async def get_desk(request: Request) -> Desk:
     """The desk that the app was made with."""
     desk: Desk = request.app.state.desk
     return desk
 
 
-def get_store(desk: Annotated[Desk, Depends(get_desk)]) -> JobStore:
+async def get_store(desk: Annotated[Desk, Depends(get_desk)]) -> JobStore:
     """The job store."""
     return desk.store
 

@@ -273,7 +273,25 @@ def _stream(
     """A file, encoded block by block as it is read from Redis."""
     blocks = (decode_block(block) for block in store.table_blocks(job.id))
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return StreamingResponse(encode(blocks), media_type=media_type, headers=headers)
+    return _File(encode(blocks), media_type=media_type, headers=headers)
+
+
+class _File(StreamingResponse):
+    """A stream whose blocks are let go of when it ends, also when the client has gone away.
+
+    Else they stay until the garbage collector comes by: the response is part of a cycle.
+    """
+
+    def __init__(self, pieces: Iterator[bytes], **options: Any) -> None:
+        super().__init__(pieces, **options)
+        self.pieces = pieces
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.pieces.close()  # type: ignore[attr-defined]
 
 
 def _plain(column: np.ndarray) -> list[Any]:

@@ -9,6 +9,7 @@ import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import accumulate
 from typing import Any
@@ -439,9 +440,14 @@ def _make_record(job_id: str, raw: list[bytes], n_done: int, fractions: list[byt
         started_at=_time(fields["started_at"]) if "started_at" in fields else None,
         finished_at=_time(fields["finished_at"]) if "finished_at" in fields else None,
         spec=JobSpec.model_validate_json(fields["spec"]),
-        plan=Plan.model_validate_json(fields["plan"]) if fields["plan"] else None,
+        plan=_read_plan(fields["plan"]) if fields["plan"] else None,
         error=json.loads(fields["error"]) if "error" in fields else None,
     )
+
+
+@lru_cache(maxsize=16)  # whoever polls a job of thousands of shards asks for the same plan again and again
+def _read_plan(text: bytes) -> Plan:
+    return Plan.model_validate_json(text)
 
 
 def _pace(fields: Mapping[str, bytes], done: float) -> float | None:
