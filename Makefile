@@ -67,8 +67,8 @@ test-slow: install ## what takes minutes
 soak: install ## jobs under a seeded schedule of faults: what was lost, which bytes differed, how long recovery took
 	@exec .venv/bin/python tools/soak.py $(ARGS)
 
-load: install ## many jobs, polls, event streams and a slow download at once; ARGS="--jobs 10000" for the long one
-	@exec .venv/bin/python tools/load.py $(ARGS)
+load: install ## many jobs, polls, event streams and a slow download at once; ARGS="--soak 10000" for the long one
+	@exec .venv/bin/python -m tools.load $(ARGS)
 
 test-gpu: install ## what needs a CUDA device
 	@exec .venv/bin/python -m pytest -m gpu

@@ -17,7 +17,7 @@ from starlette.routing import Match
 
 from ablation.errors import ServiceError, SpecError, shorten
 from ablation.spec import spec_error
-from worker.store import TooManyJobs
+from worker.store import TableGone, TooManyJobs
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(StarletteHTTPException, _answer_http_error)
     app.add_exception_handler(TooManyJobs, _answer_quota)
+    app.add_exception_handler(TableGone, _answer_gone)
     for kind in (ServiceError, *AWAY):
         app.add_exception_handler(kind, _answer_unavailable)
     app.add_exception_handler(redis.exceptions.ResponseError, _answer_refusal)
@@ -129,6 +130,10 @@ def _allowed_methods(request: Request) -> str:
 
 def _answer_quota(request: Request, error: Exception) -> JSONResponse:
     return make_problem(request, 429, str(error), headers={"Retry-After": str(QUOTA_RETRY_S)})
+
+
+def _answer_gone(request: Request, error: Exception) -> JSONResponse:
+    return make_problem(request, 410, gone("The table").detail)
 
 
 def _answer_unavailable(request: Request, error: Exception) -> JSONResponse:

@@ -271,6 +271,7 @@ def _stream(
     job: JobRecord, store: JobStore, encode: Callable[[Blocks], Iterator[bytes]], media_type: str, name: str
 ) -> Response:
     """A file, encoded block by block as it is read from Redis."""
+    store.n_rows(job.id)  # while there is still time to say that it is gone
     blocks = (decode_block(block) for block in store.table_blocks(job.id))
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return _File(encode(blocks), media_type=media_type, headers=headers)

@@ -184,6 +184,7 @@ def test_the_printed_curl_lines_work_when_pasted(server: Server, tmp_path: Path)
     assert len(rows) == 1 + 4096
 
 
+@pytest.mark.slow
 def test_sigint_in_mid_shard_stops_all_and_the_next_start_goes_on(tmp_path: Path, home: Path, slow_csv: bytes) -> None:
     with serving(tmp_path, home) as server, connect(server) as client:
         url = client.post("/v1/jobs", json=SLOW_SPEC).headers["location"]
@@ -201,6 +202,7 @@ def test_sigint_in_mid_shard_stops_all_and_the_next_start_goes_on(tmp_path: Path
         assert client.get(f"{url}/results.csv").content == slow_csv
 
 
+@pytest.mark.slow
 def test_kill_9_of_each_in_mid_job_changes_no_byte(tmp_path: Path, home: Path, slow_csv: bytes) -> None:
     with serving(tmp_path, home) as server, connect(server) as client:
         url = client.post("/v1/jobs", json=SLOW_SPEC).headers["location"]

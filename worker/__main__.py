@@ -12,6 +12,7 @@ ARGUMENTS = ["--pool=prefork", "--concurrency=1", "--without-gossip", "--without
 def main() -> None:
     """Run a worker in this process."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until Celery listens: no import shows its traceback
+    from celery.exceptions import CPendingDeprecationWarning
     from celery.platforms import SecurityWarning
     from redis.exceptions import RedisError
 
@@ -21,6 +22,7 @@ def main() -> None:
     from worker.settings import make_writable, warn_of_unknown_variables
 
     warnings.simplefilter("ignore", SecurityWarning)  # of root, as in a container: it is about pickle, and we take JSON
+    warnings.simplefilter("ignore", CPendingDeprecationWarning)  # at every new connection, of a default that we want
     warn_of_unknown_variables(os.environ)
     try:
         from worker.tasks import app, exit_code, settings  # reads the settings

@@ -240,7 +240,8 @@ def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
     """Merge the partials, prove the table and store it. Twice is once."""
     if refuse_unfit(store, celery, owner, job_id, keys.FINALIZE):
         time.sleep(UNFIT_S)
-        enqueue_finalize(celery, job_id)
+        if not store.is_over(job_id):
+            enqueue_finalize(celery, job_id)
         return
     if not store.claim_finalize(job_id, owner):
         return
@@ -271,14 +272,20 @@ def settled(
         note_unfit(store, celery, owner, job_id, shard_id, str(error))
     except AblationError as error:
         log.warning("job %s, shard %s: %s", job_id, shard_id, error)
-        store.fail(job_id, make_error(error, settings))
+        fail(store, owner, job_id, shard_id, make_error(error, settings))
     except OutOfMemoryError as error:
         log.error("job %s, shard %s: %s", job_id, shard_id, error)
-        store.fail(job_id, FULL)
+        fail(store, owner, job_id, shard_id, FULL)
     except Exception as error:
         log.exception("job %s, shard %s: unexpected", job_id, shard_id)
         if store.retry(job_id, shard_id, owner, settings.max_attempts, make_unexpected_error(error, shard_id)):
             enqueue(celery, job_id, shard_id)
+
+
+def fail(store: JobStore, owner: str, job_id: str, shard_id: str, error: dict[str, str]) -> None:
+    """The job has failed; or, if it was about to be cancelled, nobody works on this shard any more."""
+    if not store.fail(job_id, error):
+        store.release(job_id, shard_id, owner)
 
 
 def get_record(store: JobStore, job_id: str) -> JobRecord:

@@ -49,14 +49,24 @@ local status = redis.call('HGET', job, 'status') or 'unknown'
 
 local function drop_work()
   for _, shard in ipairs(redis.call('SMEMBERS', done)) do redis.call('UNLINK', partial_of .. shard) end
-  redis.call('UNLINK', waiting, leases, owners, fractions, attempts, done, refusals)
-  redis.call('ZREM', refused, id)
+  redis.call('UNLINK', waiting, leases, owners, fractions, attempts, done)
 end
 
 -- The shards, from the `first` on, wait in this order; their job is in the line of those that wait for their turn.
 local function wait(shards, first)
   for i = first or 1, #shards do redis.call('ZADD', waiting, now + i * 1e-6, shards[i]) end
   if status ~= 'finalizing' then redis.call('ZADD', turns, 'NX', now, id) end
+end
+
+-- What a worker left goes first, as if it had waited as long as any other shard. So does its job.
+local function wait_first(shard)
+  local function before(line)
+    return math.min(now, tonumber(redis.call('ZRANGE', line, 0, 0, 'WITHSCORES')[2]) or now) - 1e-6
+  end
+  redis.call('ZADD', waiting, before(waiting), shard)
+  if status == 'finalizing' then return end
+  redis.call('ZADD', turns, before(turns), id)
+  redis.call('HDEL', job, 'turn_began')
 end
 
 local function move(to)
@@ -72,6 +82,8 @@ local function move(to)
       redis.call('HSET', job, 'finished_at', now, 'n_done', redis.call('SCARD', done))
     end
     drop_work()
+    redis.call('UNLINK', refusals)
+    redis.call('ZREM', refused, id)
   end
   return true
 end
@@ -170,7 +182,7 @@ local shard, owner = ARGV[2], ARGV[3]
 if redis.call('HGET', owners, shard) ~= owner then return 0 end
 let_go(shard)
 if not wants(shard) then return 0 end
-wait({shard})
+wait_first(shard)
 return 1
 """)
 
@@ -198,6 +210,7 @@ return 1
 CUT_AGAIN = _script("""
 if status ~= 'running' or (redis.call('HGET', job, 'n_cut') or '1') ~= ARGV[2] then return 0 end
 drop_work()
+redis.call('HSETNX', job, 'first_plan', redis.call('HGET', job, 'plan'))
 redis.call('HDEL', job, 'first_done', 'first_done_at', 'last_done_at')
 redis.call('HSET', job, 'plan', ARGV[3], 'n_shards', #ARGV - 3, 'n_cut', ARGV[2] + 1)
 wait(ARGV, 4)
@@ -222,7 +235,7 @@ if redis.call('HINCRBY', attempts, count, 1) >= most then
   move('failed')
   return 0
 end
-wait({shard})
+wait_first(shard)
 return 1
 """)
 
@@ -299,6 +312,7 @@ redis.call('ZREM', in_state .. 'expired', id)
 
 # lost_s -> the shards that have been waiting for longer; from now on they count as sent just now
 RESEND = _script("""
+if status == 'cancelling' then return {} end
 local lost = redis.call('ZRANGEBYSCORE', waiting, '-inf', now - tonumber(ARGV[2]))
 if #lost > 0 then wait(lost) end
 return lost

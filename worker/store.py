@@ -40,6 +40,10 @@ class TooManyJobs(ServiceError):
     """As many jobs as there may be are not over yet."""
 
 
+class TableGone(ServiceError):
+    """The job has no table (any more)."""
+
+
 class Progress(Record):
     """How far a job is, in shards; `done` counts the fractions of those in flight."""
 
@@ -132,7 +136,9 @@ class JobStore:
         job = self.get(known[b"id"].decode()) if known else None
         if job is None:
             return None
-        plan = job.plan if known[b"planned"] == b"1" else None
+        first_plan = self.client.hget(keys.job(job.id), "first_plan")  # there if it was cut anew
+        plan = Plan.model_validate_json(first_plan) if first_plan else job.plan
+        plan = plan if known[b"planned"] == b"1" else None
         return JobRecord(
             id=job.id,
             status=State.QUEUED,
@@ -249,6 +255,11 @@ class JobStore:
     def refuse(self, job_id: str, shard_id: str, owner: str, error: Mapping[str, Any]) -> bool:
         """Note that `owner` must not work on the job; True where the shard, if it had one, waits again."""
         return bool(self._run(scripts.REFUSE, job_id, owner, json.dumps(error), shard_id))
+
+    def is_over(self, job_id: str) -> bool:
+        """Whether the job has come to an end, or is gone."""
+        status = self.client.hget(keys.job(job_id), "status")
+        return status is None or status.decode() in TERMINAL
 
     def package_of(self, job_id: str) -> str | None:
         """The version of this package that took the job in."""
@@ -394,8 +405,8 @@ class JobStore:
     def _write_draft(self, job_id: str, shard_id: str, chunks: Iterable[bytes]) -> tuple[str, int]:
         draft, n_chunks = keys.draft(job_id, shard_id, secrets.token_hex(4)), 0
         for n_chunks, chunk in enumerate(chunks, 1):  # noqa: B007  # counts
-            self.client.rpush(draft, chunk)
-            self.client.expire(draft, DRAFT_S)
+            with self.client.pipeline() as pipeline:  # both or none: what is half written goes away by itself
+                pipeline.rpush(draft, chunk).expire(draft, DRAFT_S).execute()
         return draft, n_chunks
 
     def _result(self, job_id: str, field: str) -> bytes:
@@ -409,7 +420,7 @@ class JobStore:
 
     def _there(self, job_id: str, answer: bytes | None) -> bytes:
         if answer is None:
-            raise ServiceError(f"the table of job {job_id} is not there: the job has not succeeded, or it has expired.")
+            raise TableGone(f"the table of job {job_id} is not there: the job has not succeeded, or it has expired.")
         return answer
 
 

@@ -31,7 +31,7 @@ READY_S = 120.0  # a cold import of torch on a slow disk is the longest part of 
 STOP_S = 5.0  # who is still there after this is killed; with the 5 s that Redis may take, all is over within 10 s
 SAME_SIGNAL_S = 0.5  # `timeout` and others send a signal to a process and to its group: that is one signal, not two
 STEADY_S = 60.0  # who lived this long starts again at once when it dies
-MAX_BACK_OFF_S = 30.0
+MAX_BACK_OFF_S = 4.0  # a shard waits no longer than 15 s for a worker, also where this one was killed again and again
 MAX_LOG_BYTES = 10_000_000
 # Threads that wait for work sleep; those that spin take the processors from the other workers.
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}

@@ -56,7 +56,9 @@ def in_order(function: Callable[..., Any]) -> Any:
 
 def _compiled(function: Callable[..., Any], fastmath: set[str], *, is_kept: bool = True) -> Any:
     function = inspect.unwrap(function)  # of what checks types when tests run
-    options: Any = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+    # Inlined, or one compiled loop may call the copy of a part that another one has brought, which rounds differently:
+    # then bytes would depend on what the process has run before.
+    options: Any = {"nogil": True, "fastmath": fastmath, "error_model": "numpy", "forceinline": True}
     if not is_kept:
         return numba.njit(**options)(function)
     given, _settings.CACHE_DIR = _settings.CACHE_DIR, _cache_folder()

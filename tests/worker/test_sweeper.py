@@ -86,7 +86,7 @@ def test_a_worker_that_lives_on_and_one_that_is_gone_are_counted_apart(
 def test_shards_without_a_message_are_sent_again(
     store: JobStore, toy_job: MakeJob, celery: Celery, stale: Settings
 ) -> None:
-    job = toy_job(2)
+    toy_job(2)
     sweep_later(store, celery, stale)
     assert messages(store.client, keys.SHARD_QUEUE) == [("worker.run_shard", [])] * 2
     sweep_later(store, celery, stale)

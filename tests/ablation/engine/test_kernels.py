@@ -1,5 +1,7 @@
 """Where compiled loops are kept, so that none is ever run that its source doesn't say any more."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,33 @@ def test_without_a_place_to_keep_them_they_are_compiled_all_the_same(monkeypatch
         plus_one = kernels.kernel(lambda x: x + 1)
     assert plus_one(1) == 2
     assert asked == [True, False]
+
+
+BYTES_OF_A_SHARD = """
+import sys
+import numpy as np
+from tests.worker.real_jobs import plan_real
+from ablation.engine.kernels import close_class
+from ablation.run import load_job, run_shard
+from worker.settings import Settings
+if sys.argv[1] == "after":  # as three Linears do, whose sums are closed from Python
+    close_class(np.zeros(4), np.zeros(4), np.zeros(4), 9)
+settings = Settings(home=sys.argv[2])
+data = {"name": "digits", "test": {"per_class": 9}}
+spec, plan = plan_real(settings, 60, layer="fc2", data=data, sites={"count": 4096}, engine="response")
+print(run_shard(load_job(spec, plan, settings.folders), plan.shards[0]).within.tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+def test_bytes_do_not_depend_on_what_the_process_has_run_before(home: Path) -> None:
+    """A part that was loaded alone may be another copy than the one inside a loop, and round differently."""
+
+    def run(order: str) -> str:
+        command = [sys.executable, "-c", BYTES_OF_A_SHARD, order, str(home)]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    assert run("alone") == run("after")
 
 
 def test_numbas_own_setting_is_left_alone() -> None:

@@ -1,0 +1,828 @@
+"""Is anything lost when parts of the service die? Break them at random points of jobs, and count what is missing.
+
+Run by `make soak`. Jobs on the built-in model are posted, polled and downloaded as a patient client does it, while
+workers, the API and Redis are killed, stopped and frozen by a seeded schedule. Every accepted job must end, its CSV
+must be byte for byte that of an undisturbed run, and a shard that its worker left must run again within 15 s.
+Against `ablation serve`, which starts again what dies, and against parts that are started one by one, where this does
+it. How to read what it prints: `docs/soak.md`.
+
+    python tools/soak.py [--seed 0] [--rounds 3 | --minutes 10] [--workers 2] [--against serve|parts] [--faults ...]
+"""
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+
+from worker import keys
+from worker.listener import listen, url_of
+from worker.redis_server import RedisServer, find_binary, start_redis
+from worker.settings import Settings, count_cpus
+from worker.states import State
+from worker.store import JobStore, connect
+from worker.tether import tether
+
+RECOVERY_S = 15.0  # a shard that its worker left is running again within this
+STOP_S = 10.0  # who is told to stop is gone within this
+PATIENCE_S = 300.0  # a job that has not ended after this long is lost
+ANSWER_S = 10.0  # who doesn't get an answer within this asks again
+PAUSE_S = 0.2  # between two polls of a client
+N_FAULTS, N_HURRIED = 4, 6  # in a round; hurried: the next one comes before the service is over this one
+
+# Shards of some seconds; all else as it is by default, or as our own environment has it.
+ENVIRONMENT = {"ABLATION_THREADS": "1", "ABLATION_SHARD_S": "0.5", "PYTHONUNBUFFERED": "1"}
+
+DATA = {"name": "digits", "train": "all", "test": {"per_class": 9}}
+ASKED: dict[str, dict[str, Any]] = {
+    "conv2 in float64": {"layer": "conv2", "sites": {"count": 1000, "seed": 1}, "precision": "float64"},
+    "conv2": {"layer": "conv2", "sites": {"count": 2500, "seed": 2}, "top1": True},
+    "all of fc1": {"layer": "fc1", "sites": "all"},
+    "fc2": {"layer": "fc2", "sites": {"count": 4096, "seed": 3}, "top1": True},
+    "all of fc3": {"layer": "fc3", "sites": "all"},
+}
+SPECS = {name: {"model": {"name": "digits_alexnet"}, "data": DATA, **asked} for name, asked in ASKED.items()}
+LONG, SHORT = ("conv2 in float64", "conv2"), ("all of fc1", "fc2", "all of fc3")
+
+
+class Lost(Exception):
+    """Something did not end, or did not come back, as it must."""
+
+
+class Interrupted(Exception):
+    """The soak is broken off before its jobs are over."""
+
+
+# --- what was seen ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Findings:
+    """What happened so far; several threads append to it."""
+
+    started: float = field(default_factory=time.monotonic)
+    n_rounds: int = 0
+    accepted: list[str] = field(default_factory=list)  # ids of jobs
+    ended: list[str] = field(default_factory=list)  # and the states that they ended in
+    unasked: list[str] = field(default_factory=list)  # ids of jobs that nobody was told of
+    faults: list[str] = field(default_factory=list)  # by name
+    compared_bytes: list[int] = field(default_factory=list)  # of each CSV
+    differing_bytes: list[int] = field(default_factory=list)
+    recoveries: dict[str, list[float]] = field(default_factory=dict)  # seconds, by what it was that recovered
+    loads: list[float] = field(default_factory=list)  # of the machine, when something recovered
+    leftovers: list[str] = field(default_factory=list)  # processes
+    problems: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """A line of progress."""
+        print(f"{time.monotonic() - self.started:7.1f} s  {text}\n", end="", flush=True)  # whole, whoever else prints
+
+    def note_problem(self, text: str) -> None:
+        """Something that must not be."""
+        self.problems.append(text)
+        self.say(f"PROBLEM: {text}")
+
+    def note_recovery(self, what: str, seconds: float, allowed_s: float = PATIENCE_S) -> None:
+        """It took so long until this worked again."""
+        self.say(f"  {what}: {seconds:.1f} s")
+        self.recoveries.setdefault(what, []).append(seconds)
+        self.loads.append(os.getloadavg()[0] / count_cpus())
+        if seconds > allowed_s:
+            self.note_problem(f"{what}: {seconds:.1f} s; allowed: {allowed_s:g} s")
+
+    def summary(self) -> str:
+        """All of it in plain text."""
+        rows = {
+            "rounds": self.n_rounds,
+            "jobs accepted": len(self.accepted),
+            "jobs ended": _count(self.ended),
+            "jobs lost": len(self.accepted) - len(self.ended),
+            "jobs that nobody asked for": len(self.unasked),
+            "faults": _count(self.faults),
+            "CSVs compared": f"{len(self.compared_bytes)} ({sum(self.compared_bytes):,} bytes)",
+            "bytes that differed": sum(self.differing_bytes),
+            **{what: f"{_middle(seconds)} s" for what, seconds in sorted(self.recoveries.items())},
+            "processes that want a CPU": f"{_middle(self.loads)} for each" if self.loads else "",
+            "processes left over": len(self.leftovers),
+            "problems": len(self.problems),
+        }
+        return "\n".join(f"  {name:36} {value}" for name, value in rows.items())
+
+
+def _count(names: Sequence[str]) -> str:
+    each = ", ".join(f"{n} {name}" for name, n in sorted(Counter(names).items()))
+    return f"{len(names)} ({each})" if names else "0"
+
+
+def _middle(numbers: Sequence[float]) -> str:
+    return f"{len(numbers):3}: median {statistics.median(numbers):.1f}, max {max(numbers):.1f}"
+
+
+def await_that(holds: Callable[[], object], seconds: float, otherwise: str) -> float:
+    """The seconds until it holds.
+
+    Raises:
+        Lost: it still doesn't after so long.
+    """
+    started = time.monotonic()
+    while not holds():
+        if time.monotonic() - started > seconds:
+            raise Lost(f"{otherwise} after {seconds:g} s")
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+# --- the service, started in one of two ways -------------------------------------------------------------------------
+
+
+@dataclass
+class Service(ABC):
+    """Processes on one home folder. Those that can be broken have the roles api, worker and redis."""
+
+    home: Path
+    n_workers: int
+    findings: Findings
+    url: str = ""
+    broken: set[int] = field(default_factory=set)  # the processes that we ended
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start it."""
+
+    @abstractmethod
+    def redis_url(self) -> str:
+        """Of its Redis, the same all the time."""
+
+    @abstractmethod
+    def pids(self, role: str) -> list[int]:
+        """The processes of this role that run now."""
+
+    @abstractmethod
+    def mend(self, wait_s: float) -> None:
+        """After so long, start again what we have ended, where nobody else does."""
+
+    @abstractmethod
+    def stop(self, number: signal.Signals) -> None:
+        """End everything, by a signal first."""
+
+    @abstractmethod
+    def note_deaths(self) -> None:
+        """Processes that nobody ended and that are gone are problems."""
+
+    def send(self, pid: int, number: signal.Signals, *, with_group: bool = False) -> None:
+        """End one of its processes by this signal."""
+        self.broken.add(pid)
+        (os.killpg if with_group else os.kill)(pid, number)
+
+    def spawn(self, log: str, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
+        """Run a command of ours in the home folder; it ends when we do."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        inherited = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+        folders = {"ABLATION_HOME": str(self.home), "ABLATION_CACHE_DIR": str(self.home.parent / "cache")}
+        with (self.home / log).open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "ablation.cli", *arguments],
+                cwd=self.home,
+                env={**ENVIRONMENT, **inherited, **folders, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us
+                preexec_fn=functools.partial(tether, signal.SIGTERM, os.getpid()),
+            )
+
+    def end(self, processes: "Sequence[subprocess.Popen[bytes]]", number: signal.Signals) -> None:
+        """Stop these together; who doesn't is killed."""
+        started = time.monotonic()
+        for process in processes:
+            process.send_signal(number)
+        for process in processes:
+            try:
+                process.wait(2 * STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.findings.note_recovery("all stopped", time.monotonic() - started, STOP_S)
+
+
+class Served(Service):
+    """`ablation serve`, which starts again what dies."""
+
+    process: "subprocess.Popen[bytes]"
+
+    def start(self) -> None:
+        """Start it; its address is in what it says."""
+        self.process = self.spawn("serve.log", "serve", "--port", "0", "--workers", str(self.n_workers))
+        await_that(lambda: "Starting on" in self.said() or self.process.poll() is not None, PATIENCE_S, "no address")
+        self.mend(0)
+        self.url = self.said().partition("Starting on ")[2].split()[0]
+
+    def said(self) -> str:
+        """What it has said so far."""
+        return (self.home / "serve.log").read_text(errors="replace")
+
+    def redis_url(self) -> str:
+        """As its children have it."""
+        return str(psutil.Process(self.pids("api")[0]).environ()["REDIS_URL"])
+
+    def pids(self, role: str) -> list[int]:
+        """Its children of this role."""
+        return [child.pid for child in psutil.Process(self.process.pid).children() if role_of(child) == role]
+
+    def mend(self, wait_s: float) -> None:
+        """It does that itself.
+
+        Raises:
+            Lost: it is gone.
+        """
+        if self.process.poll() is not None:
+            raise Lost(f"`ablation serve` has ended with code {self.process.returncode}: {self.said()[-500:]}")
+
+    def stop(self, number: signal.Signals) -> None:
+        """One signal ends everything."""
+        if self.process.poll() is None:
+            self.end([self.process], number)
+
+    def note_deaths(self) -> None:
+        """It says who ended; it must be as many as we ended."""
+        said = re.findall(r"^(?:Redis|\S+) ended.*", self.said(), re.MULTILINE)
+        if len(said) > len(self.broken):
+            self.findings.note_problem(f"{len(said) - len(self.broken)} ended by themselves; all: {'; '.join(said)}")
+
+
+class Parts(Service):
+    """Redis, the API and workers, each started by itself; what we end we start again."""
+
+    processes: "dict[str, subprocess.Popen[bytes]]"
+    servers: list[RedisServer]
+
+    def start(self) -> None:
+        """Start them, the API on a port that is free."""
+        self.processes, self.servers = {}, []
+        listener = listen("127.0.0.1", 0, "host", "port")
+        self.url = url_of(listener)
+        listener.close()
+        self.mend(0)
+
+    def redis_url(self) -> str:
+        """Always on the same socket."""
+        return self.servers[0].url
+
+    def pids(self, role: str) -> list[int]:
+        """Those that run."""
+        if role == "redis":
+            return [server.pid for server in self.servers if server.is_alive()]
+        named = [process for name, process in self.processes.items() if name.startswith(role)]
+        return [process.pid for process in named if process.poll() is None]
+
+    def mend(self, wait_s: float) -> None:
+        """Start what doesn't run."""
+        self.note_deaths()
+        time.sleep(wait_s)
+        if not self.pids("redis"):
+            folder = self.servers[0].socket.parent if self.servers else self.home / "redis"
+            self.servers.append(start_redis(folder, self.home / "redis"))
+        for name in ("api", *(f"worker-{k + 1}" for k in range(self.n_workers))):
+            if name not in self.processes or self.processes[name].poll() is not None:
+                environment = {"REDIS_URL": self.redis_url(), "ABLATION_PORT": self.url.rpartition(":")[2]}
+                self.processes[name] = self.spawn(f"{name}.log", name.partition("-")[0], **environment)
+
+    def stop(self, number: signal.Signals) -> None:
+        """Workers and API first, Redis last."""
+        self.end([process for process in self.processes.values() if process.poll() is None], number)
+        for server in reversed(self.servers):  # the first one goes last: the folder of the socket may be its own
+            server.stop()
+
+    def note_deaths(self) -> None:
+        """Who has ended must be one that we ended."""
+        every = [*self.processes.items(), *(("redis", server.process) for server in self.servers)]
+        for name, process in every:
+            if process.poll() is not None and process.pid not in self.broken:
+                self.broken.add(process.pid)
+                self.findings.note_problem(f"{name} ended by itself, with code {process.returncode}")
+
+
+def role_of(process: psutil.Process) -> str:
+    """What a process of the service does; nothing if it is gone."""
+    with contextlib.suppress(psutil.Error):
+        return "redis" if process.name() == find_binary().name else str((process.cmdline() or [""])[-1])
+    return ""
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, told to its parent or not yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    return True
+
+
+def kill_leftovers(home: Path) -> list[str]:
+    """Kill every process that works in a folder below `home`, where all of ours do; what they were."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(home) and not is_gone(process.pid):
+                found.append(f"{process.pid} {' '.join(process.cmdline())}")
+                process.kill()
+    return found
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Client:
+    """One who posts jobs, polls and downloads, and doesn't mind a service that is away for a while."""
+
+    url: str
+    findings: Findings
+    csvs: dict[str, bytes]  # of undisturbed runs, by the spec's name; one that is not there yet is put there
+    over: threading.Event  # set where the soak is broken off
+
+    def __post_init__(self) -> None:
+        self.http = httpx.Client(base_url=self.url, trust_env=False, verify=False)  # no certificates on plain HTTP
+
+    def ask(self, method: str, url: str, **content: Any) -> httpx.Response:
+        """The first answer other than: I am away.
+
+        Raises:
+            Lost: there is none for too long.
+            Interrupted: the soak is over.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            if self.over.is_set():
+                raise Interrupted
+            with contextlib.suppress(httpx.TransportError):
+                answer = self.http.request(method, url, timeout=ANSWER_S, **content)
+                if answer.status_code < 500:
+                    return answer
+                if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    self.findings.note_problem(f"{method} {url}: {answer.status_code} {answer.text}")
+            time.sleep(PAUSE_S)
+        raise Lost(f"{method} {url}: no answer for {PATIENCE_S:g} s")
+
+    def ask_until(self, is_there: Callable[[httpx.Response], bool], url: str) -> httpx.Response:
+        """The first answer of this kind.
+
+        Raises:
+            Lost: there is none for too long.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while not is_there(answer := self.ask("GET", url)):
+            if time.monotonic() > deadline:
+                raise Lost(f"{url} after {PATIENCE_S:g} s: {answer.text}")
+            time.sleep(PAUSE_S)
+        return answer
+
+    def is_answered(self, url: str) -> bool:
+        """Whether the service answers well, and soon."""
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get(url, timeout=1).status_code == httpx.codes.OK
+        return False
+
+    def post(self, name: str, key: str) -> str:
+        """The id of the job that this key makes.
+
+        Raises:
+            Lost: it is refused.
+        """
+        answer = self.ask("POST", "/v1/jobs", json=SPECS[name], headers={"Idempotency-Key": key})
+        if answer.status_code != httpx.codes.ACCEPTED:
+            raise Lost(f"POST of {name}: {answer.status_code} {answer.text}")
+        return str(answer.json()["id"])
+
+    def fetch(self, job_id: str, name: str) -> None:
+        """Wait for a job, download its CSV and compare it.
+
+        Raises:
+            Lost: it has not succeeded.
+        """
+        url = f"/v1/jobs/{job_id}/results"
+        answer = self.ask_until(lambda answer: answer.status_code != httpx.codes.ACCEPTED, f"{url}?limit=0")
+        if answer.status_code == httpx.codes.OK:
+            answer = self.ask("GET", f"{url}.csv")
+        if answer.status_code != httpx.codes.OK:
+            raise Lost(f"job {job_id} ({name}): {answer.status_code} {answer.text}")
+        self.findings.ended.append(State.SUCCEEDED)
+        if name in self.csvs:
+            self.compare(job_id, answer.content, self.csvs[name])
+        self.csvs.setdefault(name, answer.content)
+
+    def compare(self, job_id: str, csv: bytes, expected: bytes) -> None:
+        """Count the bytes that differ."""
+        pairs = zip(csv, expected, strict=False) if csv != expected else ()
+        n_differing = sum(one != other for one, other in pairs) + abs(len(csv) - len(expected))
+        self.findings.compared_bytes.append(len(csv))
+        self.findings.differing_bytes.append(n_differing)
+        if n_differing:
+            self.findings.note_problem(f"job {job_id}: {n_differing} bytes of its CSV differ")
+
+    def run(self, name: str, key: str) -> None:
+        """A job from post to CSV."""
+        job_id = self.post(name, key)
+        self.findings.accepted.append(job_id)
+        self.fetch(job_id, name)
+
+    def change_mind(self, name: str, key: str, after_s: float) -> None:
+        """A job that is cancelled somewhere on its way, and the same again, which is not.
+
+        Raises:
+            Lost: it was not cancelled, and it was not too late for it.
+        """
+        job_id = self.post(name, f"{key}-cancelled")
+        self.findings.accepted.append(job_id)
+        self.over.wait(after_s)
+        if self.ask("POST", f"/v1/jobs/{job_id}/cancel").status_code == httpx.codes.CONFLICT:
+            self.fetch(job_id, name)
+        else:
+            is_over = lambda answer: answer.json()["status"] != State.CANCELLING  # noqa: E731
+            job = self.ask_until(is_over, f"/v1/jobs/{job_id}").json()
+            if job["status"] != State.CANCELLED:
+                raise Lost(f"job {job_id} was cancelled and is {job['status']}: {job['error']}")
+            self.findings.ended.append(State.CANCELLED)
+            self.findings.say(f"cancelled at {job['progress']['done']:.2f} of its shards and posted again: {job_id}")
+        self.run(name, key)
+
+    def list_ids(self) -> set[str]:
+        """The ids of all jobs that there are."""
+        found: set[str] = set()
+        page = {"next_cursor": ""}
+        while page["next_cursor"] is not None:
+            cursor = f"&cursor={page['next_cursor']}" if page["next_cursor"] else ""
+            page = self.ask("GET", f"/v1/jobs?limit=100{cursor}").json()
+            found |= {job["id"] for job in page["data"]}
+        return found
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A worker at a shard, or at a merge."""
+
+    job_id: str
+    shard_id: str
+    owner: str
+    n_attempts: int
+
+    @property
+    def pid(self) -> int:
+        """The worker's parent process."""
+        return int(self.owner.split(":")[1])
+
+    def __str__(self) -> str:
+        return f"{keys.in_words(self.shard_id)} of job {self.job_id}"
+
+
+def leases(store: JobStore) -> Iterator[Lease]:
+    """Everything that workers are at."""
+    for job_id in [*store.jobs_in(State.RUNNING, State.FINALIZING)]:
+        attempts = store.client.hgetall(keys.attempts(job_id))
+        for shard, owner in store.client.hgetall(keys.owners(job_id)).items():
+            n_attempts = sum(int(n) for name, n in attempts.items() if name.split()[-1] == shard)
+            yield Lease(job_id, shard.decode(), owner.decode(), n_attempts)
+
+
+def is_left(store: JobStore, left: Lease) -> bool:
+    """Whether it still lies where its worker left it, or waits for another one."""
+    for lease in leases(store):
+        if (lease.job_id, lease.shard_id) == (left.job_id, left.shard_id):
+            return lease == left
+    record = store.get(left.job_id)
+    is_at_work = record is not None and record.status in (State.RUNNING, State.FINALIZING)
+    return is_at_work and not store.client.sismember(keys.done(left.job_id), left.shard_id)
+
+
+@dataclass
+class Breaker:
+    """Breaks parts of a service, and measures how long it takes until they work again."""
+
+    service: Service
+    store: JobStore
+    client: Client
+    findings: Findings
+    random: Random
+    spawn: Callable[..., object]  # has a client do something, beside
+    is_hurried: bool = False  # the next fault comes soon, so nothing is measured
+
+    def strike(self, name: str) -> None:
+        """One fault of this name, at a random moment."""
+        self.client.over.wait(self.random.uniform(0, 1 if self.is_hurried else 4))
+        FAULTS[name](self, name)
+
+    def note(self, name: str, what: str) -> None:
+        """A fault as it happens."""
+        self.findings.faults.append(name)
+        self.findings.say(f"{name}: {what}")
+
+    def stop_worker(self, name: str, send: Callable[[Service, int], None]) -> None:
+        """Do this to a worker in mid-shard, and see the shard run again."""
+        lease = self.find_victim()
+        if lease is None:
+            return
+        send(self.service, lease.pid)
+        self.note(name, f"worker {lease.pid} at {lease}")
+        with ThreadPoolExecutor(1) as pool:
+            recovery = pool.submit(self.see_shard_again, lease, name)
+            if lease.pid in self.service.broken:
+                stopped_s = await_that(lambda: is_gone(lease.pid), PATIENCE_S, f"worker {lease.pid} is still there")
+                self.findings.note_recovery("a worker stopped", stopped_s, STOP_S)
+            self.service.mend(self.random.uniform(0, 1))
+            recovery.result()
+
+    def find_victim(self) -> Lease | None:
+        """A shard that is being worked on; None if for a while there is none that may lose its worker once more.
+
+        One that loses every worker fails its job, and so it should.
+        """
+        n_most = Settings().max_attempts - 1
+        deadline = time.monotonic() + ANSWER_S
+        while time.monotonic() < deadline and not self.client.over.is_set():
+            workers = self.service.pids("worker")
+            found = [lease for lease in leases(self.store) if lease.pid in workers and lease.n_attempts < n_most]
+            if found:
+                return self.random.choice(found)
+            time.sleep(0.05)
+        return None
+
+    def see_shard_again(self, left: Lease, name: str) -> None:
+        """Measure how long a shard lies; not where its worker was just through with it."""
+        if self.is_hurried or not is_left(self.store, left):
+            return
+        lies_s = self.wait_until(lambda: left not in leases(self.store), f"{left} still has its worker")
+        waits_s = self.wait_until(lambda: not is_left(self.store, left), f"{left} still waits")
+        self.findings.say(f"  taken from its worker after {lies_s:.1f} s, by another one after {waits_s:.1f} s more")
+        self.findings.note_recovery(f"runs again after {name}", lies_s + waits_s, RECOVERY_S)
+
+    def wait_until(self, holds: Callable[[], object], otherwise: str) -> float:
+        """The seconds until it holds.
+
+        Raises:
+            Lost: it doesn't for too long.
+            Interrupted: the soak is over.
+        """
+        seconds = await_that(lambda: self.client.over.is_set() or holds(), PATIENCE_S, otherwise)
+        if self.client.over.is_set():
+            raise Interrupted
+        return seconds
+
+    def end_one(self, role: str) -> int:
+        """Kill one process of this role; its id."""
+        await_that(lambda: self.service.pids(role), PATIENCE_S, f"there is no {role}")
+        pid = self.service.pids(role)[0]
+        self.service.send(pid, signal.SIGKILL)
+        await_that(lambda: is_gone(pid), PATIENCE_S, f"{role} {pid} is still there")
+        return pid
+
+    def see_answer_again(self, what: str) -> None:
+        """Wait for the first good answer."""
+        seconds = self.wait_until(lambda: self.client.is_answered("/v1/jobs?limit=1"), f"{what} is not back")
+        if not self.is_hurried:
+            self.findings.note_recovery(f"{what} answers", seconds)
+
+    def kill_api(self, name: str) -> None:
+        """Kill it, between requests or amid one."""
+        self.note(name, f"process {self.end_one('api')}")
+        self.service.mend(self.random.uniform(0, 1))
+        self.see_answer_again("API")
+
+    def kill_api_amid_posts(self, name: str) -> None:
+        """Kill it while four clients post the same three jobs: each must become one job."""
+        spec, posted_keys = self.random.choice(SHORT), [draw_key(self.random) for _ in range(3)]
+        with ThreadPoolExecutor(4) as pool:
+            posted = [pool.submit(lambda: [self.client.post(spec, key) for key in posted_keys]) for _ in range(4)]
+            time.sleep(self.random.uniform(0, 0.1))
+            self.kill_api(name)
+        for ids in zip(*(each.result() for each in posted), strict=True):
+            if len(set(ids)) > 1:
+                self.findings.note_problem(f"one Idempotency-Key made {len(set(ids))} jobs: {', '.join(set(ids))}")
+            self.findings.accepted.append(ids[0])
+            self.spawn(self.client.fetch, ids[0], spec)
+
+    def kill_redis(self, name: str, away_s: float) -> None:
+        """Kill it; after a while it starts again on its files."""
+        self.note(name, f"process {self.end_one('redis')}" + f", for {away_s:.1f} s" * (name == "redis-away"))
+        self.service.mend(away_s)
+        self.see_answer_again("Redis")
+
+    def freeze_redis(self, name: str) -> None:
+        """It says nothing for some seconds, and is not gone."""
+        frozen_s = self.random.uniform(1, 12)
+        (pid,) = self.service.pids("redis")
+        self.note(name, f"process {pid}, for {frozen_s:.1f} s")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            self.client.over.wait(frozen_s)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        self.see_answer_again("Redis")
+
+
+def kill_child(service: Service, pid: int) -> None:
+    """Kill the process of a worker that computes; its parent starts another one."""
+    for child in psutil.Process(pid).children():
+        child.kill()
+
+
+def _stop_by(number: signal.Signals, *, with_group: bool = False) -> Callable[[Breaker, str], None]:
+    return lambda breaker, name: breaker.stop_worker(
+        name, lambda service, pid: service.send(pid, number, with_group=with_group)
+    )
+
+
+FAULTS: dict[str, Callable[[Breaker, str], None]] = {
+    "worker-child-kill": lambda breaker, name: breaker.stop_worker(name, kill_child),
+    "worker-kill": _stop_by(signal.SIGKILL),
+    "worker-term": _stop_by(signal.SIGTERM),
+    "worker-int": _stop_by(signal.SIGINT, with_group=True),  # as a terminal does at Ctrl-C
+    "api-kill": Breaker.kill_api,
+    "api-kill-amid-posts": Breaker.kill_api_amid_posts,
+    "redis-kill": lambda breaker, name: breaker.kill_redis(name, breaker.random.uniform(0, 1)),
+    "redis-away": lambda breaker, name: breaker.kill_redis(name, breaker.random.uniform(2, 12)),
+    "redis-freeze": Breaker.freeze_redis,
+}
+WAYS: dict[str, tuple[type[Service], Sequence[str]]] = {
+    "serve": (Served, [name for name in FAULTS if name != "redis-away"]),  # it starts it again at once
+    "parts": (Parts, [*FAULTS]),
+}
+
+
+# --- the soak --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Soak:
+    """One service, and rounds of jobs and faults."""
+
+    way: str
+    service: Service
+    csvs: dict[str, bytes]
+    findings: Findings
+    random: Random
+    faults: Iterator[str]  # their names, without an end
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, n_rounds: int, seconds: float) -> None:
+        """Start the service, break it in every round, stop it, and see what is left."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.break_off)
+        started = self.findings.started = time.monotonic()
+        self.findings.say(f"against {self.way}")
+        try:
+            self.service.start()
+            client = Client(self.service.url, self.findings, self.csvs, self.over)
+            await_that(lambda: client.is_answered("/readyz"), PATIENCE_S, "the service is not ready")
+            self.findings.say(f"ready at {client.url}")
+            for name in [name for name in SPECS if name not in self.csvs]:
+                client.run(name, draw_key(self.random))
+                self.findings.say(f"undisturbed: {name}")
+            with connect(Settings(redis_url=self.service.redis_url()), n_retries=30) as connection:
+                while self.findings.n_rounds < n_rounds and time.monotonic() - started < seconds:
+                    self.run_round(client, JobStore(connection))
+            self.findings.unasked = sorted(client.list_ids() - {*self.findings.accepted})
+            for job_id in self.findings.unasked:
+                self.findings.note_problem(f"nobody was told of job {job_id}")
+        except Lost as error:
+            self.findings.note_problem(str(error))
+        except Exception:
+            self.findings.note_problem(traceback.format_exc())
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # nothing may break off what ends the others
+            self.service.note_deaths()
+            self.service.stop(self.random.choice((signal.SIGINT, signal.SIGTERM)))
+            self.findings.leftovers = kill_leftovers(self.service.home)
+            for process in self.findings.leftovers:
+                self.findings.note_problem(f"left over: {process}")
+
+    def break_off(self, number: int, frame: object) -> None:
+        """Let every thread end: who waits for one would wait for long."""
+        self.over.set()
+        raise KeyboardInterrupt
+
+    def run_round(self, client: Client, store: JobStore) -> None:
+        """Two clients, a few faults; it is over when every job is."""
+        self.findings.n_rounds += 1
+        is_hurried = self.findings.n_rounds % 2 == 0
+        long, short, key = self.random.choice(LONG), self.random.choice(SHORT), draw_key(self.random)
+        self.findings.say(f"round {self.findings.n_rounds}{', hurried' * is_hurried}: {long}; {short}")
+        with ThreadPoolExecutor(16) as pool:
+            futures: list[Future[None]] = []
+
+            def spawn(work: Callable[..., None], *arguments: Any) -> None:
+                futures.append(pool.submit(self.guard, work, *arguments))
+
+            try:
+                if self.random.random() < 1 / 3:
+                    spawn(client.change_mind, long, key, self.random.uniform(0, 10))
+                else:
+                    spawn(client.run, long, key)
+                spawn(client.run, short, f"{key}-short")
+                breaker = Breaker(self.service, store, client, self.findings, self.random, spawn, is_hurried)
+                for _ in range(N_HURRIED if is_hurried else N_FAULTS):
+                    if not all(future.done() for future in futures):
+                        breaker.strike(next(self.faults))
+                while not all(future.done() for future in futures):
+                    time.sleep(PAUSE_S)
+            except BaseException:
+                self.over.set()
+                raise
+
+    def guard(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do this; what goes wrong is a problem of the service, or of ours."""
+        try:
+            work(*arguments)
+        except Lost as error:
+            self.findings.note_problem(str(error))
+        except Interrupted:
+            pass
+        except Exception:
+            self.findings.note_problem(traceback.format_exc())
+
+
+def draw_key(random: Random) -> str:
+    """An Idempotency-Key."""
+    return f"{random.getrandbits(64):x}"
+
+
+def deal(names: Sequence[str], random: Random) -> Iterator[str]:
+    """These names without an end: every one before any comes again."""
+    while True:
+        yield from random.sample(names, len(names))
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the schedule")
+    parser.add_argument("--rounds", type=int, default=3, help="against each service; every second is a hurried one")
+    parser.add_argument("--minutes", type=float, help="begin rounds for so long in all, however many they are")
+    parser.add_argument("--workers", type=int, default=2, help="of each service, with one thread each")
+    parser.add_argument("--against", choices=WAYS, help="only this service; both in turn if left out")
+    parser.add_argument("--faults", default=",".join(FAULTS), help="only these, with commas between them (%(default)s)")
+    options = parser.parse_args()
+    options.faults = options.faults.split(",")
+    if unknown := {*options.faults} - FAULTS.keys():
+        parser.error(f"--faults: got {', '.join(sorted(unknown))}; allowed: {', '.join(FAULTS)}")
+    return options
+
+
+def make_soak(way: str, options: argparse.Namespace, folder: Path, csvs: dict[str, bytes]) -> Soak:
+    """A soak of this service, with a schedule of its own."""
+    kind, possible = WAYS[way]
+    findings, random = Findings(), Random(f"{options.seed} {way}")
+    faults = [name for name in possible if name in options.faults]
+    return Soak(way, kind(folder / way, options.workers, findings), csvs, findings, random, deal(faults, random))
+
+
+def main() -> None:
+    """Soak what was asked for; exit status 0 only if nothing was lost and nothing differed."""
+    options = read_options()
+    folder = Path(tempfile.mkdtemp(prefix="ablation-soak-"))
+    csvs: dict[str, bytes] = {}
+    soaks = [make_soak(way, options, folder, csvs) for way in ([options.against] if options.against else WAYS)]
+    code = 0
+    try:
+        for soak in soaks:
+            if options.minutes:
+                soak.run(n_rounds=sys.maxsize, seconds=60 * options.minutes / len(soaks))
+            else:
+                soak.run(n_rounds=options.rounds, seconds=math.inf)
+    except KeyboardInterrupt:
+        code = 130
+    for soak in soaks:
+        print(f"\nAgainst {soak.way}, seed {options.seed}, {options.workers} workers:\n{soak.findings.summary()}")
+    problems = [f"{soak.way}: {problem}" for soak in soaks for problem in soak.findings.problems]
+    if problems:
+        print("\nPROBLEMS\n" + "\n".join(problems) + f"\nLogs and data are kept in {folder}")
+        sys.exit(1)
+    shutil.rmtree(folder)
+    print("\nInterrupted." if code else "\nAll is well.")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
