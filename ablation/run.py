@@ -174,9 +174,8 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
-            inputs = torch.cat(
-                [batch for batch, _ in read(job, shard.split, positions[: min(N_CHECKED, job.plan.batch_size)])]
-            )
+            n_checked = min(N_CHECKED, max(2, job.plan.batch_size))  # with one alone, no batch mates would be seen
+            inputs = torch.cat([batch for batch, _ in read(job, shard.split, positions[:n_checked])])
             baseline.check_repeatable(example, inputs)
             on_batch(0.0)
             baseline.check_composition(job.model, inputs)
