@@ -146,8 +146,7 @@ def _answer_refusal(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, redis.exceptions.OutOfMemoryError) or str(error).startswith("MISCONF"):
         log.error("Redis takes nothing in: %s", error)
         return unavailable(request, "The store has no room: nothing was changed. Delete jobs that are over.")
-    log.exception("Redis refused a command", exc_info=error)
-    return _answer_fault(request, error)
+    raise error
 
 
 def _answer_fault(request: Request, error: Exception) -> JSONResponse:
