@@ -33,6 +33,23 @@ def test_posted_job_is_stored_and_every_shard_is_queued(api: httpx.Client, store
     assert len(messages) == len(record.plan.shards)
 
 
+def test_a_full_store_takes_nothing_in_and_still_tells_what_it_knows(
+    api: httpx.Client, store: JobStore, settings: Settings, spec: JobSpec
+) -> None:
+    job = jobs.running(store, settings, spec)
+    store.client.config_set("maxmemory", 1)
+    try:
+        refused = api.post("/v1/jobs", json=jobs.FIELDS)
+        told = [api.get(path).status_code for path in ("/v1/jobs", f"/v1/jobs/{job.id}", "/v1/models")]
+    finally:
+        store.client.config_set("maxmemory", 0)
+    assert (refused.status_code, refused.headers["content-type"]) == (503, "application/problem+json")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert "has no room" in refused.json()["detail"]
+    assert told == [200] * 3
+    assert api.post("/v1/jobs", json=jobs.FIELDS).status_code == 202
+
+
 def test_job_says_how_it_is_doing(api: httpx.Client, store: JobStore, settings: Settings, spec: JobSpec) -> None:
     job = jobs.running(store, settings, spec)
     assert job.plan
