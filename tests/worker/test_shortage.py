@@ -1,14 +1,18 @@
 """Memory, room in the store and processes that run out: a clear end or another way, and the rest goes on."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from celery import Celery
+from redis.exceptions import ResponseError
 
 from ablation.spec import make_spec
 from tests.worker.conftest import make_partial, make_toy
@@ -18,9 +22,10 @@ from tests.worker.waiting import wait_for
 from worker import codec, keys, runner
 from worker.planner import plan_job
 from worker.queue import enqueue_shards, make_celery
+from worker.redis_server import start_redis
 from worker.settings import Settings
 from worker.states import TERMINAL, State
-from worker.store import JobRecord, JobStore
+from worker.store import JobRecord, JobStore, connect
 
 SITES = {"count": 5, "seed": 0}
 STRIPES = {"layer": "0", "data": {"name": "stripes", "train": "all"}, "sites": SITES, "verify": 2}
@@ -199,3 +204,53 @@ def test_a_lease_can_be_kept_without_room(store: JobStore) -> None:
     assert store.claim(job.id, shard, "a")
     store.client.config_set("maxmemory", 1)
     assert store.beat(job.id, shard, "a", 0.5) is State.RUNNING
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system of its own can't be mounted here: that takes root on Linux")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_what_writes_and_nothing_that_was_taken_in_is_lost(
+    small_disk: Path, settings: Settings
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="ablation-test-") as run:
+        server = start_redis(Path(run), small_disk)
+        here = settings.model_copy(update={"redis_url": server.url})
+        with connect(here) as client:
+            store, celery = JobStore(client), make_celery(here)
+            spec, plan = plan_real(here, 60, sites=SITES)
+            job = store.create(spec, plan)
+            assert job
+            filler = small_disk / "filler"
+            with suppress(OSError), filler.open("wb") as file:
+                while True:
+                    file.write(b"x" * 4096)
+
+            def refused() -> bool:
+                try:
+                    client.set("ablation:test", "x" * 10_000)
+                except ResponseError as error:
+                    return str(error).startswith("MISCONF")
+                return False
+
+            wait_for(refused, 20)
+            with pytest.raises(ResponseError, match="MISCONF"):
+                store.create(spec, plan)
+            with pytest.raises(ResponseError, match="MISCONF"):
+                runner.run_next(store, celery, here, "a")
+            assert reload(store, job).status is State.QUEUED
+            filler.unlink()
+            wait_for(lambda: not refused(), 20)
+            for _ in plan.shards:
+                runner.run_next(store, celery, here, "a")
+            runner.finalize(store, celery, here, "a", job.id)
+            assert b"".join(store.table_blocks(job.id)) == encode(run_undisturbed(here, spec, plan))
+        server.stop()
