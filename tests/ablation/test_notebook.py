@@ -404,6 +404,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_examples() -> None:
     """6,000 examples are 295 MB of inputs; what is kept is one batch."""
     import subprocess

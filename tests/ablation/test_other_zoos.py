@@ -56,7 +56,14 @@ TRANSFORMERS: dict[str, tuple[int, dict[str, Any]]] = {
     "Swin": (32, {"patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}),
 }
 WHERE = pytest.mark.parametrize(
-    ("where", "precision"), [("first", "mixed"), ("middle", "mixed"), ("last", "mixed"), ("middle", "float64")]
+    ("where", "precision"),
+    [
+        ("middle", "mixed"),
+        *(
+            pytest.param(*rest, marks=pytest.mark.slow)
+            for rest in (("first", "mixed"), ("last", "mixed"), ("middle", "float64"))
+        ),
+    ],
 )
 HIDDEN = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 

@@ -123,6 +123,7 @@ def thousand_classes(folders: Folders) -> str:
     return "thousand"
 
 
+@pytest.mark.slow
 def test_alexnet_end_to_end(folders: Folders, thousand_classes: str) -> None:
     """AlexNet's fc2 on an image folder of 1,000 classes, seeded random weights."""
     spec = make_spec(

@@ -45,6 +45,7 @@ def test_ctrl_c_stops_everything(home: Path, tmp_path: Path) -> None:
     assert [*tmp_path.glob("ablation-*")] == []
 
 
+@pytest.mark.slow
 def test_a_dead_api_is_started_again(home: Path, tmp_path: Path) -> None:
     with start(home, tmp_path / "demo-out") as process:
         assert process.stdout

@@ -208,6 +208,7 @@ def test_only_the_parent_acts_on_a_signal_to_all_of_a_worker(get_workers: GetWor
     wait_for(lambda: is_gone(child), 1)
 
 
+@pytest.mark.slow
 def test_a_child_that_dies_is_replaced_and_its_shard_run_again(
     store: JobStore, celery: Celery, get_workers: GetWorkers, planned: tuple[JobSpec, Plan], undisturbed: bytes
 ) -> None:
