@@ -7,6 +7,8 @@ ABLATION_HOME ?= .home
 PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --custom-compile-command 'make lock'
+# As workers have it: libgomp's threads don't spin while others compute.
+PATIENT := env OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 BENCHMARKS = $(basename $(notdir $(shell grep -ls __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
@@ -58,8 +60,9 @@ $(ABLATION_HOME)/redis_password:
 	$(PYTHON) -c 'import secrets; print(secrets.token_hex(32))' > $@
 	chmod 644 $@
 
+# In two processes: much of it waits for workers to start.
 test: install ## the suite, on a real Redis and a real worker
-	@exec .venv/bin/python -m pytest -m "not slow and not gpu"
+	@exec $(PATIENT) .venv/bin/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: install ## what takes minutes
 	@exec .venv/bin/python -m pytest -m "slow and not gpu"
@@ -88,9 +91,6 @@ check: install ## format, lint, types, import contracts, compose files, Dockerfi
 	.venv/bin/lint-imports
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	.venv/bin/hadolint Dockerfile
-
-# As workers have it: libgomp's threads don't spin while Python's compute.
-PATIENT := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
 bench: install ## every claim about speed, measured here
 	@set -e; for name in $(filter-out %_gpu,$(BENCHMARKS)); do $(PATIENT) .venv/bin/python -m benchmarks.$$name; done

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Num
 
 from ablation.table import Columns, ImportanceTable, count_rows, cut_rows
 
@@ -37,9 +37,27 @@ def csv_header(names: Sequence[str]) -> bytes:
 def csv_rows(columns: Columns) -> bytes:
     """All lines after the header."""
     sink = pa.BufferOutputStream()
-    texts = {name: _spell(values) if values.dtype.kind == "f" else values for name, values in columns.items()}
+    texts = {name: _spell(values) if values.dtype.kind == "f" else _numbers(values) for name, values in columns.items()}
     pyarrow.csv.write_csv(pa.record_batch(texts), sink, _PLAIN)
     return bytes(sink.getvalue())
+
+
+# Arrow's own conversions begin with a look for pandas' types, which imports pandas: a second and 60 MB in the middle of
+# somebody's request. So these say what is in the buffers.
+
+
+def _numbers(values: Num[np.ndarray, " rows"], known: pa.Buffer | None = None) -> pa.Array:
+    data = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [known, data])
+
+
+def _bits(values: Bool[np.ndarray, " rows"]) -> pa.Buffer:
+    return pa.py_buffer(np.packbits(values, bitorder="little"))
+
+
+def _strings(values: Sequence[str]) -> pa.StringArray:
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer("".join(values).encode()))
 
 
 def _spell(values: Float64[np.ndarray, " rows"]) -> pa.StringArray:
@@ -49,18 +67,22 @@ def _spell(values: Float64[np.ndarray, " rows"]) -> pa.StringArray:
     for 1e-05, 1e+10 for 10000000000.0. The edges below are exact: a float prints as 1e-9 or more if and only if it is.
     """
     size = np.abs(values)
-    text = pc.cast(pa.array(values, mask=np.isnan(values)), pa.string())
+    text = pc.cast(_numbers(values, _bits(~np.isnan(values))), pa.string())
     text = _respell(text, (size < 1e-6) & (size >= 1e-9), lambda t: pc.replace_substring(t, "e-", "e-0"))
+    zero, point = _strings(["0", "."])
     whole = (size < 1e10) & (values == np.trunc(values))
-    text = _respell(text, whole, lambda t: pc.binary_join_element_wise(t, "0", "."))
+    text = _respell(text, whole, lambda t: pc.binary_join_element_wise(t, zero, point))
     others = ((size < 1e-4) & (size >= 1e-6)) | ((size < 1e16) & (size >= 1e10))
-    return _respell(text, others, lambda _: pa.array(map(repr, values[others].tolist()), pa.string()))
+    return _respell(text, others, lambda _: _strings([*map(repr, values[others].tolist())]))
 
 
 def _respell(
     text: pa.StringArray, where: Bool[np.ndarray, " rows"], spell: Callable[[pa.StringArray], pa.StringArray]
 ) -> pa.StringArray:
-    return pc.replace_with_mask(text, where, spell(text.filter(where))) if where.any() else text
+    if not where.any():
+        return text
+    mask = pa.Array.from_buffers(pa.bool_(), len(where), [None, _bits(where)])
+    return pc.replace_with_mask(text, mask, spell(text.filter(mask)))
 
 
 def csv_chunks(blocks: Iterable[Columns]) -> Iterator[bytes]:
@@ -85,7 +107,7 @@ def parquet_chunks(blocks: Iterable[Columns]) -> Iterator[bytes]:
     sink, writer = _Sink(), None
     for block in blocks:
         for rows in _cut(block):
-            batch = pa.record_batch(rows)
+            batch = pa.record_batch({name: _numbers(values) for name, values in rows.items()})
             writer = writer or pyarrow.parquet.ParquetWriter(sink, batch.schema, compression="zstd")
             writer.write_batch(batch)
             yield sink.take()

@@ -6,7 +6,7 @@ In: any PyTorch model and data. Out: a `Table`, which is an `ImportanceTable` wi
 import copy
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from ablation.devices import find_device
 from ablation.errors import DataError, ModelError, SpecError
 from ablation.export import write_csv, write_parquet, write_whole
 from ablation.layers import describe_model
-from ablation.plan import SplitCounts, make_plan
+from ablation.machine import find_memory
+from ablation.plan import Plan, SplitCounts, make_plan
 from ablation.plots import make_figure
 from ablation.precision import fit, left_alone
 from ablation.reference import intact_logits
-from ablation.run import Job, Split, make_job, run_job
+from ablation.run import Split, make_job, run_smaller
 from ablation.spec import SPLITS, JobSpec, make_spec
 from ablation.statistics import make_summary
 from ablation.table import ImportanceTable
@@ -125,13 +126,18 @@ def ablate(
     spec = _make_spec(layer, read, sites, seed, value, precision, verify, top1, criteria)
     work = _on_device(model, device)
     with left_alone(work):
-        job = _plan_job(spec, work, read, engine, batch_size)
-        if not progress:
-            return _as_table(run_job(job))
+        plan_of = _plan_for(spec, work, read, engine, batch_size)
+        plan = plan_of(0)
         columns = (TextColumn("ablating {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
-            task = bar.add_task(f"{job.plan.n_sites} weights of {layer} ({job.plan.path})", total=1.0)
-            return _as_table(run_job(job, on_progress=lambda fraction: bar.update(task, completed=fraction)))
+        with Progress(*columns, transient=True, console=Console(stderr=True), disable=not progress) as bar:
+            task = bar.add_task(f"{plan.n_sites} weights of {layer} ({plan.path})", total=1.0)
+            return _as_table(
+                run_smaller(
+                    lambda n_halved: make_job(spec, plan_of(n_halved) if n_halved else plan, work, read),
+                    may_halve=batch_size is None,
+                    on_progress=lambda fraction: bar.update(task, completed=fraction),
+                )
+            )
 
 
 def _as_table(table: ImportanceTable) -> Table:
@@ -224,17 +230,17 @@ def _on_device(model: torch.nn.Module, device: Any) -> torch.nn.Module:
     return model if where == parameters[0].device else copy.deepcopy(model).to(where)
 
 
-def _plan_job(
+def _plan_for(
     spec: JobSpec, model: torch.nn.Module, splits: dict[str, Split], engine: str, batch_size: int | None
-) -> Job:
+) -> Callable[[int], Plan]:
+    """The plan that is halved so many times."""
     baseline.check_model(model)
     facts = _describe(model, next(iter(splits.values())))
     counts = {name: SplitCounts(n_examples=len(split.indices)) for name, split in splits.items()}
     size = _check_size(_whole(batch_size))
-    plan = make_plan(
-        spec, facts, counts, threads=torch.get_num_threads(), engine=engine, batch_size=size, is_shared=False
-    )
-    return make_job(spec, plan, model, splits)
+    options: dict[str, Any] = {"threads": torch.get_num_threads(), "memory_bytes": find_memory(), "engine": engine}
+    options |= {"batch_size": size, "is_shared": False}
+    return lambda n_halved: make_plan(spec, facts, counts, n_halved=n_halved, **options)
 
 
 def _check_size(batch_size: int | None) -> int | None:

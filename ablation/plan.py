@@ -43,6 +43,7 @@ LANE_VALUES = 1 << 26  # numbers that their deltas may have at the widest place:
 LANE_FLOPS = 5e11  # of one run with deltas: some seconds, after which a job can be cancelled
 PROOF_EXAMPLES = 64
 FEWEST_PROVED = 4  # however little the job costs
+PROVED_AT_ONCE = 4  # products of 8 rows take less time than those of 5, 6 or 7
 PROOF_SHARE = 0.1  # of the job's cost, at most
 PARTIAL_BYTES = 64 << 20  # of a shard of whole rows: what the merge holds beside the totals
 FORM_BYTES = 1 << 10  # and what its form takes, as it goes to Redis
@@ -393,7 +394,8 @@ def _plan_proof(
     blocks = sorted({(shard.split, *shard.examples) for shard in shards})
     n_all = sum(last - first for _, first, last in blocks)
     one_s = proof_s(1, n_sites, facts, layer, threads)
-    n_wanted = min(PROOF_EXAMPLES, max(FEWEST_PROVED, int(PROOF_SHARE * seconds / max(one_s, 1e-9))))
+    n_paid = int(PROOF_SHARE * seconds / max(one_s, 1e-9))
+    n_wanted = min(PROOF_EXAMPLES, max(FEWEST_PROVED, -(-n_paid // PROVED_AT_ONCE) * PROVED_AT_ONCE))
     random = np.random.default_rng(0)
     examples: dict[str, tuple[int, ...]] = {}
     for split, first, last in blocks:

@@ -71,15 +71,17 @@ def compare(
     loss: float,
 ) -> Compared:
     """Run engine and reference side by side over the proof's examples of one split."""
-    whole_model = in_float64(model)
     columns: dict[str, list[Tensor]] = {"engine": [], "continued": [], "whole": []}
     largest_logit = 0.0
+    batches = [*batches]  # of a proof's few examples
     for inputs, labels in batches:
         intact, pieces = path.run(inputs, labels)
         largest_logit = max(largest_logit, float(intact.logits.abs().max()))
         columns["engine"].append(torch.cat([piece.delta for piece in pieces if isinstance(piece, Deltas)]))
         columns["continued"].append(reference_deltas(model, parameter, sites, inputs, labels))
-        columns["whole"].append(reference_deltas(whole_model, parameter, sites, fit(inputs, whole_model), labels))
+    model = in_float64(model)  # only now: the reference keeps float64 numbers, too, while it runs
+    for inputs, labels in batches:
+        columns["whole"].append(reference_deltas(model, parameter, sites, fit(inputs, model), labels))
     arrays = {name: torch.cat(parts, dim=1).cpu().numpy() for name, parts in columns.items()}
     return Compared(**arrays, sums=sums, utility_rms=utility_rms, loss=loss, largest_logit=largest_logit)
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from ablation.errors import ModelError
-from ablation.precision import as_found, in_own_precision, run, run_with
+from ablation.precision import FromTargetOn, Lifts, as_found, in_own_precision, run, run_with
 from ablation.sites import Sites
 
 
@@ -39,19 +39,25 @@ def run_reference(
     Numerics: a difference of two float64 losses, so right to about 2e-16 of the loss, absolutely.
     Source: Elsayed & Mahmood, arXiv 2404.00781, Eq. 1 (true utility); SNIP, arXiv 1810.02340, Eq. 4.
     """
-    weights = model.get_parameter(parameter).detach().double().clone(memory_format=torch.contiguous_format)
+    weights = model.get_parameter(parameter).detach()
+    weights = weights.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     n = len(labels)
     delta = torch.zeros(len(sites), n, dtype=torch.float64, device=labels.device)
     touched, correct = torch.zeros_like(delta, dtype=torch.bool), torch.zeros_like(delta, dtype=torch.bool)
+    lifts = Lifts()  # what comes after the target, in float64: once for all runs
+
+    def run_ablated() -> Tensor:
+        return run_with(model, parameter, weights, inputs, mode=FromTargetOn(weights, lifts))
+
     with as_found(model):
-        logits = run_with(model, parameter, weights, inputs)
+        logits = run_ablated()
         loss = _loss(logits, labels)
         for row, (index, replacement) in enumerate(
             zip(sites.indices.tolist(), sites.replacements.tolist(), strict=True)
         ):
             weight = weights.view(-1)[index].item()
             weights.view(-1)[index] = replacement
-            ablated = run_with(model, parameter, weights, inputs)
+            ablated = run_ablated()
             weights.view(-1)[index] = weight
             delta[row] = _loss(ablated, labels) - loss
             touched[row] = (ablated != logits).any(dim=1)

@@ -24,9 +24,9 @@ from ablation import baseline
 from ablation.cache import Activations, Notes, find_next, find_start, hash_of, make_known
 from ablation.catalog import SplitCounts, find_root, model_names
 from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example, tell_apart
-from ablation.devices import find_device, freed_memory_kept
+from ablation.devices import find_device, freed_memory_kept, is_out_of_memory
 from ablation.engine import open_path, run_batches
-from ablation.errors import DataError, ExampleError, ModelError, as_given
+from ablation.errors import DataError, ExampleError, ModelError, OutOfMemory, as_given, shorten
 from ablation.folders import Folders
 from ablation.layers import registered_here
 from ablation.machine import find_memory, measure_pace
@@ -449,6 +449,56 @@ def run_job(job: Job, *, on_progress: Callable[[float], None] = lambda fraction:
     return make_result(job, totals, seconds=time.monotonic() - started)
 
 
+def run_smaller(
+    make: Callable[[int], Job],
+    *,
+    may_halve: bool,
+    on_progress: Callable[[float], None] = lambda fraction: None,
+    on_smaller: Callable[[Plan], None] = lambda plan: None,
+) -> ImportanceTable:
+    """Run the job that `make` gives; where memory runs out, the one with half of that carried at once, and so on.
+
+    Args:
+        make: the job whose plan is halved so many times (`make_plan`).
+        may_halve: false where the user has said how much to carry.
+        on_progress: as in `run_job`.
+        on_smaller: called with each plan after the first.
+
+    Raises:
+        OutOfMemory: what is left takes too much, too.
+    """
+    n_halved = 0
+    while True:
+        job = make(n_halved)
+        if n_halved:
+            on_smaller(job.plan)
+        try:
+            return run_job(job, on_progress=on_progress)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if not may_halve:
+                raise OutOfMemory(
+                    f"memory ran out in batches of {job.plan.batch_size} ({shorten(str(error))}). Choose a smaller "
+                    "batch size, or leave it to the plan."
+                ) from error
+            n_halved = halve(job.plan, error)
+
+
+def halve(plan: Plan, error: Exception) -> int:
+    """How often the next plan is halved, since memory ran out with this one.
+
+    Raises:
+        OutOfMemory: one example and one site at a time it carries already.
+    """
+    if plan.batch_size == plan.lanes == 1:
+        raise OutOfMemory(
+            f"memory ran out even one example at a time ({shorten(str(error))}). Ask for fewer sites, or use a machine "
+            "with more memory."
+        ) from error
+    return plan.n_halved + 1
+
+
 def run_spec(
     spec: JobSpec,
     folders: Folders,
@@ -462,14 +512,18 @@ def run_spec(
 ) -> ImportanceTable:
     """Load, plan and run a job in this process."""
     on_progress(0.0, "reading the model and the data")
-    threads = threads or torch.get_num_threads()
-    plan = plan_here(
-        spec, folders, threads=threads, shard_s=shard_s, engine=engine, batch_size=batch_size, is_shared=False,
-        pace=measure_pace(), memory_bytes=find_memory(),
-    )  # fmt: skip
-    job = load_job(spec, plan, folders, device=device)
+    options: dict[str, Any] = {"threads": threads or torch.get_num_threads(), "shard_s": shard_s, "engine": engine}
+    options |= {"pace": measure_pace(), "memory_bytes": find_memory()}
 
-    def on_fraction(fraction: float) -> None:
-        on_progress(fraction, "examples x sites" if fraction < 1 else "checking against the reference")
+    def make(n_halved: int) -> Job:
+        plan = plan_here(spec, folders, batch_size=batch_size, is_shared=False, n_halved=n_halved, **options)
+        return load_job(spec, plan, folders, device=device)
 
-    return run_job(job, on_progress=on_fraction)
+    return run_smaller(
+        make,
+        may_halve=batch_size is None,
+        on_progress=lambda part: on_progress(
+            part, "examples x sites" if part < 1 else "checking against the reference"
+        ),
+        on_smaller=lambda plan: on_progress(0.0, f"memory ran out: again, in batches of {plan.batch_size}"),
+    )

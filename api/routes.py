@@ -106,8 +106,8 @@ def get_job(
 @routes.post("/v1/jobs/{job_id}/cancel", tags=["jobs"], responses=document.CANCEL_JOB)
 def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobView:
     """Stop a job; what runs stops within one batch. 202 when this call did it, 200 when it was so already."""
-    response.status_code = 200 if job.status in (State.CANCELLING, State.CANCELLED) else 202
-    after = store.cancel(job.id)
+    after, is_new = store.cancel(job.id)
+    response.status_code = 202 if is_new else 200
     if after in (State.SUCCEEDED, State.FAILED):
         raise conflict(f"Job {job.id} has {after} and can't be cancelled; DELETE it if it is not wanted.")
     if after == State.EXPIRED:

@@ -176,7 +176,7 @@ def test_every_target_can_be_made(target: str) -> None:
 def test_ci_runs_the_suite() -> None:
     result = run(ROOT / ".ci" / "run", folder=Path("/"), MAKEFLAGS="--dry-run")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.rstrip().endswith('.venv/bin/python -m pytest -m "not slow and not gpu"')
+    assert result.stdout.rstrip().endswith('.venv/bin/python -m pytest -n 2 -m "not slow and not gpu"')
 
 
 def test_every_marker_has_a_target_of_its_own() -> None:

@@ -16,7 +16,7 @@ from celery import Celery
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from ablation.catalog import Registered, dataset_names, model_names
-from ablation.errors import AblationError, Cancelled, OutOfMemory, Unfit, shorten
+from ablation.errors import AblationError, Cancelled, Unfit
 from ablation.plan import Plan
 from ablation.spec import JobSpec
 from worker import codec, keys, planner
@@ -184,15 +184,11 @@ def cut_smaller(store: JobStore, celery: Celery, settings: Settings, job_id: str
     Raises:
         OutOfMemory: the batch is one example already.
     """
+    from ablation.run import halve
+
     _loaded.clear()
     record = get_record(store, job_id)
-    before = plan_of(record)
-    if before.batch_size == before.lanes == 1:
-        raise OutOfMemory(
-            f"memory ran out even one example at a time ({shorten(str(error))}). Ask for fewer sites, or give the "
-            "worker more memory."
-        ) from error
-    plan = mark_cut(cut(store, settings, record.spec, before.n_halved + 1), record.n_cut)
+    plan = mark_cut(cut(store, settings, record.spec, halve(plan_of(record), error)), record.n_cut)
     if store.cut_again(job_id, record.n_cut, plan):
         log.warning("job %s: memory ran out; cut anew in batches of %d", job_id, plan.batch_size)
         enqueue_shards(celery, len(plan.shards))

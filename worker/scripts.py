@@ -286,11 +286,12 @@ redis.call('HSET', job, 'error', ARGV[2])
 return 1
 """)
 
-# -> the state after the call. Also how the sweeper finishes a `cancelling` job that nobody works on any more.
+# -> the state after the call, 1 where this call has stopped the job. Also how the sweeper finishes a `cancelling` job
+# that nobody works on any more.
 CANCEL = _script("""
-move('cancelling')
+local moved = move('cancelling')
 if status == 'cancelling' and redis.call('ZCARD', leases) == 0 then move('cancelled') end
-return status
+return {status, moved and 1 or 0}
 """)
 
 # -> the state after the call: what is terminal becomes a tombstone

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -65,6 +65,13 @@ class JobRecord(Record):
     spec: JobSpec
     plan: Plan | None = Field(default=None, description="None until a worker has opened the data and cut the job")
     error: dict[str, Any] | None = None
+
+
+class Cancellation(NamedTuple):
+    """The state after a call to cancel (None if the job is unknown), and whether it was this call that stopped it."""
+
+    state: State | None
+    is_new: bool
 
 
 Page = tuple[list[JobRecord], str | None]  # jobs, and the cursor of the next page
@@ -167,9 +174,10 @@ class JobStore:
         next_cursor = str(int(found[limit - 1][1])) if len(found) > limit else None
         return [record for record in records if record], next_cursor
 
-    def cancel(self, job_id: str) -> State | None:
-        """The state after the call: `cancelling` while a worker is in mid-shard, else `cancelled`; None if unknown."""
-        return _state(self._run(scripts.CANCEL, job_id))
+    def cancel(self, job_id: str) -> Cancellation:
+        """Stop a job: `cancelling` while a worker is in mid-shard, else `cancelled`."""
+        state, moved = self._run(scripts.CANCEL, job_id)
+        return Cancellation(_state(state), bool(moved))
 
     def delete(self, job_id: str) -> State | None:
         """The state after dropping what is kept: `expired`, or the state that forbade it; None if unknown."""

@@ -4,20 +4,21 @@ In: a batch. Out: the intact network, and its response functions, which are piec
 the batch for all weights of some units.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
 from ablation.cache import Activations
 from ablation.engine import piecewise
+from ablation.engine.active import Linear
 from ablation.engine.calls import Calls
 from ablation.engine.deltas import Deltas, Responses, Runs
-from ablation.engine.head import catch_input, get_numbers, keeps_values, linear_parameters
+from ablation.engine.head import catch_input, keeps_values, linear_parameters, make_linear
 from ablation.engine.kernels import close_class
 from ablation.engine.loss import Intact, make_intact
 from ablation.errors import ModelError
@@ -111,6 +112,13 @@ class DeepResponses:
         """Of some of the examples."""
         return replace(self, examples=self._some(chosen))
 
+    def joined(self, others: Sequence["DeepResponses"]) -> "DeepResponses":
+        """See `Responses`."""
+        parts = [part.examples for part in (self, *others)]
+        names = [field.name for field in fields(piecewise.Examples)]
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return replace(self, examples=piecewise.Examples(**joined))
+
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
         """Example by example, of some rows of the table."""
         return chosen_deltas(self, rows, intact)
@@ -159,17 +167,18 @@ class Deep:
         self.activations = activations
         self.target = model.get_parameter(head.linears[0][0])
         self.dtype = torch.float32 if precision == "float32" else torch.float64
-        self.linears = [
-            (model.get_parameter(weight).detach().to(self.dtype), get_numbers(model, bias, self.dtype))
-            for weight, bias in head.linears
-        ]
-        second, last = (model.get_parameter(weight).detach().float().cpu() for weight, _ in head.linears[1:])
-        self.columns, self.last = second.T.contiguous().numpy(), last.T.contiguous().numpy()
+        self.linears = [make_linear(model, *names, self.dtype) for names in head.linears]
+        self.columns, self.last = (linear.columns for linear in self.linears[1:])
         n_inputs = self.target.shape[1]
         if isinstance(sites, EveryWeight):
             self.units = torch.arange(sites.first // n_inputs, sites.last // n_inputs)
         else:
             self.units = torch.arange(len(self.target))
+
+    @cached_property
+    def own(self) -> Linear:
+        """The target, as far as the sites are in it."""
+        return self.linears[0].of_units(self.units)
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Responses | Deltas]]:
         """One batch: the intact network, and its response functions; of a few sites (a job's proof) their deltas."""
@@ -195,16 +204,15 @@ class Deep:
 
     def _intact(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, y1 of the sites' units, y2 and the logits; all but y1 may have been left in the cache."""
-        (weight, bias), second, last = self.linears
+        first, second, last = self.linears
         address = "" if self.activations is None else self.activations.address(inputs)
         kept = None if self.activations is None else self.activations.get(address)
         if kept is not None:
-            y1 = F.linear(kept["x"].to(self.dtype), weight[self.units], None if bias is None else bias[self.units])
-            return kept["x"], y1, kept["second"], kept["logits"]
+            return kept["x"], self.own(kept["x"]), kept["second"], kept["logits"]
         x = catch_input(self.model, self.target, inputs)
-        y1 = F.linear(x.to(self.dtype), weight, bias)
-        y2 = F.linear(y1.relu(), *second)
-        logits = F.linear(y2.relu(), *last)
+        y1 = first(x)
+        y2 = second(y1.relu())
+        logits = last(y2.relu())
         if self.activations is not None:
             record = {"x": x.clone(), "second": y2.clone(), "logits": logits.clone()}
             self.activations.put(address, record, len(inputs))

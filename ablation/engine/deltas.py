@@ -2,6 +2,7 @@
 sum themselves up, for so many sites that their deltas are never held.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -67,6 +68,10 @@ class Responses(Protocol):
 
     def of_examples(self, chosen: np.ndarray) -> "Responses":
         """Of some of the examples."""
+        ...
+
+    def joined(self, others: Sequence[Any]) -> "Responses":
+        """Of these examples, and then of those of other such responses."""
         ...
 
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:

@@ -4,6 +4,7 @@ For heads whose function is ReLU or none. The kernels are in `triton_kernels.py`
 such a device, since not every torch comes with Triton.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,9 +64,9 @@ class DeviceHead:
 
 def open_device_head(head: OpenHead, by_unit: ByUnit) -> DeviceHead:
     """A head whose numbers are on the device."""
-    units = torch.from_numpy(by_unit.units).to(head.weight.device)
-    last = head.last_weight
-    columns = Columns(units, None if last is None else last.float().T[units].contiguous(), head.head.is_relu)
+    units = torch.from_numpy(by_unit.units).to(head.target.device)
+    last = None if head.last is None else head.last.given.float().T[units].contiguous()
+    columns = Columns(units, last, head.head.is_relu)
     return DeviceHead(columns, make_steps(by_unit, units.device), by_unit)
 
 
@@ -109,6 +110,12 @@ class DeviceRows:
         """Of some of the examples."""
         examples = torch.from_numpy(chosen).to(self.device)
         return replace(self, batch=self.batch.pick(examples), y=self.y[:, examples].contiguous())
+
+    def joined(self, others: Sequence["DeviceRows"]) -> "DeviceRows":
+        """See `Responses`."""
+        parts = [self, *others]
+        given = (torch.cat([getattr(part.batch, name) for part in parts]) for name in ("x", "q", "z", "labels"))
+        return replace(self, batch=Batch(*given), y=torch.cat([part.y for part in parts], dim=1))
 
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
         """Example by example, by the same loops, of some rows of the table."""

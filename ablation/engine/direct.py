@@ -39,16 +39,16 @@ class Direct:
         self.top1 = top1
         huge = len(sites) > 0 and bool((sites.replacements - sites.weights).abs().max() > HUGE_STEP)
         self.delta_dtype = torch.float64 if precision == "float64" or huge else torch.float32
-        n_inputs = self.open_head.weight.shape[1]
+        n_inputs = self.open_head.target.shape[1]
         self.unit = sites.indices if head.is_bias else sites.indices // n_inputs
         self.input = None if head.is_bias else sites.indices % n_inputs
         self.step = sites.replacements - sites.weights
-        on_host = self.open_head.weight.device.type == "cpu"
+        on_host = self.open_head.target.device.type == "cpu"
         fits = on_host and not top1 and self.delta_dtype == torch.float32
         self.loops = open_loops(self.open_head) if fits else None
-        if self.loops is None and (last := self.open_head.last_weight) is not None:
-            self.columns = last.T.contiguous()
-            self.live = (last != 0).any(dim=0)
+        if self.loops is None and (last := self.open_head.last) is not None:
+            self.columns = last.weight.T.contiguous()
+            self.live = (last.weight != 0).any(dim=0)
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of many sites at once."""
@@ -56,7 +56,7 @@ class Direct:
         intact = make_intact(batch.logits, labels, self.delta_dtype)
         if self.loops is not None:
             return intact, self._score(intact, batch, self.loops)
-        x = batch.x.to(self.open_head.weight.dtype)
+        x = batch.x.to(self.open_head.dtype)
         return intact, self._deltas(intact, x.T.contiguous(), batch.y.T.contiguous())
 
     def keep_prefix(self, inputs: Tensor) -> None:
@@ -82,7 +82,7 @@ class Direct:
         for first in range(0, len(self.sites), at_once):
             rows = slice(first, min(first + at_once, len(self.sites)))
             t = self._unit_deltas(rows, x, y)
-            moved = t != 0 if self.open_head.last_weight is None else (t != 0) & self.live[self.unit[rows], None]
+            moved = t != 0 if self.open_head.last is None else (t != 0) & self.live[self.unit[rows], None]
             delta = torch.zeros(t.shape, dtype=torch.float64, device=t.device)
             correct = intact.correct.expand(t.shape).clone()
             n_pairs = max(1, VALUES_AT_ONCE // intact.logits.shape[1])
@@ -109,7 +109,7 @@ class Direct:
         self, t: Float[Tensor, " pairs"], unit: Int64[Tensor, " pairs"], intact: Intact
     ) -> Float[Tensor, "pairs classes"]:
         """dz = t V[:, i]; where the target is the last Linear, only logit i moves."""
-        if self.open_head.last_weight is not None:
+        if self.open_head.last is not None:
             return self.columns.index_select(0, unit).mul_(t[:, None])
         dz = torch.zeros(len(t), intact.logits.shape[1], dtype=t.dtype, device=t.device)
         return dz.scatter_(1, unit[:, None], t[:, None])

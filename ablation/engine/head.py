@@ -8,6 +8,7 @@ target.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ablation.cache import Activations
+from ablation.engine.active import Linear
 from ablation.engine.calls import Call, Calls
 from ablation.engine.functions import Function, find_function
 from ablation.precision import as_found, in_own_precision, run
@@ -147,22 +149,28 @@ class HeadBatch:
 
 
 class OpenHead:
-    """A head with its model: the numbers of its Linears in the base's precision."""
+    """A head with its model: its Linears in the base's precision. `units`: whose y are asked for; None: of all."""
 
     def __init__(
-        self, model: torch.nn.Module, head: Head, dtype: torch.dtype, activations: Activations | None = None
-    ) -> None:
+        self, model: torch.nn.Module, head: Head, dtype: torch.dtype, activations: Activations | None = None,
+        units: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.head = head
+        self.dtype = dtype
         self.activations = activations
         self.target = model.get_parameter(head.weight)
-        self.weight = self.target.detach().to(dtype)
-        self.bias = get_numbers(model, head.bias, dtype)
-        self.last_weight = get_numbers(model, head.last[0], dtype) if head.last else None
-        self.last_bias = get_numbers(model, head.last[1], dtype) if head.last else None
+        self.first = make_linear(model, head.weight, head.bias, dtype)
+        self.last = None if head.last is None else make_linear(model, *head.last, dtype)
+        self.units = units
 
-    def run(self, inputs: Tensor, units: Tensor | None = None) -> HeadBatch:
-        """The intact head on one batch; y of some units only, where no more are asked for.
+    @cached_property
+    def own(self) -> Linear:
+        """The target, as far as it is asked for."""
+        return self.first if self.units is None else self.first.of_units(self.units)
+
+    def run(self, inputs: Tensor) -> HeadBatch:
+        """The intact head on one batch.
 
         What comes before it, and the logits, may have been left in the cache by an earlier job on the same batch, or by
         another shard of this one.
@@ -170,18 +178,15 @@ class OpenHead:
         address = "" if self.activations is None else self.activations.address(inputs)
         kept = None if self.activations is None else self.activations.get(address)
         if kept is not None:
-            x, logits = kept["x"], kept["logits"]
-            rows = slice(None) if units is None else units
-            bias = None if self.bias is None else self.bias[rows]
-            return HeadBatch(x, F.linear(x.to(self.weight.dtype), self.weight[rows], bias), logits)
+            return HeadBatch(kept["x"], self.own(kept["x"]), kept["logits"])
         x = catch_input(self.model, self.target, inputs)
-        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        y = self.first(x)
         logits = activate(self.head, y)
-        if self.last_weight is not None:
-            logits = F.linear(logits, self.last_weight, self.last_bias)
+        if self.last is not None:
+            logits = self.last(logits)
         if self.activations is not None:
             self.activations.put(address, {"x": x.clone(), "logits": logits.clone()}, len(inputs))
-        return HeadBatch(x, y if units is None else y[:, units], logits)
+        return HeadBatch(x, y if self.units is None else y[:, self.units], logits)
 
 
 def catch_input(model: torch.nn.Module, target: Tensor, inputs: Tensor) -> Float[Tensor, "examples inputs"]:
@@ -217,9 +222,12 @@ class _InputOf(TorchFunctionMode):
         return call(*args, **kwargs)
 
 
-def get_numbers(model: torch.nn.Module, name: str | None, dtype: torch.dtype) -> Tensor | None:
-    """A parameter's, or a buffer's, in some precision."""
-    if name is None:
-        return None
+def make_linear(model: torch.nn.Module, weight: str, bias: str | None, dtype: torch.dtype) -> Linear:
+    """A Linear of the model, by the names of its parameters or buffers."""
+    return Linear(get_numbers(model, weight), None if bias is None else get_numbers(model, bias), dtype)
+
+
+def get_numbers(model: torch.nn.Module, name: str) -> Tensor:
+    """A parameter's numbers, or a buffer's."""
     owner, _, local = name.rpartition(".")
-    return getattr(model.get_submodule(owner), local).detach().to(dtype)
+    return getattr(model.get_submodule(owner), local).detach()

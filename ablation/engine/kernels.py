@@ -23,7 +23,7 @@ from typing import Any
 import numba
 import numpy as np
 
-LOOPS = ("channels", "curves", "functions", "fused", "kernels", "piecewise")  # the files with compiled loops
+LOOPS = ("active", "channels", "curves", "functions", "fused", "kernels", "piecewise")  # the files with compiled loops
 _LANES = {"reassoc", "contract", "nsz", "arcp"}  # what LLVM may do: sums in lanes among it
 _settings: Any = numba.config
 _OWN_CACHE = Path.home() / ".cache" / "weight-ablation"

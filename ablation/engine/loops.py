@@ -4,6 +4,7 @@ For heads whose function is ReLU, none, or one that `functions.py` knows, and wh
 then v_c - v_y is right to the last digit in float32. Others go by matrix operations.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,6 +33,12 @@ class Given:
     labels: np.ndarray
 
 
+def join_given(parts: Sequence[Given]) -> Given:
+    """The examples of all parts, one part's after the other's."""
+    alike = (np.concatenate([getattr(part, name) for part in parts]) for name in ("q", "z", "labels"))
+    return Given(np.concatenate([part.y for part in parts], axis=1), *alike)
+
+
 @dataclass(frozen=True)
 class Rows:
     """A batch's layer inputs, for whole rows."""
@@ -57,12 +64,12 @@ class Loops:
     """What of a head the loops need for every batch."""
 
     def __init__(
-        self, has_relu: bool, columns: Float[Tensor, "units classes"] | None, function: Function | None = None
+        self, has_relu: bool, columns: Float32[np.ndarray, "units classes"] | None, function: Function | None = None
     ) -> None:
         self.has_relu = has_relu
         self.function = function  # None: ReLU or none
         self.is_logit = columns is None
-        self.columns = np.zeros((1, 1), np.float32) if columns is None else columns.numpy()
+        self.columns = np.zeros((1, 1), np.float32) if columns is None else columns
 
     def of_batch(self, intact: Intact, batch: HeadBatch) -> Given:
         """A batch, once for all sites."""
@@ -123,9 +130,7 @@ class Loops:
 
 def open_loops(head: OpenHead) -> Loops | None:
     """The loops for a head, on the host; None where they don't fit."""
-    last = None if head.head.last is None else head.model.get_parameter(head.head.last[0])
-    is_narrow = last is None or last.dtype != torch.float64
+    is_narrow = head.last is None or head.last.given.dtype != torch.float64
     if not is_narrow or not head.head.is_known:
         return None
-    columns = None if last is None else last.detach().float().cpu().T.contiguous()
-    return Loops(head.head.is_relu, columns, head.head.function)
+    return Loops(head.head.is_relu, None if head.last is None else head.last.columns, head.head.function)

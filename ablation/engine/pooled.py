@@ -5,7 +5,7 @@ whole channels (path `response`). The loops are in `channels.py`; on other devic
 they need of a batch is the layer's input and one number per position.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -96,6 +96,13 @@ class Given:
             y=self.y[chosen], q=self.q[chosen], z=self.z[chosen], labels=self.labels[chosen],
         )  # fmt: skip
 
+    def joined(self, others: Sequence["Given"]) -> "Given":
+        """These examples, and then those of others."""
+        parts = [self, *others]
+        names = ("y", "q", "z", "labels")
+        joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return replace(self, inputs=torch.cat([part.inputs for part in parts]), **joined)
+
     def score(self, sites: Sites) -> tuple[Tensor, Tensor]:
         """The loss delta of every (site, example), in nats, and whether any logit moves."""
         n_inputs, n_kernel = self.form.shape[1], int(np.prod(self.form.shape[2:]))
@@ -177,6 +184,10 @@ class ChannelResponses:
     def of_examples(self, chosen: np.ndarray) -> "ChannelResponses":
         """Of some of the examples."""
         return replace(self, batch=self.batch.of_examples(chosen))
+
+    def joined(self, others: Sequence["ChannelResponses"]) -> "ChannelResponses":
+        """See `Responses`."""
+        return replace(self, batch=self.batch.joined([other.batch for other in others]))
 
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
         """Example by example, of some rows of the table."""

@@ -32,6 +32,8 @@ class Sums:
         self.n_seen = 0
         self.n_correct = 0
         self.loss = 0.0
+        self.proved: list[Responses] = []  # of the proof's examples, batch by batch
+        self.n_proved = 0
         self.bounds: Tensor | None = None  # by unit: what response functions left out at most
         self.float = {
             name: torch.zeros(n_sites, dtype=torch.float64, device=device)
@@ -85,9 +87,19 @@ class Sums:
         sums = {name: given(tensor) for name, tensor in (self.float | self.count).items()}
         responses.add(sums, make_runs(len(in_proof), self.n_seen, self.per_class), given(self.bounds))
         if "proof" in self.float and in_proof.any():
-            some = responses.of_examples(in_proof.nonzero()[:, 0].cpu().numpy())
-            once = make_runs(int(in_proof.sum()), 0, None)
-            some.add({"delta": given(self.float["proof"])}, once, given(torch.zeros_like(self.bounds)))
+            self.n_proved += int(in_proof.sum())
+            self.proved.append(responses.of_examples(in_proof.nonzero()[:, 0].cpu().numpy()))
+
+    def _add_proved(self) -> None:
+        """The proof's examples of all batches at once: with each, the sums of all sites are fetched and stored."""
+        if not self.proved:
+            return
+        assert self.bounds is not None
+        responses = self.proved[0].joined(self.proved[1:])
+        delta, unused = self.float["proof"], torch.zeros_like(self.bounds)
+        on_device = isinstance(responses, DeviceResponses)
+        given = (delta, unused) if on_device else (delta.numpy(), unused.numpy())
+        responses.add({"delta": given[0]}, make_runs(self.n_proved, 0, None), given[1])
 
     def _add_blocks(
         self, rows: slice, delta: Float64[Tensor, "sites examples"], squared: Tensor, per_class: int
@@ -112,6 +124,7 @@ class Sums:
 
     def finish(self) -> PartialSums:
         """The frozen partial."""
+        self._add_proved()
         floats: dict[str, Any] = {name: self.float[name].cpu().numpy() for name in self.float if "open" not in name}
         left_out = 0.0 if self.bounds is None else float(self.bounds.max())
         counts: dict[str, Any] = {name: self.count[name].cpu().numpy() for name in self.count}

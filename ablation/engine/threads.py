@@ -3,25 +3,42 @@
 Kernels release Python's lock, so plain threads use all cores; Numba's own don't survive the fork of a Celery worker.
 """
 
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from itertools import pairwise
 
 import torch
 
 PARTS_PER_THREAD = 4  # so that one slow part doesn't leave the others waiting
 
 
-def run_ranges(run: Callable[[int, int], None], n: int) -> None:
-    """Call `run(first, last)` for ranges that cover 0 to n, which must write to places of their own."""
+def run_ranges(run: Callable[[int, int], None], n: int, parts_per_thread: int = PARTS_PER_THREAD) -> None:
+    """Call `run(first, last)` for ranges that cover 0 to n, which must write to places of their own.
+
+    The calling thread takes its share: if it slept, the system might put two of the others on its core.
+    """
     n_threads = torch.get_num_threads()
-    n_parts = min(n, n_threads * PARTS_PER_THREAD) if n_threads > 1 else 1
-    cuts = [n * part // n_parts for part in range(n_parts + 1)] if n else []
-    if n_parts == 1:
-        run(0, n)
-        return
-    for _ in _pool(n_threads).map(run, cuts[:-1], cuts[1:]):
-        pass
+    n_parts = min(n, n_threads * parts_per_thread) if n_threads > 1 else 1
+    parts = deque(pairwise(n * part // n_parts for part in range(n_parts + 1))) if n else deque()
+
+    def work() -> None:
+        while parts:
+            try:
+                part = parts.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            run(*part)
+
+    others = [_pool(n_threads).submit(work) for _ in range(min(n_threads, n_parts) - 1)]
+    try:
+        work()
+    finally:
+        parts.clear()  # after an error or a Ctrl-C nobody begins anything new
+        wait(others)
+    for other in others:
+        other.result()
 
 
 @cache

@@ -5,7 +5,7 @@ All weights of row i share the examples' functions F_{n,i}(d) of one number (DES
 over examples are formed inside (`kernels.py`): no delta of a single pair is ever held.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from torch import Tensor
 from ablation.cache import Activations
 from ablation.engine.deltas import Deltas, Responses, Runs, make_runs
 from ablation.engine.head import Head, OpenHead
-from ablation.engine.loops import Given, Loops, Rows, open_loops
+from ablation.engine.loops import Given, Loops, Rows, join_given, open_loops
 from ablation.engine.loss import Intact, make_intact
 from ablation.engine.threads import run_ranges
 from ablation.errors import ModelError
@@ -138,6 +138,12 @@ class RowResponses:
         )
         return replace(self, batch=given, inputs=Rows(np.ascontiguousarray(self.inputs.x[chosen])))
 
+    def joined(self, others: Sequence["RowResponses"]) -> "RowResponses":
+        """See `Responses`."""
+        parts = [self, *others]
+        inputs = Rows(np.concatenate([part.inputs.x for part in parts]))
+        return replace(self, batch=join_given([part.batch for part in parts]), inputs=inputs)
+
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
         """Example by example, by the same loops, of some rows of the table."""
         by_unit = sort_by_unit(self.by_unit.sites.pick(rows), self.by_unit.n_inputs)
@@ -177,7 +183,10 @@ class Whole:
         activations: Activations | None = None,
     ) -> None:  # fmt: skip
         base = torch.float32 if precision == "float32" else torch.float64
-        self.open_head = OpenHead(model, head, base, activations)
+        target = model.get_parameter(head.weight)
+        self.by_unit = sort_by_unit(sites, target.shape[1])
+        self.units = torch.from_numpy(self.by_unit.units).to(target.device)
+        self.open_head = OpenHead(model, head, base, activations, self.units)
         loops = open_loops(self.open_head)
         if loops is None or head.is_bias or precision == "float64" or top1:
             raise ModelError(
@@ -185,8 +194,6 @@ class Whole:
                 "Linear head, or of the last Linear, in 'mixed' or 'float32', without top1; use engine='direct'."
             )
         self.loops = loops
-        self.by_unit = sort_by_unit(sites, self.open_head.weight.shape[1])
-        self.units = torch.from_numpy(self.by_unit.units).to(self.open_head.weight.device)
         self.on_device = self.units.is_cuda and (head.is_relu or not head.functions) and can_launch()
 
     def keep_prefix(self, inputs: Tensor) -> None:
@@ -202,7 +209,7 @@ class Whole:
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Responses | Deltas]]:
         """One batch: the intact network, and its response functions; of a few sites (a job's proof) their deltas."""
-        batch = self.open_head.run(inputs, self.units)
+        batch = self.open_head.run(inputs)
         intact = make_intact(batch.logits, labels, torch.float32)
         responses: Any
         if self.on_device:

@@ -154,6 +154,22 @@ def test_memory_does_not_grow_with_the_rows(kind: str) -> None:
     assert grown_mb < 25
 
 
+FORMS = """
+import sys
+import numpy as np
+from ablation.export import csv_chunks, parquet_chunks
+columns = {"index": np.arange(6)[::2], "value": np.array([1e-7, np.nan, 2.5e-5])}
+for chunks in (csv_chunks, parquet_chunks):
+    assert b"".join(chunks([columns]))
+print("pandas" in sys.modules)
+"""
+
+
+def test_no_request_for_a_file_has_to_wait_for_an_import_of_pandas() -> None:
+    done = subprocess.run([sys.executable, "-c", FORMS], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_a_whole_file_replaces_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "utility.csv"
     path.write_bytes(b"old")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import ablation
-from ablation.errors import AblationError, DataError, ModelError, SpecError
+from ablation.errors import AblationError, DataError, ModelError, OutOfMemory, SpecError
 from tests.cases import Case, make_cases
 from tests.compare import BOUND, brute_force, utility_error
 
@@ -48,6 +48,26 @@ def test_coordinates_point_at_the_weight() -> None:
     assert list(rows.columns[:8]) == ["index", "out", "in", "kh", "kw", "weight", "magnitude", "utility_test"]
     for row in rows.itertuples():
         assert weight[row.out, row[3], row.kh, row.kw].item() == row.weight
+
+
+class Hungry(torch.nn.Module):
+    """Wants more memory than any machine has, if it is given more than a few examples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 20:
+            torch.empty(len(x) << 44, dtype=torch.uint8)
+        return x
+
+
+def test_where_memory_runs_out_the_batches_get_smaller() -> None:
+    case = case_of("relu-mlp", "3.weight")
+    model = torch.nn.Sequential(Hungry(), *case.model)
+    data = {"test": (torch.randn(70, 11), torch.randint(5, (70,)))}
+    table = ablation.ablate(model, "4", data, progress=False)
+    plan = table.about["plan"]
+    assert (plan["batch_size"], plan["n_halved"] > 0) == (16, True)
+    with pytest.raises(OutOfMemory, match="Choose a smaller batch size"):
+        ablation.ablate(model, "4", data, batch_size=64, progress=False)
 
 
 class Numbers(Dataset):

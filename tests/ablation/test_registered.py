@@ -9,7 +9,7 @@ import torch
 
 from ablation import catalog
 from ablation.data import load_data
-from ablation.errors import DataError, ModelError, SpecError
+from ablation.errors import DataError, ModelError, OutOfMemory, SpecError
 from ablation.folders import Folders
 from ablation.layers import describe_registered, registered_here
 from ablation.models import load_model
@@ -65,6 +65,23 @@ def test_a_job_on_registered_parts_is_the_brute_force_on_them(folders: Folders) 
     assert len(test) == 30
     np.testing.assert_allclose(table.columns["utility_test"], truth, rtol=0, atol=1e-6 * np.abs(truth).max())
     assert np.abs(truth).max() > 1e-3
+
+
+@pytest.mark.usefixtures("registered")
+def test_where_memory_runs_out_the_job_begins_again_with_smaller_batches(folders: Folders) -> None:
+    """The net takes 32 examples at once; what it wants for more no machine has."""
+    spec = make_spec(
+        {**SPEC, "model": {"name": "hungry_net"}, "layer": "0", "data": {"name": "stripes", "train": "all"}}
+    )
+    told: list[str] = []
+    table = run_spec(spec, folders, on_progress=lambda _, what: told.append(what))
+    smaller = [what for what in dict.fromkeys(told) if what.startswith("memory")]
+    assert smaller == [f"memory ran out: again, in batches of {size}" for size in (128, 64, 32)]
+    assert (table.about["plan"]["batch_size"], table.about["plan"]["n_halved"]) == (32, 3)
+    small = run_spec(spec, folders, batch_size=32)
+    np.testing.assert_allclose(table.columns["utility_train"], small.columns["utility_train"], rtol=1e-5, atol=1e-12)
+    with pytest.raises(OutOfMemory, match=r"^memory ran out in batches of 33 .*Choose a smaller batch size"):
+        run_spec(spec, folders, batch_size=33)
 
 
 @pytest.mark.usefixtures("registered")

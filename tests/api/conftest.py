@@ -149,5 +149,5 @@ def failed(store: JobStore, settings: Settings, spec: JobSpec) -> JobRecord:
 
 def cancelled(store: JobStore, settings: Settings, spec: JobSpec) -> JobRecord:
     job = queued(store, settings, spec)
-    assert store.cancel(job.id) == "cancelled"
+    assert store.cancel(job.id).state == "cancelled"
     return job

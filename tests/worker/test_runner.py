@@ -129,7 +129,7 @@ def test_cancelling_takes_effect_within_one_batch(
     with runner.settled(store, celery, settings, "a", quick_job.id, shard_id) as heart:
         for batch in range(10):
             if batch == 3:
-                assert store.cancel(quick_job.id) is State.CANCELLING
+                assert store.cancel(quick_job.id).state is State.CANCELLING
             heart.on_batch(batch / 10)
             batches.append(batch)
     assert batches == [0, 1, 2]

@@ -262,12 +262,13 @@ class Job:
         self.go(State.FAILED)
         return True
 
-    def cancel(self) -> State | None:
-        if self.status in OPEN:
+    def cancel(self) -> tuple[State | None, bool]:
+        is_new = self.status in OPEN
+        if is_new:
             self.go(State.CANCELLING)
         if self.status is State.CANCELLING and not self.those(Lease):
             self.go(State.CANCELLED)
-        return self.status
+        return self.status, is_new
 
     def delete(self) -> State | None:
         if self.status in ENDED:

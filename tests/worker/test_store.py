@@ -147,7 +147,7 @@ def test_a_new_job_is_queued_and_reads_back(store: JobStore) -> None:
 
 
 def test_what_nobody_made_is_unknown(store: JobStore) -> None:
-    assert store.get("nothing") is store.cancel("nothing") is store.delete("nothing") is None
+    assert store.get("nothing") is store.cancel("nothing").state is store.delete("nothing") is None
     assert not store.claim("nothing", "test-0-0", "a")
     assert not store.fail("nothing", ERROR)
     assert [*store.client.scan_iter("ablation:*")] == []
@@ -441,7 +441,7 @@ def test_of_many_completions_one_counts(stores: list[JobStore], toy_job: MakeJob
 def test_cancel_against_the_last_completion(stores: list[JobStore], toy_job: MakeJob, attempt: int) -> None:
     job = toy_job(1)
     stores[0].claim(job.id, first_shard(job), "a")
-    last, state = at_once(
+    last, (state, _) = at_once(
         lambda: stores[0].complete(job.id, first_shard(job), "a", payload()), lambda: stores[1].cancel(job.id)
     )
     # Before the completion the worker is still in mid-shard; after it nobody works on the job.
@@ -506,7 +506,7 @@ def test_a_planning_whose_worker_is_gone_is_sent_again(store: JobStore) -> None:
 def test_a_job_cancelled_while_it_is_planned_stays_so(store: JobStore) -> None:
     job, plan = make_unplanned(store)
     store.claim(job.id, keys.PLAN, "a")
-    assert store.cancel(job.id) is State.CANCELLING
+    assert store.cancel(job.id) == (State.CANCELLING, True)
     assert not store.set_plan(job.id, "a", plan)
     assert store.get(job.id).status is State.CANCELLED
 

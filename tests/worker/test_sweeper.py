@@ -121,7 +121,7 @@ def test_a_cancelling_job_whose_worker_died_is_finished(
 ) -> None:
     job = toy_job(2)
     store.claim(job.id, job.plan.shards[0].id, "dead")
-    assert store.cancel(job.id) is State.CANCELLING
+    assert store.cancel(job.id).state is State.CANCELLING
     sweep(store, celery, settings)
     assert state_of(store, job) is State.CANCELLING, "its worker may be alive"
     sweep_later(store, celery, stale)
