@@ -28,6 +28,7 @@ ROW_PAIR_S = 6e-11  # and each of its weights, at each position of a convolution
 DEEP_SHARE = 0.3  # of the (unit, example)s that move, one Linear deeper
 DEEP_S = 3e-5  # each of them, beside a product over the open units
 OPEN_SHARE = 0.25  # of these
+PROVED_WHOLE = 4  # examples of a split that a proof runs the whole network on in float64
 PROOF_FLOP_S = 1 / 21e9  # of the reference, whose convolutions in float64 have no library of their own
 START_S = 0.2  # looking at the model, checking that it is the same in every batch composition
 
@@ -67,10 +68,11 @@ def split_s(
     return base_s + n_sites * (n * flops * FLOP_S["float64"] / threads + n_batches * CALL_S)
 
 
-def proof_s(n_examples: int, n_sites: int, facts: ModelFacts, layer: LayerFacts, threads: int) -> float:
-    """The reference, twice: from the layer on, and the whole network in float64."""
-    flops = facts.flops + min(facts.flops, layer.flops_after)
-    return n_examples * (n_sites + 1) * flops * PROOF_FLOP_S / threads
+def proof_s(n_examples: int, n_splits: int, n_sites: int, facts: ModelFacts, layer: LayerFacts, threads: int) -> float:
+    """The reference, twice: in float64 from the layer on, and of a few examples the whole network."""
+    one_s = facts.flops * FLOP_S["float32"] + min(facts.flops, layer.flops_after) * PROOF_FLOP_S
+    whole_s = facts.flops * PROOF_FLOP_S
+    return (n_sites + 1) * (n_examples * one_s + min(n_examples, n_splits * PROVED_WHOLE) * whole_s) / threads
 
 
 def _n_positions(layer: LayerFacts) -> float:

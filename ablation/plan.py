@@ -34,6 +34,7 @@ DENSE = 40  # a row's response functions cost as much as this part of its weight
 HUGE_STEP = 100.0  # replacement minus weight: beyond it deltas are float64, for in float32 they could drown the rest
 
 SHARD_S = 60.0  # a shard aims at this many seconds
+N_SHARED, SHARED_S = 8, 2.0  # a job that is shorter is cut, too, so that workers share it: into so many, each this long
 MAX_SHARDS = 4096  # of one split
 MAX_SITES_PER_SHARD = 1 << 20
 MAX_BATCH = 256
@@ -42,8 +43,7 @@ MAX_LANES = 1024  # sites carried at once
 LANE_VALUES = 1 << 26  # numbers that their deltas may have at the widest place: 256 MB in float32
 LANE_FLOPS = 5e11  # of one run with deltas: some seconds, after which a job can be cancelled
 PROOF_EXAMPLES = 64
-FEWEST_PROVED = 4  # however little the job costs
-PROVED_AT_ONCE = 4  # products of 8 rows take less time than those of 5, 6 or 7
+PROVED_AT_ONCE = 4  # and no fewer: products of 8 rows take less time than those of 5, 6 or 7
 PROOF_SHARE = 0.1  # of the job's cost, at most
 PARTIAL_BYTES = 64 << 20  # of a shard of whole rows: what the merge holds beside the totals
 FORM_BYTES = 1 << 10  # and what its form takes, as it goes to Redis
@@ -245,6 +245,8 @@ def _cut_job(
     shards: tuple[Shard, ...] = ()
     for split in splits:
         n_wanted = seconds[split.name] / shard_s
+        if is_shared:
+            n_wanted = max(n_wanted, min(N_SHARED, int(seconds[split.name] / SHARED_S)))
         most_sites = PARTIAL_BYTES // _partial_bytes(split, spec)
         if is_whole and len(layer.shape) == 2:
             shards += tuple(_cut_rows(split, layer, n_wanted, most_sites) if is_shared else _in_one(split, n_sites))
@@ -254,7 +256,7 @@ def _cut_job(
             shards += tuple(_cut(split, n_sites, batch_size, n_wanted, most, row))
     proof = _plan_proof(shards, min(spec.verify, n_sites), sum(seconds.values()), facts, layer, threads)
     n_proved = sum(len(examples) for examples in proof.examples.values())
-    all_s = START_S + sum(seconds.values()) + proof_s(n_proved, proof.n_sites, facts, layer, threads)
+    all_s = START_S + sum(seconds.values()) + proof_s(n_proved, len(splits), proof.n_sites, facts, layer, threads)
     return Plan(
         parameter=layer.parameter,
         kind=layer.kind,
@@ -393,9 +395,13 @@ def _plan_proof(
         return ProofPlan(n_sites=0, examples={})
     blocks = sorted({(shard.split, *shard.examples) for shard in shards})
     n_all = sum(last - first for _, first, last in blocks)
-    one_s = proof_s(1, n_sites, facts, layer, threads)
-    n_paid = int(PROOF_SHARE * seconds / max(one_s, 1e-9))
-    n_wanted = min(PROOF_EXAMPLES, max(FEWEST_PROVED, -(-n_paid // PROVED_AT_ONCE) * PROVED_AT_ONCE))
+    splits = {split for split, _, _ in blocks}
+    paid = (
+        n
+        for n in range(PROVED_AT_ONCE, PROOF_EXAMPLES + 1, PROVED_AT_ONCE)
+        if proof_s(n, len(splits), n_sites, facts, layer, threads) <= PROOF_SHARE * seconds
+    )
+    n_wanted = max(paid, default=PROVED_AT_ONCE)
     random = np.random.default_rng(0)
     examples: dict[str, tuple[int, ...]] = {}
     for split, first, last in blocks:

@@ -4,12 +4,12 @@ In: a job, its table's utilities, the sums over the proof's examples. Out: a pla
 Chosen sites go through `reference.py` on examples drawn from every shard. Three numbers come out:
 
     arithmetic error   the engine's own: the reference continued in float64 from the same layer input
-    model rounding     float32's own: against the whole model in float64 (reported, not bounded)
+    model rounding     float32's own: against the whole model in float64 (reported, not bounded), on a few examples
     sum error          what the shards summed up over these examples, against the reference's sums:
                        it ties the rows of the table to the right weights and the right examples
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from ablation.cost import PROVED_WHOLE
 from ablation.engine import EnginePath
 from ablation.engine.deltas import Deltas
 from ablation.errors import ProofError
@@ -39,7 +40,7 @@ class Compared:
 
     engine: Float64[np.ndarray, "sites examples"]
     continued: Float64[np.ndarray, "sites examples"]
-    whole: Float64[np.ndarray, "sites examples"]
+    whole: Float64[np.ndarray, "sites first"]  # of the first few examples
     sums: Float64[np.ndarray, " sites"]
     utility_rms: float
     loss: float
@@ -80,10 +81,18 @@ def compare(
         columns["engine"].append(torch.cat([piece.delta for piece in pieces if isinstance(piece, Deltas)]))
         columns["continued"].append(reference_deltas(model, parameter, sites, inputs, labels))
     model = in_float64(model)  # only now: the reference keeps float64 numbers, too, while it runs
-    for inputs, labels in batches:
+    for inputs, labels in cut_short(batches, PROVED_WHOLE):
         columns["whole"].append(reference_deltas(model, parameter, sites, fit(inputs, model), labels))
     arrays = {name: torch.cat(parts, dim=1).cpu().numpy() for name, parts in columns.items()}
     return Compared(**arrays, sums=sums, utility_rms=utility_rms, loss=loss, largest_logit=largest_logit)
+
+
+def cut_short(batches: Iterable[tuple[Tensor, Tensor]], n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `n` examples."""
+    for inputs, labels in batches:
+        if n > 0:
+            yield inputs[:n], labels[:n]
+        n -= len(labels)
 
 
 def make_proof(compared: Mapping[str, Compared], precision: str) -> dict[str, Any]:
@@ -132,7 +141,8 @@ def _arithmetic_errors(split: Compared, precision: str) -> Float64[np.ndarray, "
 
 
 def _model_rounding(split: Compared) -> Float64[np.ndarray, " sites"]:
-    difference = np.abs(split.engine.mean(axis=1) - split.whole.mean(axis=1))
+    engine = split.engine[:, : split.whole.shape[1]]
+    difference = np.abs(engine.mean(axis=1) - split.whole.mean(axis=1))
     return _ratio(difference, _spread(split.whole))
 
 
