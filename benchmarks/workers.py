@@ -1,4 +1,4 @@
-"""Two workers against one, one thread each: the same job's time and bytes.
+"""Two workers on two cores against one on one core, one thread each: the same job's time and bytes.
 
 `ablation serve` with an embedded Redis, started anew for each number of workers, with a cache of its own. Two jobs on
 AlexNet (random weights) and pictures in a folder, JPEGs of 256x256 which the benchmark writes: 4,096 weights of
@@ -71,6 +71,7 @@ def run_service(n_workers: int, home: Path) -> dict[str, tuple[float, str]]:
         ],
         stdout=subprocess.DEVNULL,
         env={**os.environ, "ABLATION_THREADS": "1"},
+        preexec_fn=lambda: os.sched_setaffinity(0, range(n_workers)),  # else one worker decodes on the other core
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:

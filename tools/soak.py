@@ -787,6 +787,10 @@ def read_options() -> argparse.Namespace:
     options.faults = options.faults.split(",")
     if unknown := {*options.faults} - FAULTS.keys():
         parser.error(f"--faults: got {', '.join(sorted(unknown))}; allowed: {', '.join(FAULTS)}")
+    for way in [options.against] if options.against else WAYS:
+        _, possible = WAYS[way]
+        if not {*options.faults} & {*possible}:
+            parser.error(f"--faults: got {', '.join(options.faults)}; against {way} there are: {', '.join(possible)}")
     return options
 
 

@@ -1,6 +1,7 @@
 """The cut: every (example, site) in exactly one shard, blocks of one class whole, a pure function of its arguments."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ablation.catalog import LayerFacts, ModelFacts
+from ablation.cost import START_S
 from ablation.errors import SpecError
 from ablation.plan import LANE_VALUES, MAX_SITES_PER_SHARD, PARTIAL_BYTES, Plan, SplitCounts, make_plan
 from ablation.spec import make_spec
@@ -181,3 +183,12 @@ def test_refusals(options, field, words) -> None:
         plan(**options)
     assert caught.value.field == field
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("seconds", "n_shards"), [(1.5, 1), (5, 2), (20, 8), (50, 8), (700, 12)])
+def test_a_job_of_seconds_is_cut_for_workers_to_share(seconds: float, n_shards: int) -> None:
+    one_s = (plan(n=4000, verify=0, batch_size=1).estimate.seconds - START_S) / 4000
+    options = {"n": round(seconds / one_s), "verify": 0, "batch_size": 1}
+    cut = plan(**options)
+    assert len(cut.shards) == pytest.approx(n_shards, abs=1 if n_shards > 8 else 0)
+    assert len(plan(**options, is_shared=False).shards) == max(1, math.ceil(seconds / 60))
