@@ -27,7 +27,7 @@ class SplitSummary(_Exactly):
     loss: float = Field(description="mean cross-entropy of the intact model, in nats")
     accuracy: float = Field(description="share of examples that the intact model answers right")
     series_bound: float | None = Field(
-        description="what series left out of any utility at most, in units of 0.01 rms utility; null: not summed up"
+        description="what series left out of any utility at most, in units of 0.01 rms utility; null: infinite"
     )
     provably_without_effect: int = Field(description="sites that changed no logit of any example")
     float32_would_call_zero: int = Field(description="sites whose loss is the intact one in float32")

@@ -87,16 +87,15 @@ class DeepResponses:
         own = {name: values.reshape(rows.change.shape) for name, values in sums.items()}
         squares = own["delta_squared"] if "delta_squared" in own else np.zeros(rows.change.shape)
         touched = own["touched"] if "touched" in own else np.zeros(rows.change.shape, np.int32)
-        bounds[:] = np.nan  # each piece is certified, but they are not summed up
         first = 0
         for last, closes in zip(runs.ends.tolist(), runs.closes.tolist(), strict=True):
             some = self._some(np.arange(first, last))
             first = last
             if not runs.per_class:
-                piecewise.add_rows(rows, some, own["delta"], squares, touched)
+                piecewise.add_rows(rows, some, own["delta"], squares, touched, bounds)
                 continue
             delta, squared = np.zeros(rows.change.shape), np.zeros(rows.change.shape)
-            piecewise.add_rows(rows, some, delta, squared, touched)
+            piecewise.add_rows(rows, some, delta, squared, touched, bounds)
             for name, values in (
                 ("delta", delta),
                 ("delta_squared", squared),
@@ -147,8 +146,8 @@ def chosen_deltas(responses: DeepResponses, rows: Int64[np.ndarray, " rows"], in
         given = responses.examples
         examples = replace(given, first=np.ascontiguousarray(given.first[:, unit : unit + 1]))
         pairs = np.stack([np.zeros(len(own), np.int64), rows[own] % n_inputs], axis=1)
-        unused = np.zeros(one.change.shape), np.zeros(one.change.shape), np.zeros(one.change.shape, np.int32)
-        delta[own] = piecewise.add_rows(one, examples, *unused, chosen=pairs)
+        sums, squares, touched = (np.zeros(one.change.shape, dtype) for dtype in (np.float64, np.float64, np.int32))
+        delta[own] = piecewise.add_rows(one, examples, sums, squares, touched, np.zeros(1), pairs)
     deltas = torch.from_numpy(delta)
     return Deltas(slice(0, len(rows)), deltas, deltas != 0, intact.correct.cpu().expand(delta.shape))
 

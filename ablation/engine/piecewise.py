@@ -36,6 +36,7 @@ from ablation.engine.kernels import kernel
 from ablation.engine.threads import run_ranges
 
 REACH = 0.17  # |t| R of one piece: C_7 = 28.125, and 28.125/5040 x^5 e^x = 9.4e-7
+REST = 28.125 / 5040
 PIECES = 512  # on either side of 0
 EXAMPLES = 64  # charted before they are added up, so that the sums of a row are fetched once for all (32, 128: slower)
 PAIRS = 64  # charted by one call: their u stay in the cache
@@ -45,8 +46,8 @@ NOWHERE = -1  # the chart of a pair (example, unit) that no weight moves
 
 # Columns of a piece: where it starts, 1 / the length that REACH allows it, F in units of that length, do logits move.
 START, SCALE, CONSTANT, MOVES, N_PIECE = 0, 1, 2, 9, 10
-# Of a pair: where its first piece ends, where its last ones do (float32); its pieces and far values (integers).
-LOW, HIGH, LAST_LOW, LAST_HIGH, N_ENDS = 0, 1, 2, 3, 4
+# Of a pair: where its first piece ends, where its last ones do, and its t (float32); its pieces and far values.
+LOW, HIGH, LAST_LOW, LAST_HIGH, LEAST, MOST, N_ENDS = 0, 1, 2, 3, 4, 5, 6
 PIECE, N_BELOW, N_ABOVE, FAR, N_FAR, N_SPAN = 0, 1, 2, 3, 4, 5
 
 ZERO, ONE, TINY = np.float32(0), np.float32(1), np.float32(1e-30)
@@ -85,7 +86,7 @@ class Charts:
 
     at: Int32[np.ndarray, "examples units"]  # which pair, or NOWHERE
     first: Float32[np.ndarray, "examples units"]  # y1
-    ends: Float32[np.ndarray, "pairs 4"]
+    ends: Float32[np.ndarray, "pairs 6"]
     spans: Int64[np.ndarray, "pairs 5"]
     pieces: Float32[np.ndarray, "pieces 10"]
     far_inputs: Int32[np.ndarray, " far"]  # weights whose t lies behind the last piece
@@ -109,12 +110,14 @@ def add_rows(
     sums: Float64[np.ndarray, "units inputs"],
     squares: Float64[np.ndarray, "units inputs"],
     touched: Int32[np.ndarray, "units inputs"],
+    bounds: Float64[np.ndarray, " units"],
     chosen: Int64[np.ndarray, "weights 2"] | None = None,
 ) -> Float64[np.ndarray, "weights examples"]:
-    """Add to three arrays what replacing each weight of these units, alone, does to these examples.
+    """Add to these arrays what replacing each weight of these units, alone, does to these examples.
 
     `sums`: of the loss deltas, ablated minus intact, in nats. `squares`: of their squares. `touched`: the number of
-    examples on which any logit's delta is nonzero. `chosen` names weights by (unit, input), units counted as in `rows`.
+    examples on which any logit's delta is nonzero. `bounds`: what the series left out of a sum of these units at most.
+    `chosen` names weights by (unit, input), units counted as in `rows`.
     Everything given must be finite, and `change` 0 for weights that are not to be run.
 
     Returns:
@@ -131,6 +134,7 @@ def add_rows(
         some = Examples(*(np.ascontiguousarray(getattr(examples, field.name)[block]) for field in fields(Examples)))
         charts = make_charts(rows, some)
         _add_charts(rows, some.inputs, charts, sums, squares, touched)
+        _add_rests(charts.at, charts.ends, charts.spans, charts.pieces, bounds)
         _pick(chosen, rows.change, some.inputs, *_arrays(charts), deltas[:, block])
     return deltas
 
@@ -289,6 +293,7 @@ def _chart(  # type: ignore[no-untyped-def]
         pieces = _with_room(pieces, n)
         head, n = n, n + 1
         spans[k, PIECE], spans[k, FAR] = head, len(far_inputs)
+        ends[k, LEAST], ends[k, MOST] = low[i], high[i]
         exact = _dot(columns[i], gradient)
         _level(exact, softmax, label, slope)
         _write_piece(0.0, 0.0, softmax, slope, own != 0, pieces[head])
@@ -665,6 +670,42 @@ def _correct(t, side, piece, deltas, moves):  # type: ignore[no-untyped-def]
         delta = constant + r * (c1 + r * (c2 + r * (c3 + r * (c4 + r * (c5 + r * c6)))))
         deltas[q] = delta if far > 0 else deltas[q]
         moves[q] = moving if far > 0 else moves[q]
+
+
+@kernel
+def _add_rests(at, ends, spans, pieces, bounds):  # type: ignore[no-untyped-def]
+    """What the series left out at most of a weight whose t lies at the farther end, unit by unit."""
+    for n in range(at.shape[0]):
+        for i in range(at.shape[1]):
+            k = at[n, i]
+            if k == NOWHERE:
+                continue
+            head, first = pieces[spans[k, PIECE]], spans[k, PIECE] + 1
+            middle, last = first + spans[k, N_BELOW], first + spans[k, N_BELOW] + spans[k, N_ABOVE]
+            least, most = -ends[k, LEAST], ends[k, MOST]
+            below = _rest(head, min(least, -ends[k, LOW])) + _rests(pieces[first:middle], least)
+            above = _rest(head, min(most, ends[k, HIGH])) + _rests(pieces[middle:last], most)
+            bounds[i] += max(below, above)
+
+
+@kernel
+def _rests(pieces, end):  # type: ignore[no-untyped-def]
+    """Of pieces one behind the other, up to the end of the last."""
+    total = 0.0
+    for k in range(len(pieces)):
+        stop = pieces[k + 1, START] if k + 1 < len(pieces) else end
+        total += _rest(pieces[k], stop - pieces[k, START])
+    return total
+
+
+@kernel
+def _rest(piece, t):  # type: ignore[no-untyped-def]
+    """C_7/7! x^5 e^x t^2 kappa_2 at t, or at the end of the piece where that comes first."""
+    if piece[SCALE] <= 0:
+        return 0.0
+    r = min(1.0, np.float64(t) * piece[SCALE])
+    x = REACH * r
+    return REST * x**5 * math.exp(x) * 2 * abs(np.float64(piece[4])) * r * r
 
 
 @kernel

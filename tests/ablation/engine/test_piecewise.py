@@ -1,5 +1,6 @@
 """F, piece by piece, is brute force in float64: any network behind, small moves and large, kinks anywhere."""
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,7 +105,7 @@ def loss_deltas(logits: np.ndarray, labels: np.ndarray, q: np.ndarray, dz: np.nd
 def run(rows: Rows, examples: Examples, chosen: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     shape = rows.change.shape
     sums, squares, touched = np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int32)
-    deltas = add_rows(rows, examples, sums, squares, touched, chosen)
+    deltas = add_rows(rows, examples, sums, squares, touched, np.zeros(shape[0]), chosen)
     return sums, squares, touched, deltas
 
 
@@ -177,6 +178,45 @@ def test_more_inputs_and_units_than_one_call_takes() -> None:
     np.testing.assert_allclose(squares[here], (truth**2).sum(axis=1), rtol=1e-5, atol=1e-7 * (truth**2).sum(1).max())
     np.testing.assert_array_equal(touched[here], moves.sum(axis=1))
     np.testing.assert_allclose(deltas, truth, rtol=1e-5, atol=1e-5 * np.abs(truth).mean())
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_the_bound_is_more_than_the_series_leaves_out(share: float) -> None:
+    """One weight that moves its unit by a share of the piece at 0, before a second layer in which nothing flips."""
+    network = draw_network(12, sureness=0.1, n_inputs=1, n_units=1)
+    network.b1[:], network.b2[:], network.w1[:] = 3.0, network.b2 + 50, -1.0
+    inputs, labels = np.ones((1, 1), np.float32), np.array([5])
+    _, logits = network.tail(product(inputs.astype(np.float64), network.w1.T) + network.b1)
+    p = np.exp(logits[0] - np.logaddexp.reduce(logits[0]))
+    u = network.v @ network.w2[:, 0]
+    network.w1[:] = -np.float32(share * 0.17 / np.ptp(u))
+    network.b1[:] -= 1 + network.w1[0]  # y1, and all behind it, as before
+    t, central = -network.w1[0, 0], u - p @ u
+    m = {k: p @ central**k for k in range(2, 7)}
+    cumulants = [m[2], m[3], m[4] - 3 * m[2] ** 2, m[5] - 10 * m[3] * m[2],
+                 m[6] - 15 * m[4] * m[2] - 10 * m[3] ** 2 + 30 * m[2] ** 3]  # fmt: skip
+    series = sum(kappa * t**k / math.factorial(k) for k, kappa in enumerate(cumulants, 2))
+    left_out = abs(np.log1p(p @ np.expm1(central * t)) - series)
+    rows, examples = prepare(network, inputs, labels)
+    bounds = np.zeros(1)
+    add_rows(rows, examples, *np.zeros((2, 1, 1)), np.zeros((1, 1), np.int32), bounds)
+    assert left_out < bounds[0] < 1e-6 * m[2] * t**2
+    x = t * np.ptp(u)
+    assert bounds[0] == pytest.approx(28.125 / 5040 * x**5 * math.exp(x) * m[2] * t**2, rel=1e-3)
+
+
+def test_bounds_add_up_over_examples_and_pieces() -> None:
+    network = draw_network(3, spread=3.0)
+    inputs, labels = draw_inputs(2)
+    sizes = []
+    for given in (inputs, np.concatenate([inputs, inputs]), inputs / 100):
+        rows, examples = prepare(network, given, np.resize(labels, len(given)))
+        bounds, unused = np.zeros(N_UNITS), np.zeros((2, *rows.change.shape))
+        add_rows(rows, examples, *unused, np.zeros(rows.change.shape, np.int32), bounds)
+        sizes.append(bounds)
+    assert (np.isfinite(sizes[0]) & (sizes[0] > 0)).all()
+    np.testing.assert_allclose(sizes[1], 2 * sizes[0], rtol=1e-9)
+    assert (sizes[2] < sizes[0]).all()
 
 
 def test_without_kinks_it_is_wrong() -> None:

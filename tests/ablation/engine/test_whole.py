@@ -230,6 +230,7 @@ def test_classes_in_blocks_give_the_stratified_sums_of_one_by_one(make: Any) -> 
         assert expected.any()
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max(), err_msg=field)
     np.testing.assert_array_equal(rows.touched, single.touched)
+    assert 0 <= rows.left_out < 1e-4 * np.abs(rows.delta).max()
 
 
 @pytest.mark.parametrize("function", [nn.ReLU, nn.GELU, nn.Hardswish])
