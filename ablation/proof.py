@@ -129,15 +129,19 @@ def _require(proof: dict[str, Any], name: str, what: str) -> None:
 
 
 def _arithmetic_errors(split: Compared, precision: str) -> Float64[np.ndarray, " sites"]:
-    """Per example against the mean |delta|; and of the utility against max(|u|, 0.01 rms u), but for float64."""
+    """Per example against the mean |delta|, and of the utility against |u|; neither, but for float64, below 0.01 rms u.
+
+    float32 sums over classes, which may all but cancel: a delta that is nothing beside others may be off by more of it.
+    """
     floor = ROUNDING * (1 + split.loss) + ROUNDING / 10 * split.largest_logit
     difference = np.maximum(np.abs(split.engine - split.continued) - floor, 0).mean(axis=1)
-    of_examples = _ratio(difference, np.abs(split.continued).mean(axis=1))
+    size = np.abs(split.continued).mean(axis=1)
     if precision == "float64":
-        return of_examples
-    utility = split.continued.mean(axis=1)
+        return _ratio(difference, size)
+    utility, least = split.continued.mean(axis=1), 0.01 * split.utility_rms
+    of_examples = _ratio(difference, np.maximum(size, least))
     difference = np.maximum(np.abs(split.engine.mean(axis=1) - utility) - floor, 0)
-    return np.maximum(of_examples, _ratio(difference, np.maximum(np.abs(utility), 0.01 * split.utility_rms)))
+    return np.maximum(of_examples, _ratio(difference, np.maximum(np.abs(utility), least)))
 
 
 def _model_rounding(split: Compared) -> Float64[np.ndarray, " sites"]:

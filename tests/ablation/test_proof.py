@@ -43,6 +43,19 @@ def test_an_arithmetic_error_fails_the_job_with_both_numbers() -> None:
     assert proof["arithmetic_error"] > 1e-3
 
 
+def test_a_mixed_delta_that_is_nothing_beside_the_others_may_be_off_by_more_of_itself() -> None:
+    truth = DELTAS.copy()
+    truth[3] *= 1e-5
+    engine = truth.copy()
+    engine[3] *= 1.001
+    assert make_proof(compared(engine, truth, truth), "mixed")["arithmetic_error"] < 1e-5
+    with pytest.raises(ProofError, match="allowed is 1e-09"):
+        make_proof(compared(engine, truth, truth), "float64")
+    engine[3] += 1e-3 * np.abs(DELTAS).mean()
+    with pytest.raises(ProofError, match=r"allowed is 0\.0001"):
+        make_proof(compared(engine, truth, truth), "mixed")
+
+
 @pytest.mark.parametrize(
     "sums", [np.roll(DELTAS, 1, axis=0).sum(1), DELTAS[:, 1:].sum(1), -DELTAS.sum(1), DELTAS.sum(1) * 2]
 )
