@@ -47,7 +47,7 @@ class LayerFacts(Record):
     flops_spread: float = Field(default=0, description="the same, from where one weight moves more than one unit on")
     flops_flat: float = Field(default=0, description="of these, in Linears on flat features")
     values_spread: int = Field(default=0, description="numbers per example that are computed there")
-    widest_spread: int = Field(default=1, description="most numbers per example in and out of one call there")
+    widest_spread: int = Field(default=1, description="most numbers per example that move in and out of one call there")
 
     @property
     def name(self) -> str:

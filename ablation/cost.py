@@ -39,6 +39,11 @@ def pass_s(facts: ModelFacts, threads: int) -> float:
     return (max(facts.flops, 1e6) * FLOP_S["float32"] + n_values * VALUE_S) / threads
 
 
+def carried_flops(layer: LayerFacts) -> float:
+    """What one (site, example) takes from where more than one unit moves on."""
+    return layer.flops_spread - (1 - FLAT_SHARE) * layer.flops_flat
+
+
 def split_s(
     n_examples: int,
     facts: ModelFacts,
@@ -61,8 +66,12 @@ def split_s(
     if path == "finite":
         n_replays = -(-n_sites // lanes)
         replay_s = n * layer.flops_after * FLOP_S["float64"] / threads + n_batches * REPLAY_S
-        flops = layer.flops_spread - (1 - FLAT_SHARE) * layer.flops_flat
-        pair_s = flops * FLOP_S["float32"] + layer.values_spread * DELTA_S + PAIR_S + facts.n_classes * 10 * CLASS_S
+        pair_s = (
+            carried_flops(layer) * FLOP_S["float32"]
+            + layer.values_spread * DELTA_S
+            + PAIR_S
+            + facts.n_classes * 10 * CLASS_S
+        )
         return base_s + n_replays * replay_s + n * n_sites * pair_s / threads
     flops = layer.flops_after if path == "rerun" else facts.flops
     return base_s + n_sites * (n * flops * FLOP_S["float64"] / threads + n_batches * CALL_S)

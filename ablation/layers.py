@@ -69,22 +69,21 @@ def _costs(calls: Calls, parameter: str) -> dict[str, Any]:
     way = [call for call, _ in calls.dependents(parameter)]
     next_product = next((k for k, call in enumerate(way) if k and call.flops), len(way))
     spread = way[next_product:]
+    inputs = [(), *(call.input_shapes[:1] for call in spread[1:])]  # of the next product's inputs only one unit moves
+    widths = (
+        _n_numbers(shapes + call.output_shapes, calls.n_examples) for shapes, call in zip(inputs, spread, strict=False)
+    )
     return {
         "flops_after": sum(call.flops for call in way) / calls.n_examples,
         "flops_spread": sum(call.flops for call in spread[1:]) / calls.n_examples,
         "flops_flat": sum(call.flops for call in spread[1:] if _is_flat(call)) / calls.n_examples,
         "values_spread": sum(_n_numbers(call.output_shapes, calls.n_examples) for call in spread),
-        "widest_spread": max((_spread_width(call, calls.n_examples) for call in spread), default=calls.n_classes),
+        "widest_spread": max(widths, default=calls.n_classes),
     }
 
 
 def _is_flat(call: Call) -> bool:
     return call.name == "linear" and len(call.output_shapes[0]) == 2
-
-
-def _spread_width(call: Call, n_examples: int) -> int:
-    """How many numbers that may move go into and out of one call."""
-    return _n_numbers(call.input_shapes[:1] + call.output_shapes, n_examples)
 
 
 def _n_numbers(shapes: tuple[tuple[int, ...], ...], n_examples: int) -> int:

@@ -22,7 +22,7 @@ from ablation.catalog import (
     model_facts,
     split_counts,
 )
-from ablation.cost import START_S, Path, pass_s, proof_s, split_s
+from ablation.cost import START_S, Path, carried_flops, pass_s, proof_s, split_s
 from ablation.errors import SpecError
 from ablation.folders import Folders
 from ablation.spec import Constant, CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
@@ -322,7 +322,7 @@ def _choose_lanes(
         return 1, batch_size or max(1, MAX_BATCH >> n_halved)
     if path != "finite":
         return 1, largest
-    n_pairs = min(LANE_VALUES // max(1, layer.widest_spread), int(LANE_FLOPS / max(1, layer.flops_spread)))
+    n_pairs = min(LANE_VALUES // max(1, layer.widest_spread), int(LANE_FLOPS / max(1, carried_flops(layer))))
     n_pairs = max(1, n_pairs >> n_halved)
     lanes = max(1, min(n_sites, MAX_LANES, n_pairs // (batch_size or 1)))
     return lanes, batch_size or min(largest, 1 << (max(1, n_pairs // lanes).bit_length() - 1))

@@ -43,7 +43,7 @@ from ablation.table import ImportanceTable, make_table
 MAX_CANDIDATES = 1 << 20  # rows that the proof chooses from; of a larger table,
 N_CANDIDATES = 1 << 12  # so many of the touched ones, drawn, beside the largest
 FILL_SHARE = 0.5  # of a shard's progress, where all of its activations are missing
-N_CHECKED = 8  # examples at the beginning of a split that the model is checked on
+N_CHECKED = 32  # examples at the beginning of a split that the model is checked on
 
 
 @runtime_checkable

@@ -43,7 +43,7 @@ from ablation.precision import fit
 from ablation.reference import in_float64, intact_logits, run_reference
 from ablation.sites import Sites
 
-N_COMPARED = 8  # examples at the beginning of a split that the model is run on as it is, for its logits
+N_COMPARED = 32  # examples at the beginning of a shard that the model is run on as it is, for its logits
 
 
 @runtime_checkable
@@ -132,7 +132,7 @@ def run_batches(
         with counting_from(position):
             intact, pieces = path.run(inputs, labels)
             baseline.check_logits(intact.logits, len(labels))
-        if position == 0:  # the path's intact network is the model's own, up to the model's rounding
+        if position == first_example:  # the path's intact network is the model's own, up to the model's rounding
             own = intact_logits(model, inputs[:N_COMPARED])
             tolerance = baseline.COMPOSITION_TOLERANCE[own.dtype]
             baseline.check_agreement(intact.logits[:N_COMPARED], own, "from what this path computes", tolerance)

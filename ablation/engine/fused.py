@@ -30,8 +30,9 @@ from ablation.engine.kernels import kernel
 from ablation.engine.threads import run_ranges
 
 TILE = 64  # units that one entry of a run is multiplied by at once: four vectors
-STEP = 64  # units are taken in multiples of it
+STEP = 32  # units are taken in multiples of it
 LARGE = 1 << 24  # products that are worth the making of a kernel for their shape
+SHARED = 4  # where 1 of so many ablations may open a unit, it is computed for all: a product is quicker
 CLASSES = 256  # summed in float32, before float64 takes over
 SMALL = 1 << 22  # numbers: below, PyTorch's threads, which wait busily after each of its operations, are in the way
 
@@ -71,18 +72,17 @@ def picked(
 ) -> Float32[Tensor, "some_rows some_columns"]:
     """Some rows and columns of a matrix."""
     result = torch.empty(len(rows), len(columns))
-    places = [each.numpy().view(np.uint64) for part in (rows, columns) for each in part.sort()]  # in memory's order
-    _over_rows(_picked, len(rows), result.numel(), matrix.numpy(), *places, result.numpy())
+    _over_rows(_picked, len(rows), result.numel(), matrix.numpy(), rows.numpy(), columns.numpy(), result.numpy())
     return result
 
 
 @kernel
 @no_type_check
-def _picked(first, last, matrix, rows, row_places, columns, column_places, result):
+def _picked(first, last, matrix, rows, columns, result):
     for row in range(first, last):
-        source, target = matrix[rows[row]], result[row_places[row]]
+        source, target = matrix[rows[row]], result[row]
         for k in range(len(columns)):
-            target[column_places[k]] = source[columns[k]]
+            target[k] = source[np.uint64(columns[k])]
 
 
 def lengths(
@@ -183,32 +183,37 @@ def run_rows(
     room = (n_examples, n_lanes, -(-moves.shape[2] // 4) * 4)
     values, places, n_moving = np.zeros(room, np.float32), np.zeros(room, np.uint64), np.zeros(room[:2], np.int64)
     _over_rows(_compress, n_lanes, moves.size, moves, values, places, n_moving)
-    n_tiles = -(-len(matrix) // TILE)
-    dense = torch.empty(n_examples, len(matrix), n_lanes + 16)  # no power of two: rows would share cache lines
-    opened = base > 0
-    args = (matrix.numpy(), starts.numpy(), bounds, moves.shape[2], values, places, n_moving, base.numpy())
-    _over_rows(_run_tiles, n_tiles, dense.numel(), *args, dense.numpy(), opened.numpy())
+    is_open = base > 0
+    n_open = F.pad(is_open, (0, -len(matrix) % TILE)).unflatten(1, (-1, TILE)).sum(dim=2).cumsum(dim=1)
+    n_before = F.pad(n_open, (1, 0)).numpy()  # open units in the tiles before each
+    kept = torch.empty(n_examples, n_lanes, int(n_open[:, -1].max()) + 1)  # the open units' deltas
+    others = torch.empty(n_examples, len(matrix), n_lanes + 16)  # those of units that an ablation opens, few
+    opened = torch.zeros(base.shape, dtype=torch.bool)
+    args = (matrix.numpy(), starts.numpy(), bounds, moves.shape[2], values, places, n_moving, base.numpy(), n_before)
+    results = (kept.numpy(), others.numpy(), opened.numpy())
+    _over_rows(_run_tiles, n_before.shape[1] - 1, n_lanes * base.numel(), *args, *results)
     rows = []
     for example in range(n_examples):
-        which = _filled(opened[example])
-        result = torch.empty(len(which), n_lanes)
+        n = int(n_open[example, -1])
+        behind = _filled(opened[example], ~(is_open[example] | opened[example]), n)
+        result = torch.empty(n_lanes, n + len(behind))
         _over_rows(
-            _in_order, len(which), result.numel(),
-            dense[example].numpy(), which.numpy(), opened[example].numpy(), order.numpy(), result.numpy(),
+            _in_order, n_lanes, result.numel(), kept[example, :, :n].numpy(), others[example].numpy(), behind.numpy(),
+            opened[example].numpy(), order.numpy(), result.numpy(),
         )  # fmt: skip
-        rows.append((which, result.T))
+        rows.append((torch.cat([is_open[example].nonzero()[:, 0], behind]), result))
     return rows
 
 
-def _filled(chosen: Bool[Tensor, " units"]) -> Int64[Tensor, " _"]:
-    """The chosen units, and a few others."""
-    n = _rounded(int(chosen.sum()), len(chosen), STEP // 2)
-    return torch.cat([chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]])[:n]
+def _filled(chosen: Bool[Tensor, " units"], rest: Bool[Tensor, " units"], n_before: int) -> Int64[Tensor, " _"]:
+    """The chosen units, and so many of the rest that `n_before` and they come to a multiple of `STEP`."""
+    which = torch.cat([chosen.nonzero()[:, 0], rest.nonzero()[:, 0]])
+    return which[: _rounded(n_before + int(chosen.sum()), n_before + len(which)) - n_before]
 
 
-def _rounded(n: int, most: int, step: int = STEP) -> int:
-    """Up to the next multiple of `step`: each new shape of a product costs time."""
-    return min(most, -(-n // step) * step)
+def _rounded(n: int, most: int) -> int:
+    """Up to the next multiple of `STEP`: each new shape of a product costs time."""
+    return min(most, -(-n // STEP) * STEP)
 
 
 @kernel
@@ -228,29 +233,32 @@ def _compress(first, last, moves, values, places, n_moving):
 
 @kernel
 @no_type_check
-def _run_tiles(first, last, matrix, starts, bounds, run, values, places, n_moving, base, dense, opened):
+def _run_tiles(
+    first, last, matrix, starts, bounds, run, values, places, n_moving, base, n_before, kept, others, opened
+):
     n_examples, n_outputs = base.shape
     tile = np.zeros((run, TILE), np.float32)
     moved = np.empty(TILE, np.float32)
+    least = np.empty((n_examples, TILE), np.float32)  # an open unit's delta, which shuts it
     shut = np.empty((n_examples, TILE), np.float32)  # what a delta must exceed to open a unit
     is_open = np.empty((n_examples, TILE), np.uint64)  # unsigned: no check for places counted from the end
-    n_open = np.empty(n_examples, np.int64)
     for at in range(first, last):
         begin = at * TILE
         size = min(TILE, n_outputs - begin)
         for e in range(n_examples):
-            n_open[e] = 0
+            n = 0
             shut[e] = np.inf
             for u in range(size):
                 if base[e, begin + u] > 0:
-                    is_open[e, n_open[e]] = u
-                    n_open[e] += 1
+                    is_open[e, n] = u
+                    least[e, n] = -base[e, begin + u]
+                    n += 1
                 else:
                     shut[e, u] = -base[e, begin + u]
         for s in range(len(starts)):
             _turn(matrix, begin, size, starts[s], run, tile)
             for e in range(n_examples):
-                here, was, shuts = dense[e, begin : begin + size], base[e, begin : begin + size], shut[e]
+                which, leasts, shuts = is_open[e], least[e], shut[e]
                 for lane in range(bounds[s], bounds[s + 1]):
                     for u in range(TILE):
                         moved[u] = 0
@@ -261,19 +269,20 @@ def _run_tiles(first, last, matrix, starts, bounds, run, values, places, n_movin
                         r, t = places[e, lane, j + 2], places[e, lane, j + 3]
                         for u in range(TILE):
                             moved[u] += a * tile[p, u] + b * tile[q, u] + c * tile[r, u] + d * tile[t, u]
-                    for k in range(n_open[e]):
-                        u = is_open[e, k]
-                        here[u, lane] = -was[u] if moved[u] < -was[u] else moved[u]
+                    here = kept[e, lane, n_before[e, at] : n_before[e, at + 1]]
+                    for k in range(len(here)):
+                        u = which[k]
+                        here[k] = leasts[k] if moved[u] < leasts[k] else moved[u]
                     n_opening = np.int32(0)
                     for u in range(TILE):
                         n_opening += np.int32(not moved[u] <= shuts[u])  # NaN opens
                     if n_opening:
                         for u in range(size):
-                            if not moved[u] <= shuts[u]:
+                            if not (moved[u] <= shuts[u] or base[e, begin + u] > 0):
                                 if not opened[e, begin + u]:
                                     opened[e, begin + u] = True
-                                    here[u] = 0
-                                here[u, lane] = moved[u] - shuts[u]
+                                    others[e, begin + u] = 0
+                                others[e, begin + u, lane] = moved[u] - shuts[u]
 
 
 @kernel
@@ -294,14 +303,14 @@ def _turn(matrix, begin, size, start, run, tile):
 
 @kernel
 @no_type_check
-def _in_order(first, last, dense, which, opened, order, result):
-    """The rows asked for, lanes back in their order; 0 where nothing opens."""
-    for row in range(first, last):
-        if opened[which[row]]:
-            for lane in range(len(order)):
-                result[row, order[lane]] = dense[which[row], lane]
-        else:
-            result[row] = 0
+def _in_order(first, last, kept, others, behind, opened, order, result):
+    """Lanes back in their order: the open units, and those behind them; 0 where nothing opens."""
+    n = kept.shape[1]
+    for lane in range(first, last):
+        row = result[order[lane]]
+        row[:n] = kept[lane]
+        for k in range(len(behind)):
+            row[n + k] = others[behind[k], lane] if opened[behind[k]] else np.float32(0)
 
 
 # --- a Linear and a ReLU behind few columns ---------------------------------------------------------------------------
@@ -326,50 +335,49 @@ def column_rows(
     return [_column_row(matrix, *row) for row in zip(columns, numbers, base, reach, strict=True)]
 
 
-def _column_row(matrix: Tensor, columns: Tensor, numbers: Tensor, base: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+def _column_row(matrix: Tensor, columns: Tensor, moves: Tensor, base: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     """Of one example. `reach`: how long dx must be to open a unit, without end where none can, below 0 where open."""
-    moves = numbers.T.contiguous()
-    size, order = _squares(moves).sqrt().nan_to_num(nan=torch.inf).sort(descending=True)
-    reach, units = reach.sort()
-    most, base = len(units), base[units]
-    within = _rounded(int(torch.searchsorted(reach, 0.0)), most)  # open, and a few more
-    n_lanes = len(order)
-    cuts = [0, *(n_lanes >> shift for shift in (5, 3, 2, 1) if n_lanes >> shift), n_lanes]
-    ends = [_rounded(int(n), most, 2 * STEP) for n in torch.searchsorted(reach, size[cuts[:-1]])]
-    part = picked(matrix, units[: max(within, *ends)], columns)
-    opened = torch.zeros(most - within, dtype=torch.bool)
-    found = []
-    for begin, stop, end in zip(cuts, cuts[1:], ends, strict=False):
-        if end > within:
-            lanes = order[begin:stop]
-            others = product(part[within:end], moves.index_select(1, lanes).T)
-            which = (~(others.amax(dim=1) <= -base[within:end])).nonzero()[:, 0]  # NaN opens
-            opened[which] = True
-            found.append((lanes, which, relu_delta(base[within + which, None], others[which])))
-    kept = _filled(opened)
-    result = torch.empty(within + len(kept), n_lanes)
-    torch.maximum(product(part[:within], moves.T), -base[:within, None], out=result[:within])
-    result[:within][base[:within] < 0] += base[:within][base[:within] < 0, None]  # max(dy, -y) + min(y, 0)
-    result[within:] = 0
-    place = torch.empty(len(opened), dtype=torch.int64)
-    place[kept] = torch.arange(within, len(result))
-    for lanes, which, moved in found:
-        result[place[which][:, None], lanes] = moved
-    return units[torch.cat([torch.arange(within), within + kept])], result.T
-
-
-def _squares(moves: Float32[Tensor, "columns ablations"]) -> Float32[Tensor, " ablations"]:
-    """The squared length of each ablation's column."""
-    result = torch.zeros(moves.shape[1])
-    _over_rows(_add_squares, len(result), moves.numel(), moves.numpy(), result.numpy())
-    return result
+    moves = moves.contiguous()
+    size, order = moves.norm(dim=1).nan_to_num(nan=torch.inf).sort(descending=True)
+    reach, units = reach.sort(stable=True)
+    n_lanes = torch.searchsorted(-size, -reach)  # so many of the ablations, those that move most, may open each unit
+    n_open = int(torch.searchsorted(reach, 0.0))
+    near = _rounded(int((n_lanes * SHARED > len(moves)).sum()), len(units))  # many may: all are computed
+    far = units[near : int((n_lanes > 0).sum())]
+    base = base[units]
+    moved = product(moves, picked(matrix, units[:near], columns))
+    others = torch.empty(len(units) - n_open, len(moves))
+    opened = torch.zeros(len(others), dtype=torch.bool)
+    others[: near - n_open] = relu_delta(base[n_open:near], moved[:, n_open:]).T
+    opened[: near - n_open] = (others[: near - n_open] != 0).any(dim=1)
+    _over_rows(
+        _opening, len(far), len(far) * len(moves) * len(columns), matrix.numpy(), far.numpy(), columns.numpy(),
+        moves.numpy(), order.numpy(), n_lanes[near:].numpy(), base[near:].numpy(),
+        others[near - n_open :].numpy(), opened[near - n_open :].numpy(),
+    )  # fmt: skip
+    behind = _filled(opened, ~opened, n_open)
+    result = torch.empty(len(moves), n_open + len(behind))
+    torch.maximum(moved[:, :n_open], -base[:n_open], out=result[:, :n_open])
+    result[:, n_open:] = torch.where(opened[behind, None], others[behind], 0).T
+    return units[torch.cat([torch.arange(n_open), n_open + behind])], result
 
 
 @kernel
 @no_type_check
-def _add_squares(first, last, moves, result):
-    some = result[first:last]
-    for k in range(len(moves)):
-        row = moves[k, first:last]
-        for lane in range(len(some)):
-            some[lane] += row[lane] * row[lane]
+def _opening(first, last, matrix, units, columns, moves, order, n_lanes, base, others, opened):
+    """What closed units let through, each of the ablations that may open it."""
+    row = np.empty(len(columns), np.float32)
+    for k in range(first, last):
+        source = matrix[units[k]]
+        for j in range(len(columns)):
+            row[j] = source[np.uint64(columns[j])]
+        for n in range(n_lanes[k]):
+            lane = moves[order[n]]
+            moved = base[k]
+            for j in range(len(row)):
+                moved += row[j] * lane[j]
+            if not moved <= 0:  # NaN opens
+                if not opened[k]:
+                    opened[k] = True
+                    others[k] = 0
+                others[k, order[n]] = moved
