@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ablation.engine import fused
 from ablation.engine.carry import Call, Changed, Entries, Move, Moves
 from ablation.engine.moves import Block, Columns, Product
 from ablation.engine.rules import RULES as RULES  # with those of this file
 from ablation.engine.rules import aten, fold, product, rule, times, total, wide
 
 SPARSE = 0.7  # below this share of moving entries, picking them out is quicker than multiplying by zeros
+LOOKED_AT = 256  # numbers of a pair, of which one that moves will mostly be found
 MANY = 32  # as many ablations pay for picking out rows of a matrix for each example
 
 
@@ -50,7 +52,7 @@ def bmm(call: Call, out: Tensor, a: Tensor, b: Tensor) -> Moves:
     elif call.moves(b) or not shared:
         return [total(call, out, *product(torch.matmul, call.base(a), call.base(b), da, call.delta(b)))]
     assert da is not None
-    return [total(call, out, *moves, (da.flatten(1, 2) @ call.base(b[0])).unflatten(1, a.shape[:2]))]
+    return [total(call, out, *moves, _dense_times_matrix(da, call.base(b[0])))]
 
 
 @rule(aten.addmm)
@@ -198,7 +200,12 @@ def _times_matrix(call: Call, a: Tensor, b: Tensor) -> Move:
     da = call.delta(a)
     assert da is not None
     columns = _active_columns(da)
-    return da @ matrix if columns is None else Product(columns, matrix)
+    return _dense_times_matrix(da, matrix) if columns is None else Product(columns, matrix)
+
+
+def _dense_times_matrix(da: Tensor, matrix: Tensor) -> Tensor:
+    """dA B, of all ablations at once."""
+    return fused.product(da.flatten(0, -2), matrix.T).unflatten(0, da.shape[:-1])
 
 
 def written_out(move: Move) -> Tensor | None:
@@ -245,7 +252,10 @@ def _active_columns(da: Tensor) -> Columns | None:
 def _fold_moving(function: Any, delta: Tensor) -> Tensor:
     """A linear function of a batch on all ablations' batches as one, without the examples where nothing moves."""
     pairs = delta.flatten(0, 1)
-    moving = (pairs != 0).flatten(1).any(dim=1)
+    numbers = pairs.flatten(1)
+    moving = (numbers[:, :: max(1, numbers.shape[1] // LOOKED_AT)] != 0).any(dim=1)
+    if moving.float().mean() <= SPARSE:
+        moving = (numbers != 0).any(dim=1)
     if moving.float().mean() > SPARSE:
         return function(pairs).unflatten(0, delta.shape[:2])
     some = function(pairs[moving])

@@ -254,7 +254,7 @@ def hardswish(call: Call, out: Tensor, x: Tensor) -> Moves:
     dx, exact = moved(call, x), call.exact(x)
     dh = hardsigmoid_delta(dx, exact)
     x, h = exact.to(dx.dtype), F.hardsigmoid(exact).to(dx.dtype)
-    return [dx * (h + dh) + x * dh]
+    return [torch.addcmul(x * dh, dx, h + dh)]
 
 
 @rule(
@@ -425,8 +425,8 @@ def hardsigmoid_delta(dx: Tensor, x: Tensor) -> Tensor:
     """h(x + dx) - h(x), h(x) = clip(x / 6 + 1/2, 0, 1)."""
     line = x / 6 + 0.5
     h = line.clamp(0, 1)
-    outside = (line - h).to(dx.dtype)
-    return torch.minimum(torch.maximum(dx / 6 + outside, (-h).to(dx.dtype)), (1 - h).to(dx.dtype))
+    outside, least, most = (each.to(dx.dtype) for each in (line - h, -h, 1 - h))
+    return torch.clamp(dx / 6 + outside, least, most)
 
 
 def _axes(x: Tensor, dim: Any) -> list[int]:
