@@ -19,6 +19,7 @@ import ablation
 from ablation.engine.carry import Call, Moves
 from ablation.engine.products import RULES
 from ablation.errors import ModelError
+from tests.ablation.engine.carried import N, carry_through, compute_again, draw, largest_error
 from tests.ablation.engine.exact import check_exact, make, make_data, some_sites
 
 N_CLASSES = 3
@@ -397,6 +398,22 @@ def test_many_lanes_take_the_way_of_active_columns() -> None:
     for precision in ("mixed", "float64"):
         for value in (0.0, 2.0):
             check_exact(model, "0.weight", x, y, precision, indices=np.arange(180), lanes=200, batch=7, value=value)
+
+
+@pytest.mark.parametrize("n_moving", [1, 3, 4], ids=["one", "some", "most"])
+def test_a_single_number_that_moves_goes_through_a_convolution(n_moving: int) -> None:
+    """Pairs (ablation, example) where nothing moves are left out, and a look at some numbers doesn't decide that."""
+    x, weight = draw(2, 3, 40, 40), draw(4, 3, 3, 3, seed=3)
+    moves = torch.zeros(N, *x.shape, dtype=torch.float64)
+    for lane in range(n_moving):
+        moves[lane, lane % 2, 2, 39 - lane, 37] = 0.3
+
+    def convolve(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, padding=1)
+
+    (carried,), (truth,) = carry_through(convolve, (x,), {0: moves}), compute_again(convolve, (x,), {0: moves})
+    assert largest_error(carried, truth) <= 1e-13
+    assert truth.flatten(1).any(dim=1).sum() == n_moving
 
 
 def test_a_wrong_rule_is_caught() -> None:
