@@ -15,6 +15,7 @@ is found without reading the batch again (`Notes`). Of another job they say noth
 import hashlib
 import io
 import os
+import pickle
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
@@ -70,7 +71,10 @@ class Activations:
             os.utime(path)
         except OSError:
             return None
-        return torch.load(io.BytesIO(data[_HASH_BYTES:]), weights_only=True)
+        try:
+            return torch.load(io.BytesIO(data[_HASH_BYTES:]), weights_only=True)
+        except pickle.UnpicklingError:  # a module gave something with a class of its own: every job computes it
+            return None
 
     def has(self, address: str) -> bool:
         """Whether there is a record."""

@@ -30,6 +30,7 @@ COSTS = (
     "flops_after",
     "flops_spread",
     "flops_flat",
+    "values_after",
     "values_spread",
     "widest_spread",
 )  # of a layer, in the table's order
@@ -46,7 +47,8 @@ class LayerFacts(Record):
     flops_after: float = Field(description="flops per example of everything that depends on this parameter")
     flops_spread: float = Field(default=0, description="the same, from where one weight moves more than one unit on")
     flops_flat: float = Field(default=0, description="of these, in Linears on flat features")
-    values_spread: int = Field(default=0, description="numbers per example that are computed there")
+    values_after: int = Field(default=0, description="numbers per example in the results of products behind it")
+    values_spread: int = Field(default=0, description="numbers per example that are computed where flops_spread are")
     widest_spread: int = Field(default=1, description="most numbers per example that move in and out of one call there")
 
     @property

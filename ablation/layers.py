@@ -15,7 +15,7 @@ from PIL import Image
 from ablation.catalog import LayerFacts, ModelFacts, Registered
 from ablation.engine.calls import Call, Calls, record_calls
 from ablation.engine.deep import find_deep
-from ablation.engine.head import find_head
+from ablation.engine.head import DROPOUT, ELEMENTWISE, SAME_SHAPE, find_head
 from ablation.engine.tail import find_tail
 from ablation.errors import ModelError
 from ablation.models import load_model
@@ -64,19 +64,23 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
     )
 
 
+_BY_UNIT = {"linear", "conv2d"}  # products that take one unit of their input by itself
+_APART = ELEMENTWISE | DROPOUT | SAME_SHAPE | {"batch_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"}
+
+
 def _costs(calls: Calls, parameter: str) -> dict[str, Any]:
     """What depends on a parameter; and of it, where more than one unit moves: behind the next matrix product."""
     way = [call for call, _ in calls.dependents(parameter)]
     next_product = next((k for k, call in enumerate(way) if k and call.flops), len(way))
     spread = way[next_product:]
-    inputs = [(), *(call.input_shapes[:1] for call in spread[1:])]  # of the next product's inputs only one unit moves
-    widths = (
-        _n_numbers(shapes + call.output_shapes, calls.n_examples) for shapes, call in zip(inputs, spread, strict=False)
-    )
+    widths = [_n_numbers(call.input_shapes[:1] + call.output_shapes, calls.n_examples) for call in spread]
+    if spread and spread[0].name in _BY_UNIT and all(call.name in _APART for call in way[1:next_product]):
+        widths[0] = _n_numbers(spread[0].output_shapes, calls.n_examples)  # of its input only one unit moves
     return {
         "flops_after": sum(call.flops for call in way) / calls.n_examples,
         "flops_spread": sum(call.flops for call in spread[1:]) / calls.n_examples,
         "flops_flat": sum(call.flops for call in spread[1:] if _is_flat(call)) / calls.n_examples,
+        "values_after": sum(_n_numbers(call.output_shapes, calls.n_examples) for call in way if call.flops),
         "values_spread": sum(_n_numbers(call.output_shapes, calls.n_examples) for call in spread),
         "widest_spread": max(widths, default=calls.n_classes),
     }

@@ -272,7 +272,7 @@ def _cut_job(
         splits=splits,
         shards=shards,
         proof=proof,
-        estimate=_estimate(spec, splits, shards, facts, layer, n_sites, batch_size, lanes, threads, all_s, pace),
+        estimate=_estimate(spec, splits, shards, facts, layer, path, n_sites, batch_size, lanes, threads, all_s, pace),
     )
 
 
@@ -417,6 +417,7 @@ def _estimate(
     shards: tuple[Shard, ...],
     facts: ModelFacts,
     layer: LayerFacts,
+    path: Path,
     n_sites: int,
     batch_size: int,
     lanes: int,
@@ -428,14 +429,16 @@ def _estimate(
     n_parameters = sum(each.n_weights for each in facts.layers)
     sum_bytes = {split.name: _partial_bytes(split, spec) for split in splits}
     row_bytes = _row_bytes(splits, spec)
-    deltas_bytes = 12 * lanes * batch_size * layer.widest_spread if lanes > 1 else 0
+    carried_bytes = 0
+    if path == "finite":  # deltas, and the products of the intact network in float64
+        carried_bytes = batch_size * (12 * lanes * layer.widest_spread + 8 * layer.values_after)
     return Estimate(
         n_examples=n_examples,
         passes=(seconds - START_S) / (n_examples * pass_s(facts, threads)),
         seconds=seconds / pace,
         memory_bytes=12 * n_parameters
         + 12 * batch_size * facts.widest
-        + deltas_bytes
+        + carried_bytes
         + WORKSPACE_BYTES
         + n_sites * (sum(sum_bytes.values()) + row_bytes + WORKING_BYTES),
         redis_bytes=sum((shard.sites[1] - shard.sites[0]) * sum_bytes[shard.split] for shard in shards)

@@ -71,7 +71,7 @@ def picked(
     matrix: Float32[Tensor, "rows columns"], rows: Int64[Tensor, " some_rows"], columns: Int64[Tensor, " some_columns"]
 ) -> Float32[Tensor, "some_rows some_columns"]:
     """Some rows and columns of a matrix."""
-    result = torch.empty(len(rows), len(columns))
+    result = matrix.new_empty(len(rows), len(columns))
     _over_rows(_picked, len(rows), result.numel(), matrix.numpy(), rows.numpy(), columns.numpy(), result.numpy())
     return result
 
@@ -86,10 +86,10 @@ def _picked(first, last, matrix, rows, columns, result):
 
 
 def lengths(
-    matrix: Float32[Tensor, "rows columns"], counted: Float32[Tensor, "cases columns"]
-) -> Float32[Tensor, "cases rows"]:
-    """The length of each row, over the columns that are counted (1, the others 0) in each case."""
-    result = torch.empty(len(counted), len(matrix))
+    matrix: Float32[Tensor, "rows columns"], counted: Bool[Tensor, "cases columns"]
+) -> Float64[Tensor, "cases rows"]:
+    """The length of each row, over the columns that are counted in each case. Never too large or small for float64."""
+    result = torch.empty(len(counted), len(matrix), dtype=torch.float64, device="cpu")
     _over_rows(_lengths, len(matrix), matrix.numel(), matrix.numpy(), counted.numpy(), result.numpy())
     return result
 
@@ -99,9 +99,10 @@ def lengths(
 def _lengths(first, last, matrix, counted, result):
     for row in range(first, last):
         for case in range(len(counted)):
-            total = np.float32(0)
-            for k in range(matrix.shape[1]):
-                total += matrix[row, k] * matrix[row, k] * counted[case, k]
+            numbers, which, total = matrix[row], counted[case], 0.0
+            for k in range(len(numbers)):
+                number = np.float64(numbers[k]) if which[k] else 0.0
+                total += number * number
             result[case, row] = np.sqrt(total)
 
 
@@ -161,6 +162,27 @@ def _expm1_sums(first, last, dz, rest, labels, examples, sums, moves):
         sums[pair] = total
 
 
+# --- which units may open -------------------------------------------------------------------------------------------
+
+
+def sizes(moves: Float[Tensor, "rows columns"]) -> Float64[Tensor, " rows"]:
+    """The length of each row, infinite where a number is none; never too large or small for float64."""
+    if moves.dtype != torch.float64:
+        return torch.linalg.vector_norm(moves, dim=1, dtype=torch.float64).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    scale = moves.abs().sum(dim=1)
+    parts = moves / torch.where(scale > 0, scale, 1)[:, None]
+    return (scale * parts.norm(dim=1)).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+
+
+def reaches(base: Float[Tensor, "*shape"], length: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """How long dx must be at least to open a closed unit, dy = W dx: |dy_o| <= |W_o| |dx| (Cauchy-Schwarz).
+
+    Infinite where nothing finite can, minus infinite where the unit is open.
+    """
+    reach = -base.double() / (length * (1 + 1e-3))  # with room for rounding
+    return reach.nan_to_num_(nan=torch.inf, posinf=torch.inf).masked_fill_(base > 0, -torch.inf)
+
+
 # --- a Linear and a ReLU behind a short run of inputs -----------------------------------------------------------------
 
 
@@ -186,9 +208,9 @@ def run_rows(
     is_open = base > 0
     n_open = F.pad(is_open, (0, -len(matrix) % TILE)).unflatten(1, (-1, TILE)).sum(dim=2).cumsum(dim=1)
     n_before = F.pad(n_open, (1, 0)).numpy()  # open units in the tiles before each
-    kept = torch.empty(n_examples, n_lanes, int(n_open[:, -1].max()) + 1)  # the open units' deltas
-    others = torch.empty(n_examples, len(matrix), n_lanes + 16)  # those of units that an ablation opens, few
-    opened = torch.zeros(base.shape, dtype=torch.bool)
+    kept = matrix.new_empty(n_examples, n_lanes, int(n_open[:, -1].max()) + 1)  # the open units' deltas
+    others = matrix.new_empty(n_examples, len(matrix), n_lanes + 16)  # those of units that an ablation opens, few
+    opened = torch.zeros_like(is_open)
     args = (matrix.numpy(), starts.numpy(), bounds, moves.shape[2], values, places, n_moving, base.numpy(), n_before)
     results = (kept.numpy(), others.numpy(), opened.numpy())
     _over_rows(_run_tiles, n_before.shape[1] - 1, n_lanes * base.numel(), *args, *results)
@@ -196,7 +218,7 @@ def run_rows(
     for example in range(n_examples):
         n = int(n_open[example, -1])
         behind = _filled(opened[example], ~(is_open[example] | opened[example]), n)
-        result = torch.empty(n_lanes, n + len(behind))
+        result = matrix.new_empty(n_lanes, n + len(behind))
         _over_rows(
             _in_order, n_lanes, result.numel(), kept[example, :, :n].numpy(), others[example].numpy(), behind.numpy(),
             opened[example].numpy(), order.numpy(), result.numpy(),
@@ -325,46 +347,46 @@ def column_rows(
     """relu(y + dy) - relu(y) for dy = W dx, where of each example only some `columns` of dx move: the outputs that are
     open before or for any ablation, and their deltas.
 
-    |dy_o| <= |W_o| |dx| (Cauchy-Schwarz): a closed output is computed only for the ablations that may open it.
+    A closed output is computed only for the ablations that may open it (`reaches`).
     """
-    counted = torch.zeros(len(base), matrix.shape[1])
+    counted = torch.zeros(len(base), matrix.shape[1], dtype=torch.bool, device="cpu")
     for example, which in enumerate(columns):
-        counted[example, which] = 1
-    reach = -base / (lengths(matrix, counted) * (1 + 1e-3))  # with room for rounding
-    reach = reach.nan_to_num(nan=torch.inf).masked_fill(base > 0, -torch.inf)
+        counted[example, which] = True
+    reach = reaches(base, lengths(matrix, counted))
     return [_column_row(matrix, *row) for row in zip(columns, numbers, base, reach, strict=True)]
 
 
 def _column_row(matrix: Tensor, columns: Tensor, moves: Tensor, base: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one example. `reach`: how long dx must be to open a unit, without end where none can, below 0 where open."""
+    """Of one example: first the open units, then the near ones, which many ablations may open and which are computed
+    for all of them, then the far ones.
+    """
     moves = moves.contiguous()
-    size, order = moves.norm(dim=1).nan_to_num(nan=torch.inf).sort(descending=True)
+    size, order = sizes(moves).sort(descending=True)
     reach, units = reach.sort(stable=True)
-    n_lanes = torch.searchsorted(-size, -reach)  # so many of the ablations, those that move most, may open each unit
-    n_open = int(torch.searchsorted(reach, 0.0))
-    near = _rounded(int((n_lanes * SHARED > len(moves)).sum()), len(units))  # many may: all are computed
-    far = units[near : int((n_lanes > 0).sum())]
     base = base[units]
-    moved = product(moves, picked(matrix, units[:near], columns))
-    others = torch.empty(len(units) - n_open, len(moves))
-    opened = torch.zeros(len(others), dtype=torch.bool)
-    others[: near - n_open] = relu_delta(base[n_open:near], moved[:, n_open:]).T
-    opened[: near - n_open] = (others[: near - n_open] != 0).any(dim=1)
-    _over_rows(
-        _opening, len(far), len(far) * len(moves) * len(columns), matrix.numpy(), far.numpy(), columns.numpy(),
-        moves.numpy(), order.numpy(), n_lanes[near:].numpy(), base[near:].numpy(),
-        others[near - n_open :].numpy(), opened[near - n_open :].numpy(),
-    )  # fmt: skip
+    n_lanes = torch.searchsorted(-size, -reach, right=True)  # so many ablations, those that move most, may open each
+    n_open = int(torch.searchsorted(reach, 0.0))
+    n_near = _rounded(int((n_lanes * SHARED > len(moves)).sum()), len(units)) - n_open
+    n_far = max(0, int((n_lanes > 0).sum()) - n_open - n_near)
+    shut, shut_units, n_lanes = base[n_open:], units[n_open:], n_lanes[n_open:]
+    moved = product(moves, picked(matrix, units[: n_open + n_near], columns))
+    others = moves.new_empty(len(shut), len(moves))
+    opened = torch.zeros(len(shut), dtype=torch.bool, device="cpu")
+    others[:n_near] = relu_delta(shut[:n_near], moved[:, n_open:]).T
+    opened[:n_near] = (others[:n_near] != 0).any(dim=1)
+    far = [each[n_near : n_near + n_far].numpy() for each in (shut_units, n_lanes, shut, others, opened)]
+    given = matrix.numpy(), columns.numpy(), moves.numpy(), order.numpy()
+    _over_rows(_opening, n_far, n_far * len(moves) * len(columns), *given, *far)
     behind = _filled(opened, ~opened, n_open)
-    result = torch.empty(len(moves), n_open + len(behind))
+    result = moves.new_empty(len(moves), n_open + len(behind))
     torch.maximum(moved[:, :n_open], -base[:n_open], out=result[:, :n_open])
     result[:, n_open:] = torch.where(opened[behind, None], others[behind], 0).T
-    return units[torch.cat([torch.arange(n_open), n_open + behind])], result
+    return torch.cat([units[:n_open], shut_units[behind]]), result
 
 
 @kernel
 @no_type_check
-def _opening(first, last, matrix, units, columns, moves, order, n_lanes, base, others, opened):
+def _opening(first, last, matrix, columns, moves, order, units, n_lanes, base, others, opened):
     """What closed units let through, each of the ablations that may open it."""
     row = np.empty(len(columns), np.float32)
     for k in range(first, last):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ablation.engine.fused import column_rows, is_ready, picked, product, run_rows
+from ablation.engine.fused import column_rows, is_ready, picked, product, reaches, run_rows, sizes
 from ablation.engine.head import relu_delta
 
 
@@ -101,8 +101,8 @@ class Product:
     def relu(self, x: Tensor) -> Columns:
         """What is left of it behind a ReLU whose input is `x`.
 
-        Only units that x + dx can open for any ablation are computed, |dx_o| <= |dA| |B_o| (Cauchy-Schwarz): first for
-        the few ablations that move most, then for the others, which reach fewer units.
+        Only units that x + dx can open for any ablation are computed, by the length of dA and of the unit's column of B
+        (`fused.reaches`): the few ablations that move most reach more units than the others.
         """
         columns, numbers = zip(*self._relu_rows(x), strict=True)
         return Columns(columns, numbers, x.shape[1])
@@ -120,17 +120,17 @@ class Product:
         base = x.to(self.matrix.dtype)
         if isinstance(self.factor, Block):  # costs little
             dx = self._of_block[:, row]
-            opened = ((x > 0) | (dx.amax(dim=0) > -x)).nonzero()[:, 0]
+            opened = ((x > 0) | ~(dx.amax(dim=0) <= -x)).nonzero()[:, 0]  # NaN opens
             return opened, relu_delta(base[opened], dx.index_select(1, opened))
         inputs, da = self.factor.columns[row], self.factor.numbers[row]
-        lengths = self._rows(inputs).norm(dim=0) * (1 + 1e-3)  # with room for rounding
-        size = da.norm(dim=1)
-        order = size.argsort(descending=True)
+        reach = reaches(x, sizes(self._rows(inputs).T))
+        size, order = sizes(da).sort(descending=True)
         moving = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         parts = []
-        for lanes in order.tensor_split([max(1, len(order) // 16)]):
+        split = max(1, len(order) // 16)
+        for lanes, largest in ((order[:split], size[:1]), (order[split:], size[split : split + 1])):
             if len(lanes):
-                units = (x > -size[lanes].amax() * lengths).nonzero()[:, 0]
+                units = (reach <= largest).nonzero()[:, 0]
                 moved = relu_delta(base[units], da[lanes] @ self._rows(inputs, units))
                 moving[units] |= (moved != 0).any(dim=0)
                 parts.append((lanes, units, moved))

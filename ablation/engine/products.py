@@ -21,7 +21,7 @@ from ablation.engine.rules import RULES as RULES  # with those of this file
 from ablation.engine.rules import aten, fold, product, rule, times, total, wide
 
 SPARSE = 0.7  # below this share of moving entries, picking them out is quicker than multiplying by zeros
-LOOKED_AT = 256  # numbers of a pair, of which one that moves will mostly be found
+LOOKED_AT = 4  # channels of a pair, where a number that moves will mostly be found
 MANY = 32  # as many ablations pay for picking out rows of a matrix for each example
 
 
@@ -252,12 +252,10 @@ def _active_columns(da: Tensor) -> Columns | None:
 def _fold_moving(function: Any, delta: Tensor) -> Tensor:
     """A linear function of a batch on all ablations' batches as one, without the examples where nothing moves."""
     pairs = delta.flatten(0, 1)
-    numbers = pairs.flatten(1)
-    moving = (numbers[:, :: max(1, numbers.shape[1] // LOOKED_AT)] != 0).any(dim=1)
-    if moving.float().mean() <= SPARSE:
-        moving = (numbers != 0).any(dim=1)
-    if moving.float().mean() > SPARSE:
-        return function(pairs).unflatten(0, delta.shape[:2])
+    for some in (pairs[:, :: max(1, pairs.shape[1] // LOOKED_AT)], pairs):
+        moving = (some != 0).flatten(1).any(dim=1)
+        if moving.float().mean() > SPARSE:
+            return function(pairs).unflatten(0, delta.shape[:2])
     some = function(pairs[moving])
     result = some.new_zeros(len(pairs), *some.shape[1:])
     result[moving] = some

@@ -3,6 +3,7 @@
 import os
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -63,6 +64,21 @@ def test_a_damaged_file_is_no_record_and_goes(damage: bytes, tmp_path: Path) -> 
     path.write_bytes(damage or path.read_bytes()[:-1])
     assert kept.get(address) is None
     assert files(tmp_path) == []
+
+
+class Pair(NamedTuple):
+    """What a module may give."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def test_what_only_code_could_read_back_is_no_record(tmp_path: Path) -> None:
+    kept = activations(tmp_path)
+    kept.put("0" * 64, [Pair(torch.ones(2), torch.zeros(2))], 1)
+    assert kept.get("0" * 64) is None
+    kept.put("0" * 64, [torch.ones(2)], 1)
+    assert torch.equal(kept.get("0" * 64)[0], torch.ones(2))
 
 
 def test_the_limit_holds_and_what_was_used_last_stays(tmp_path: Path) -> None:

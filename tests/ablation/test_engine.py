@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ablation.engine import open_path, run_batches
 from ablation.engine.calls import record_calls
@@ -219,3 +220,20 @@ def test_describe_model_counts_flops() -> None:
     after = {layer.name: layer.flops_after for layer in facts.layers}
     assert after["5"] == 2 * 13 * 5
     assert after["3"] == 2 * (17 * 13 + 13 * 5)
+
+
+@pytest.mark.parametrize(
+    ("rest", "moving", "kept"),
+    [
+        ([nn.ReLU(), nn.Conv2d(6, 2, 1)], 2 * 16, 2 * 16),  # of six channels one is carried by itself
+        ([nn.GroupNorm(2, 6), nn.Conv2d(6, 2, 1)], (6 + 2) * 16, 2 * 16),  # all channels of its group move
+        ([nn.ReLU(), nn.ConvTranspose2d(6, 2, 1)], (6 + 2) * 16, 2 * 16),  # takes all channels together
+        ([nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, 5)], 5, 5),
+    ],
+    ids=["channel", "group", "transposed", "flat"],
+)
+def test_numbers_that_are_carried(rest: list[nn.Module], moving: int, kept: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *rest, nn.Flatten())
+    layer = describe_model("net", model, torch.randn(2, 3, 4, 4)).layers[0]
+    flat = 2 * kept  # in and out of the last one
+    assert (layer.widest_spread, layer.values_after) == (max(moving, flat), 6 * 16 + kept)

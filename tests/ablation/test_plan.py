@@ -28,6 +28,7 @@ FACTS = ModelFacts(
             path="finite",
             flops_after=9e7,
             flops_spread=5e7,
+            values_after=300_000,
             values_spread=200_000,
             widest_spread=50_000,
         ),
@@ -163,6 +164,14 @@ def test_as_many_sites_at_once_as_their_deltas_fit() -> None:
     assert (few.lanes, few.batch_size) == (10, 128)
     assert plan("conv", 1000, batch_size=16).lanes == LANE_VALUES // 50_000 // 16
     assert plan("conv", engine="rerun").lanes == 1
+
+
+def test_memory_holds_deltas_and_the_products_of_a_batch() -> None:
+    few, other = (plan("conv", 1, engine=engine, batch_size=64).estimate.memory_bytes for engine in ("finite", "rerun"))
+    assert few - other == 64 * (12 * 50_000 + 8 * 300_000)
+    many = plan("conv", 20, batch_size=64)
+    assert many.lanes == 20
+    assert many.estimate.memory_bytes - few >= 64 * 12 * 19 * 50_000
 
 
 @pytest.mark.parametrize(

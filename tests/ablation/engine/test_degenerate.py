@@ -20,7 +20,7 @@ PRECISIONS = pytest.mark.parametrize("precision", ["mixed", "float64"])
 
 
 class Net(nn.Module):
-    """Convolution, norm, residual, a hidden Linear layer: what most networks have."""
+    """Convolution, norm, residual, two hidden Linear layers: what most networks have."""
 
     def __init__(self, n_classes: int = 4) -> None:
         super().__init__()
@@ -28,7 +28,8 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(5)
         self.again = nn.Conv2d(5, 5, 3, padding=1)
         self.hidden = nn.Linear(20, 7)
-        self.out = nn.Linear(7, n_classes)
+        self.deeper = nn.Linear(7, 11)
+        self.out = nn.Linear(11, n_classes)
         self.unused = nn.Linear(7, 3)
         self.unread = nn.Linear(7, 3)
 
@@ -37,10 +38,10 @@ class Net(nn.Module):
         x = F.max_pool2d(torch.relu(x + self.again(x)), 2)
         x = torch.relu(self.hidden(x.flatten(1)))
         self.unread(x)
-        return self.out(x)
+        return self.out(torch.relu(self.deeper(x)))
 
 
-TARGETS = ("conv.weight", "norm.weight", "again.weight", "hidden.weight", "hidden.bias", "out.weight")
+TARGETS = ("conv.weight", "norm.weight", "again.weight", "hidden.weight", "hidden.bias", "deeper.weight", "out.weight")
 SHAPE = (7, 2, 4, 5)
 
 

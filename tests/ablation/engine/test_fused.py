@@ -52,9 +52,9 @@ def test_parts_of_a_matrix(generator: torch.Generator) -> None:
     matrix = torch.randn(11, 13, generator=generator)
     rows, columns = torch.tensor([4, 0, 9, 3]), torch.tensor([12, 5, 0])
     assert torch.equal(fused.picked(matrix, rows, columns), matrix[rows[:, None], columns])
-    counted = (torch.rand(3, 13, generator=generator) < 0.5).float()
+    counted = torch.rand(3, 13, generator=generator) < 0.5
     truth = (matrix.double().square() @ counted.double().T).sqrt().T
-    torch.testing.assert_close(fused.lengths(matrix, counted).double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(fused.lengths(matrix, counted), truth, rtol=1e-12, atol=0)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -163,6 +163,42 @@ def test_equals_the_way_of_other_devices(dtype: torch.dtype, generator: torch.Ge
     torch.testing.assert_close(Product(once, behind.T).dense(), Product(other, behind.T.contiguous()).dense())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("weights", "moves"), [(1e-24, 1), (1, 1e-24), (1e20, 1), (1e22, 1e-22), (1e-22, 1e22)])
+def test_no_opening_is_lost_to_squares(
+    weights: float, moves: float, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """The bound on what can open a unit squares numbers; tiny ones vanish and large ones overflow in float32."""
+    power = 1 if dtype == torch.float32 else 8  # the same in float64
+    matrix, columns, parts, base, _ = column_case(generator)
+    matrix, base = matrix.to(dtype) * weights**power, base.to(dtype) * weights**power * moves**power
+    parts = tuple(part.to(dtype) * moves**power for part in parts)
+    base[2, ::2] = 0  # whatever comes opens it
+    for which in (0, 2):
+        idle = torch.ones(90, dtype=torch.bool).index_fill(0, columns[which], False)
+        own = matrix.masked_fill(idle, torch.finfo(dtype).max / 1e3)  # what takes no part
+        given = Columns((columns[which],), (parts[which],), 90)
+        truth = relu_moves(base[which], parts[which].double() @ own[:, columns[which]].T.double())
+        scale = truth.abs().amax()
+        for layout in (own.T, own.T.contiguous()):
+            got = Product(given, layout).relu(base[None, which].double()).dense()[:, 0].double()
+            assert ((got - truth).abs() <= 1e-6 * scale).all()
+            assert torch.equal((got != 0) & (base[which] <= 0), (truth != 0) & (base[which] <= 0))
+
+
+def test_default_types_and_devices_of_torch_do_not_matter(generator: torch.Generator) -> None:
+    matrix, first, numbers, base, _ = run_case(generator)
+    _, columns, parts, _, _ = column_case(generator)
+    other = torch.randn(300, 90, generator=generator), torch.randn(3, 300, generator=generator)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        rows = fused.run_rows(matrix, first, numbers, base) + fused.column_rows(other[0], columns, parts, other[1])
+    finally:
+        torch.set_default_dtype(before)
+    assert all(moves.dtype == torch.float32 for _, moves in rows)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_behind_a_relu_what_is_not_finite_shows(value: float, generator: torch.Generator) -> None:
     matrix, first, numbers, base, _ = run_case(generator)
@@ -175,6 +211,12 @@ def test_behind_a_relu_what_is_not_finite_shows(value: float, generator: torch.G
     got = written_out(fused.column_rows(matrix, columns, parts, base), len(matrix))
     assert not got[7, 2].isfinite().all()
     assert got[:7].isfinite().all()
+    for dtype in (torch.float32, torch.float64):  # PyTorch's operations
+        given = Columns(columns, tuple(part.to(dtype) for part in parts), matrix.shape[1])
+        got = Product(given, matrix.T.to(dtype).contiguous()).relu(base.double()).dense()
+        assert not got[7, 2].isfinite().all()
+        assert got[:7].isfinite().all()
+        assert got[:7].any()
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
@@ -187,13 +229,17 @@ def test_same_bytes_on_any_number_of_threads(threads: Callable[[int], None], gen
     base = torch.randn(2, 2100, generator=generator)
     labels, examples = torch.tensor([1, 2]), torch.randint(2, (1024,), generator=generator)
     dz, rest = torch.randn(1024, 4200, generator=generator), torch.rand(2, 4200, generator=generator)
+    columns = (torch.arange(0, 2000, 2), torch.arange(1, 2000, 2))
+    few = torch.randn(1024, 1000, generator=generator) * torch.rand(1024, 1, generator=generator).pow(4)
     results = []
     for n in (1, 2, 3):
         threads(n)
         rows = fused.run_rows(matrix, first, numbers, base)
+        rows += fused.column_rows(matrix, columns, (few, few.flip(0)), 30 * base)
         sums, touched = fused.expm1_sums(dz, rest, labels, examples)
         part = fused.picked(matrix, torch.arange(2099, -1, -1), torch.arange(2000))
-        results.append([*rows[0], *rows[1], sums, touched, part, fused.lengths(matrix, torch.ones(1, 2000))])
+        lengths = fused.lengths(matrix, torch.ones(1, 2000, dtype=torch.bool))
+        results.append([*(each for row in rows for each in row), sums, touched, part, lengths])
     assert min(dz.numel(), part.numel(), 1024 * base.numel()) > fused.SMALL  # or one thread would do it all
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
