@@ -10,9 +10,12 @@ from torch import nn
 from ablation.catalog import DEMO_MODEL, model_names
 from ablation.engine.carry import Rule
 from ablation.engine.products import RULES
+from ablation.reference import reference_deltas
+from ablation.sites import make_sites
 from tests import compare
 from tools import check_torchvision
 from tools.check_torchvision import (
+    BOUND,
     N_SITES,
     PAGE,
     PLACES,
@@ -25,7 +28,9 @@ from tools.check_torchvision import (
     is_within,
     keys_of,
     load_entries,
+    make_live_model,
     make_page,
+    run_engine,
 )
 
 
@@ -46,6 +51,21 @@ def test_the_middle_of_squeezenet() -> None:
     assert [len(entry["effects"]) for entry in entries] == [3, 2, 3, 2]
     assert not any(entry["one_by_one"] for entry in entries)
     require_within(entries)
+
+
+def test_many_weights_of_alexnets_last_convolution_at_once() -> None:
+    """As many as it takes for the ways of `fused.py`, which the tool's three weights a layer don't reach."""
+    model, inputs = make_live_model("alexnet")
+    labels = torch.tensor([3, 977])
+    layer = "features.10.weight"
+    indices = np.random.default_rng(0).choice(model.get_parameter(layer).numel(), 48, replace=False)
+    sites = make_sites(model.get_parameter(layer), indices, "zero")
+    truth = reference_deltas(model, layer, sites, inputs, labels).numpy()
+    assert np.count_nonzero(truth.any(axis=1)) > 20
+    delta, how = run_engine(model, layer, indices, inputs, labels, "mixed", RULES)
+    assert how == {"one_by_one": False, "wide": False}
+    assert errors_of(delta, truth, "mixed", 7.0)[0] <= BOUND["mixed"]
+    assert errors_of(delta[::-1], truth, "mixed", 7.0)[0] > 0.1
 
 
 @pytest.mark.slow
