@@ -317,15 +317,16 @@ def _choose_lanes(
 
     Many sites share one run of the intact network, and one look at which of its units are active.
     """
-    largest = batch_size or max(1, _choose_batch_size(facts) >> n_halved)
     if path == "response" and len(layer.shape) == 2:  # every batch fetches the sums of all weights once
         return 1, batch_size or max(1, MAX_BATCH >> n_halved)
     if path != "finite":
-        return 1, largest
-    n_pairs = min(LANE_VALUES // max(1, layer.widest_spread), int(LANE_FLOPS / max(1, carried_flops(layer))))
-    n_pairs = max(1, n_pairs >> n_halved)
+        return 1, batch_size or max(1, _choose_batch_size(facts) >> n_halved)
+    n_pairs = max(1, min(LANE_VALUES // max(1, layer.widest_spread), int(LANE_FLOPS / max(1, carried_flops(layer)))))
     lanes = max(1, min(n_sites, MAX_LANES, n_pairs // (batch_size or 1)))
-    return lanes, batch_size or min(largest, 1 << (max(1, n_pairs // lanes).bit_length() - 1))
+    if batch_size:
+        return max(1, lanes >> n_halved), batch_size
+    whole = min(_choose_batch_size(facts), 1 << ((n_pairs // lanes).bit_length() - 1))
+    return max(1, lanes >> max(0, n_halved - whole.bit_length() + 1)), max(1, whole >> n_halved)  # examples, then sites
 
 
 def _cut(split: SplitPlan, n_sites: int, batch_size: int, n_wanted: float, most_sites: int, row: int) -> list[Shard]:

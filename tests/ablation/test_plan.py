@@ -166,6 +166,17 @@ def test_as_many_sites_at_once_as_their_deltas_fit() -> None:
     assert plan("conv", engine="rerun").lanes == 1
 
 
+@pytest.mark.parametrize("sites", [1, 10, 1000])
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_every_halving_carries_half_as_much(sites: int, batch_size: int | None) -> None:
+    plans = [plan("conv", sites, batch_size=batch_size, n_halved=n) for n in range(20)]
+    carried = [each.lanes * each.batch_size for each in plans]
+    least = batch_size or 1
+    n = carried.index(least)
+    assert all(2 * after <= before <= 4 * after for before, after in zip(carried[:n], carried[1:], strict=False))
+    assert set(carried[n:]) == {least}
+
+
 def test_memory_holds_deltas_and_the_products_of_a_batch() -> None:
     few, other = (plan("conv", 1, engine=engine, batch_size=64).estimate.memory_bytes for engine in ("finite", "rerun"))
     assert few - other == 64 * (12 * 50_000 + 8 * 300_000)
