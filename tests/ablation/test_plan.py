@@ -173,7 +173,7 @@ def test_every_halving_carries_half_as_much(sites: int, batch_size: int | None) 
     carried = [each.lanes * each.batch_size for each in plans]
     least = batch_size or 1
     n = carried.index(least)
-    assert all(2 * after <= before <= 4 * after for before, after in zip(carried[:n], carried[1:], strict=False))
+    assert all(2 * after <= before <= 4 * after for before, after in itertools.pairwise(carried[: n + 1]))
     assert set(carried[n:]) == {least}
 
 
