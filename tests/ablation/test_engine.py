@@ -228,9 +228,10 @@ def test_describe_model_counts_flops() -> None:
         ([nn.ReLU(), nn.Conv2d(6, 2, 1)], 2 * 16, 2 * 16),  # of six channels one is carried by itself
         ([nn.GroupNorm(2, 6), nn.Conv2d(6, 2, 1)], (6 + 2) * 16, 2 * 16),  # all channels of its group move
         ([nn.ReLU(), nn.ConvTranspose2d(6, 2, 1)], (6 + 2) * 16, 2 * 16),  # takes all channels together
+        ([nn.ReLU(), nn.Flatten(2), nn.Conv1d(6, 2, 1)], (6 + 2) * 16, 2 * 16),  # so does this one
         ([nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, 5)], 5, 5),
     ],
-    ids=["channel", "group", "transposed", "flat"],
+    ids=["channel", "group", "transposed", "1-d", "flat"],
 )
 def test_numbers_that_are_carried(rest: list[nn.Module], moving: int, kept: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *rest, nn.Flatten())

@@ -186,7 +186,7 @@ def test_no_opening_is_lost_to_squares(
             assert torch.equal((got != 0) & (base[which] <= 0), (truth != 0) & (base[which] <= 0))
 
 
-def test_default_types_and_devices_of_torch_do_not_matter(generator: torch.Generator) -> None:
+def test_the_default_type_of_torch_does_not_matter(generator: torch.Generator) -> None:
     matrix, first, numbers, base, _ = run_case(generator)
     _, columns, parts, _, _ = column_case(generator)
     other = torch.randn(300, 90, generator=generator), torch.randn(3, 300, generator=generator)
