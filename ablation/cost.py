@@ -7,7 +7,7 @@ the estimate that people see divides them by the pace of the machine that will r
 
 from typing import Literal
 
-from ablation.catalog import LayerFacts, ModelFacts
+from ablation.inputs.catalog import LayerFacts, ModelFacts
 
 Path = Literal["direct", "response", "finite", "rerun", "reference"]
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ablation.catalog import LayerFacts, ModelFacts, Registered
 from ablation.engine.calls import Call, Calls, record_calls
-from ablation.engine.deep import find_deep
-from ablation.engine.head import DROPOUT, ELEMENTWISE, SAME_SHAPE, find_head
-from ablation.engine.tail import find_tail
+from ablation.engine.responses.averaged_way import find_tail
+from ablation.engine.responses.head import DROPOUT, ELEMENTWISE, SAME_SHAPE, find_head
+from ablation.engine.responses.three_linears import find_deep
 from ablation.errors import ModelError
-from ablation.models import load_model
-from ablation.registered import DATASETS, MODELS, registered_names
+from ablation.inputs.catalog import LayerFacts, ModelFacts, Registered
+from ablation.inputs.models import load_model
+from ablation.inputs.registered import DATASETS, MODELS, registered_names
 
 # What a registered model's transform is tried on: pictures as ImageNet, CIFAR, MNIST and digits have them.
 _PICTURES = (("RGB", 224), ("RGB", 32), ("L", 28), ("L", 8))

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ablation import baseline
-from ablation.catalog import ModelFacts
-from ablation.data import as_dataset, load_batches
 from ablation.devices import find_device
 from ablation.errors import DataError, ModelError, SpecError
 from ablation.export import write_csv, write_parquet, write_whole
+from ablation.inputs.catalog import ModelFacts
+from ablation.inputs.data import as_dataset, load_batches
 from ablation.layers import describe_model
 from ablation.machine import find_memory
 from ablation.plan import Plan, SplitCounts, make_plan

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from ablation.catalog import (
+from ablation.cost import START_S, Path, carried_flops, pass_s, proof_s, split_s
+from ablation.errors import SpecError
+from ablation.inputs.catalog import (
     NOTHING,
     LayerFacts,
     ModelFacts,
@@ -22,9 +24,7 @@ from ablation.catalog import (
     model_facts,
     split_counts,
 )
-from ablation.cost import START_S, Path, carried_flops, pass_s, proof_s, split_s
-from ablation.errors import SpecError
-from ablation.folders import Folders
+from ablation.inputs.folders import Folders
 from ablation.spec import Constant, CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
 
 ENGINES = ("auto", "direct", "response", "finite", "rerun", "reference")

@@ -22,15 +22,15 @@ from torch.utils.data import Dataset
 
 from ablation import baseline
 from ablation.cache import Activations, Notes, find_next, find_start, hash_of, make_known
-from ablation.catalog import SplitCounts, find_root, model_names
-from ablation.data import draw_examples, labels_of, load_batches, load_data, name_example, tell_apart
 from ablation.devices import find_device, freed_memory_kept, is_out_of_memory
 from ablation.engine import open_path, run_batches
 from ablation.errors import DataError, ExampleError, ModelError, OutOfMemory, as_given, shorten
-from ablation.folders import Folders
+from ablation.inputs.catalog import SplitCounts, find_root, model_names
+from ablation.inputs.data import draw_examples, labels_of, load_batches, load_data, name_example, tell_apart
+from ablation.inputs.folders import Folders
+from ablation.inputs.models import load_model
 from ablation.layers import registered_here
 from ablation.machine import find_memory, measure_pace
-from ablation.models import load_model
 from ablation.partial import Gathered, PartialSums
 from ablation.plan import SHARD_S, Plan, Shard, plan_spec
 from ablation.precision import fit

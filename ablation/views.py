@@ -6,7 +6,7 @@ A data set is told by its facts as they are.
 
 from pydantic import BaseModel
 
-from ablation.catalog import LayerFacts, ModelFacts
+from ablation.inputs.catalog import LayerFacts, ModelFacts
 from ablation.plan import Estimate, Path, Plan, ProofPlan, SplitPlan
 from ablation.spec import Precision
 

@@ -47,7 +47,7 @@ def open_listener(address: "Address") -> socket.socket:
         ServiceError: it can't be had; the message names the setting to change.
     """
     from ablation.errors import ServiceError
-    from worker.listener import listen, url_of
+    from worker.server_socket import listen, url_of
 
     if address.fd is None:
         listener = listen(address.host, address.port, "ABLATION_HOST", "ABLATION_PORT")

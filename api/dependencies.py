@@ -7,8 +7,8 @@ from typing import Annotated
 from celery import Celery
 from fastapi import Depends, Path, Request
 
-from ablation.catalog import NOTHING, Registered, dataset_names, model_names
 from ablation.errors import SpecError, nearest
+from ablation.inputs.catalog import NOTHING, Registered, dataset_names, model_names
 from ablation.plan import Plan
 from ablation.spec import JobSpec
 from api.errors import AWAY, gone, not_found

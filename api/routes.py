@@ -16,9 +16,9 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from kombu.exceptions import KombuError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from ablation.catalog import NOTHING, dataset_facts, dataset_names, model_facts, model_names
 from ablation.errors import SpecError, nearest
 from ablation.export import csv_chunks, parquet_chunks
+from ablation.inputs.catalog import NOTHING, dataset_facts, dataset_names, model_facts, model_names
 from ablation.plan import Plan
 from ablation.spec import JobSpec
 from ablation.views import PlanView, layer_view, plan_view

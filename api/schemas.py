@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from ablation.catalog import DatasetFacts, ModelFacts
+from ablation.inputs.catalog import DatasetFacts, ModelFacts
 from ablation.spec import JobSpec
 from ablation.views import LayerView, ModelView, PlanView, model_view, plan_view
 from api.summary import Summary

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ablation.catalog import SplitCounts, find_layer
 from ablation.devices import freed_memory_kept
-from ablation.engine.finite import Finite
+from ablation.engine.carried.finite import Finite
 from ablation.engine.prefix import Prefix
 from ablation.engine.rerun import Rerun
+from ablation.inputs.catalog import SplitCounts, find_layer
+from ablation.inputs.models import build_model
 from ablation.layers import describe_model
-from ablation.models import build_model
 from ablation.plan import make_plan
 from ablation.precision import FromTargetOn, as_found, run_with
 from ablation.sites import make_sites

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import AlexNet_Weights
 
-from ablation.data import load_batches, load_data
+from ablation.inputs.data import load_batches, load_data
 from benchmarks.environment import write_result
 
 PICTURES = 512

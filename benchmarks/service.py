@@ -73,7 +73,7 @@ def poll_ms(client: httpx.Client) -> list[float]:
 def main() -> None:
     """Measure, print and store."""
     with tempfile.TemporaryDirectory() as home:
-        subprocess.run([sys.executable, "-m", "ablation.demo", "--cache", str(Path(home) / "cache")], check=True)
+        subprocess.run([sys.executable, "-m", "ablation.inputs.demo", "--cache", str(Path(home) / "cache")], check=True)
         port = "18765"
         serve = subprocess.Popen(
             [sys.executable, "-m", "ablation.cli", "serve", "--port", port, "--home", home],

@@ -22,8 +22,8 @@ from tests.test_end_to_end import ABLATION, JOB, SLOW_SPEC, environment
 from tests.worker.real_jobs import encode, plan_real, run_undisturbed, submit
 from tests.worker.waiting import wait_for
 from worker import keys
-from worker.listener import listen, url_of
 from worker.queue import make_celery
+from worker.server_socket import listen, url_of
 from worker.settings import Settings
 from worker.states import TERMINAL
 from worker.store import JobStore, connect

@@ -30,9 +30,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ablation.engine.finite import Finite
-from ablation.engine.products import RULES
-from ablation.models import build_model
+from ablation.engine.carried.finite import Finite
+from ablation.engine.carried.products import RULES
+from ablation.inputs.models import build_model
 from ablation.reference import reference_deltas
 from ablation.sites import make_sites
 
@@ -49,7 +49,9 @@ N_INPUTS, N_CLASSES = 2, 1000
 MOVES = 1e-8  # nats: a site whose mean |delta| is less is drawn again, up to N_DRAWN of them
 N_DRAWN = 12
 SEED = 0
-ENGINE = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(ROOT.glob("ablation/engine/*.py")))).hexdigest()
+ENGINE = hashlib.sha256(
+    b"".join(file.read_bytes() for file in sorted(ROOT.glob("ablation/engine/**/*.py")))
+).hexdigest()
 
 Entry = dict[str, Any]
 

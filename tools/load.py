@@ -41,8 +41,8 @@ import psutil  # type: ignore[import-untyped]
 from redis import Redis
 
 from worker import keys
+from worker.parent_death import tether
 from worker.states import TERMINAL, State
-from worker.tether import tether
 
 PHASES = ("queue", "growth", "download")
 PATIENCE_S = 300.0  # for one answer, and for the end of one job after the one before it

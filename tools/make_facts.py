@@ -1,4 +1,4 @@
-"""Write `ablation/facts.jsonl`: the facts of every built-in model, from real modules, one at a time.
+"""Write `ablation/inputs/facts.jsonl`: the facts of every built-in model, from real modules, one at a time.
 
 Run by `make facts`, after a change of torchvision or of how layers are described. Meta devices and fake tensors fail on
 some families, so each model is really built (seeded; no pretrained weights, no download) and run on two examples.
@@ -13,12 +13,12 @@ import torch
 import torchvision
 from PIL import Image
 
-from ablation.catalog import COSTS, DEMO_MODEL, LayerFacts, ModelFacts, line_from_facts
-from ablation.demo import prepare_digit
+from ablation.inputs.catalog import COSTS, DEMO_MODEL, LayerFacts, ModelFacts, line_from_facts
+from ablation.inputs.demo import prepare_digit
+from ablation.inputs.models import build_demo_model, build_model, classifier_weights, default_transform
 from ablation.layers import describe_model
-from ablation.models import build_demo_model, build_model, classifier_weights, default_transform
 
-TABLE = Path(__file__).parent.parent / "ablation" / "facts.jsonl"
+TABLE = Path(__file__).parent.parent / "ablation" / "inputs" / "facts.jsonl"
 
 
 def names() -> Iterator[str]:

@@ -37,12 +37,12 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 from worker import keys
-from worker.listener import listen, url_of
+from worker.parent_death import tether
 from worker.redis_server import RedisServer, find_binary, start_redis
+from worker.server_socket import listen, url_of
 from worker.settings import Settings, count_cpus
 from worker.states import State
 from worker.store import JobStore, connect
-from worker.tether import tether
 
 RECOVERY_S = 15.0  # a shard that its worker left is running again within this
 STOP_S = 10.0  # who is told to stop is gone within this

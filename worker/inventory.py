@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from ablation.catalog import Registered, find_below
 from ablation.errors import SpecError
+from ablation.inputs.catalog import Registered, find_below
 from worker.settings import Settings, hide_password
 from worker.store import connect
 

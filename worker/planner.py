@@ -5,8 +5,8 @@ In: a spec, settings, what is registered. Out: a plan that fits into Redis. Torc
 
 from collections.abc import Mapping
 
-from ablation.catalog import Registered, SplitCounts
 from ablation.errors import SpecError
+from ablation.inputs.catalog import Registered, SplitCounts
 from ablation.plan import Plan, plan_spec
 from ablation.spec import JobSpec
 from worker.settings import Settings

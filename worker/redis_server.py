@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from ablation.errors import ServiceError
-from worker.tether import tether
+from worker.parent_death import tether
 
 MAX_SOCKET_PATH_BYTES = 100  # the kernel's limit is 107
 START_S = 60.0  # reading a large append-only file back takes a while

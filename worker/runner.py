@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from celery import Celery
 from redis.exceptions import OutOfMemoryError, RedisError
 
-from ablation.catalog import Registered, dataset_names, model_names
 from ablation.errors import AblationError, Cancelled, Unfit
+from ablation.inputs.catalog import Registered, dataset_names, model_names
 from ablation.plan import Plan
 from ablation.spec import JobSpec
 from worker import codec, keys, planner

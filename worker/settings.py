@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis import Redis
 
 from ablation.errors import ServiceError
-from ablation.folders import Folders
+from ablation.inputs.folders import Folders
 from ablation.spec import allowed_by
 
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)

@@ -21,8 +21,8 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
 from redis.retry import Retry
 
-from ablation.catalog import FactsTable, Registered, line_from_facts
 from ablation.errors import ServiceError, SpecError
+from ablation.inputs.catalog import FactsTable, Registered, line_from_facts
 from ablation.plan import Plan
 from ablation.spec import JobSpec, Record
 from ablation.table import count_rows, cut_rows

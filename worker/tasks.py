@@ -21,14 +21,14 @@ from celery.signals import worker_process_init, worker_ready, worker_shutting_do
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from ablation.catalog import Registered
 from ablation.errors import SpecError
+from ablation.inputs.catalog import Registered
 from worker import inventory, runner
+from worker.parent_death import tether
 from worker.queue import FINALIZE, RUN_SHARD, enqueue, make_celery
 from worker.settings import load_settings
 from worker.store import JobStore, connect
 from worker.sweeper import Sweeper, make_lost_error
-from worker.tether import tether
 
 PATIENCE = 600  # a second each: so long a shard waits for a Redis that is away before its work is thrown away
 GRACE_S = 4.0  # a shard in flight has this long to notice that it is not wanted; then the process ends anyway

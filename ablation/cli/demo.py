@@ -18,8 +18,8 @@ from ablation.cli.server import EXAMPLE, raise_on_signals
 from ablation.cli.services import Services, child_environment, python_command
 from ablation.errors import ServiceError
 from ablation.spec import make_spec
+from worker.parent_death import tether
 from worker.settings import Settings, make_writable
-from worker.tether import tether
 
 
 @click.command()
@@ -68,7 +68,7 @@ def train(cache: Path) -> None:
         ServiceError: it failed; what it said is above.
     """
     process = subprocess.Popen(
-        python_command("ablation.demo", "--cache", str(cache)),
+        python_command("ablation.inputs.demo", "--cache", str(cache)),
         env=child_environment(),
         start_new_session=True,
         preexec_fn=functools.partial(tether, signal.SIGKILL, os.getpid()),

@@ -6,12 +6,12 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from ablation.catalog import NOTHING, Registered, dataset_facts, dataset_names, model_facts, model_names
 from ablation.cli.display import print_json, print_table, say_bytes, say_number, say_seconds
 from ablation.cli.options import home_option, json_option, located, run_options, spec_options
+from ablation.inputs.catalog import NOTHING, Registered, dataset_facts, dataset_names, model_facts, model_names
+from ablation.inputs.registered import GROUPS, registered_names
 from ablation.machine import find_memory, measure_pace
 from ablation.plan import Plan, plan_spec
-from ablation.registered import GROUPS, registered_names
 from ablation.spec import JobSpec
 from ablation.views import layer_view, model_view, plan_view
 from worker.settings import Settings

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from ablation.errors import SpecError, as_given
-from ablation.folders import Folders
+from ablation.inputs.folders import Folders
 from ablation.plan import ENGINES
 from ablation.spec import JobSpec, make_spec
 from worker.settings import load_settings

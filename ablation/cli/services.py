@@ -22,10 +22,10 @@ from pathlib import Path
 import ablation
 from ablation.cli.client import Client
 from ablation.errors import ServiceError
-from worker.listener import listen, url_of
+from worker.parent_death import tether
 from worker.redis_server import RedisServer, start_redis
+from worker.server_socket import listen, url_of
 from worker.settings import Settings, make_writable
-from worker.tether import tether
 
 READY_S = 120.0  # a cold import of torch on a slow disk is the longest part of this
 STOP_S = 5.0  # who is still there after this is killed; with the 5 s that Redis may take, all is over within 10 s

@@ -1,18 +1,22 @@
 """Run one shard: batches in, `PartialSums` out.
 
-    calls   what a network does with its parameters, written down      loss    loss change from a logit change
-    head, tail, deep   is the way to the loss a short one?             deltas  what every path yields
-    active  a Linear on inputs that are mostly 0
-    direct, pooled     single weights of heads and tails               whole, deep, pooled   all weights of some units
-    loops, kernels, channels, piecewise, threads   the compiled loops of these
-    device, triton_kernels   whole rows on a GPU                       fused   compiled loops of finite
-    finite  any target, many sites at once                             rerun   any target, one site at a time
-    prefix  what comes before the target, once per batch               tape    the intact products, once per batch
-    carry   every operation, with the deltas beside it                 shadow, moves   where deltas are kept, and how
-    rules, products   how each operation carries a change              response  the loss as a series in one number
-    sums    deltas -> partial sums
+The map, in reading order (a file imports only files above it; neither wing imports the other):
 
-Not here: which shards there are (`plan.py`), where batches come from (`data.py`), what the sums become (`table.py`).
+    calls        what a network does with its parameters, call by call
+    compiled     the decorators of compiled loops
+    threads      work cut into ranges that run on threads
+    increments   the change of an elementwise function, without cancellation
+    expm1        a sum over classes, compiled
+    loss         the loss change from a change of logits
+    deltas       what every path yields
+    sums         from deltas to partial sums
+    prefix       what comes before the target, computed once per batch
+    rerun        the path `rerun`: any target, one site at a time
+    carried/     the path `finite`: finite differences through any operation
+    responses/   the paths `direct` and `response`: where one number per example leads on
+
+Not here: which shards there are (`plan.py`), where batches come from (`inputs/data.py`), what the sums become
+(`table.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,17 +30,17 @@ from torch import Tensor
 from ablation import baseline
 from ablation.cache import Activations
 from ablation.engine.calls import record_calls
-from ablation.engine.deep import Deep, find_deep
+from ablation.engine.carried.finite import Finite
 from ablation.engine.deltas import Deltas, Responses
-from ablation.engine.direct import Direct
-from ablation.engine.finite import Finite
-from ablation.engine.head import find_head
 from ablation.engine.loss import Intact, make_intact
-from ablation.engine.pooled import Pooled
 from ablation.engine.rerun import Rerun
+from ablation.engine.responses.averaged import Pooled
+from ablation.engine.responses.averaged_way import find_tail
+from ablation.engine.responses.direct import Direct
+from ablation.engine.responses.head import find_head
+from ablation.engine.responses.rows import Whole
+from ablation.engine.responses.three_linears import Deep, find_deep
 from ablation.engine.sums import Sums
-from ablation.engine.tail import find_tail
-from ablation.engine.whole import Whole
 from ablation.errors import ExampleError, ModelError
 from ablation.partial import PartialSums
 from ablation.precision import fit

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ablation.engine.fused import expm1_sums, is_ready
+from ablation.engine.compiled import is_ready
+from ablation.engine.expm1 import expm1_sums
 
 # Above this |sum|, log1p of it gains nothing over a difference of two log-sum-exps, and near -1 it loses.
 LARGE = 0.5

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 
+SMALL = 1 << 22  # numbers: below, PyTorch's threads, which wait busily after each of its operations, are in the way
 PARTS_PER_THREAD = 4  # so that one slow part doesn't leave the others waiting
 
 
@@ -39,6 +41,14 @@ def run_ranges(run: Callable[[int, int], None], n: int, parts_per_thread: int = 
         wait(others)
     for other in others:
         other.result()
+
+
+def over_rows(loop: Callable[..., None], n_rows: int, size: int, *args: Any) -> None:
+    """Run `loop(first, last, *args)` on all rows; `size` is how many numbers it goes over."""
+    if size < SMALL:
+        loop(0, n_rows, *args)
+    else:
+        run_ranges(lambda first, last: loop(first, last, *args), n_rows)
 
 
 @cache

@@ -11,7 +11,7 @@ import torch
 
 from ablation import run
 from ablation.cache import Activations, hash_of
-from ablation.folders import Folders
+from ablation.inputs.folders import Folders
 from ablation.plan import plan_spec
 from ablation.run import load_job, run_job
 from ablation.spec import make_spec

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablation.catalog import LayerFacts, ModelFacts
 from ablation.cost import START_S
 from ablation.errors import SpecError
+from ablation.inputs.catalog import LayerFacts, ModelFacts
 from ablation.plan import LANE_VALUES, MAX_SITES_PER_SHARD, PARTIAL_BYTES, Plan, SplitCounts, make_plan
 from ablation.spec import make_spec
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablation.catalog import LayerFacts, SplitCounts
 from ablation.errors import SpecError
+from ablation.inputs.catalog import LayerFacts, SplitCounts
 from ablation.plan import count_asked, count_sites
 from ablation.spec import CountOfExamples, JobSpec, PerClass, make_spec
 

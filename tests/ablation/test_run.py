@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
-from ablation import ablate, catalog
+from ablation import ablate
 from ablation.errors import Cancelled, DataError
-from ablation.folders import Folders
+from ablation.inputs import catalog
+from ablation.inputs.folders import Folders
 from ablation.plan import make_plan
 from ablation.run import finish_job, load_job, run_shard, run_spec
 from ablation.spec import make_spec

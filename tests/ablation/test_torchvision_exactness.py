@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from ablation.catalog import DEMO_MODEL, model_names
-from ablation.engine.carry import Rule
-from ablation.engine.products import RULES
+from ablation.engine.carried.dispatch import Rule
+from ablation.engine.carried.products import RULES
+from ablation.inputs.catalog import DEMO_MODEL, model_names
 from ablation.reference import reference_deltas
 from ablation.sites import make_sites
 from tests import compare
@@ -54,7 +54,7 @@ def test_the_middle_of_squeezenet() -> None:
 
 
 def test_many_weights_of_alexnets_last_convolution_at_once() -> None:
-    """As many as it takes for the ways of `fused.py`, which the tool's three weights a layer don't reach."""
+    """As many as it takes for the ways of `linear_relu.py`, which the tool's three weights a layer don't reach."""
     model, inputs = make_live_model("alexnet")
     labels = torch.tensor([3, 977])
     layer = "features.10.weight"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ablation import catalog
 from ablation.cache import Activations, find_next, find_start
 from ablation.cost import split_s
 from ablation.errors import Cancelled
-from ablation.folders import Folders
+from ablation.inputs import catalog
+from ablation.inputs.folders import Folders
 from ablation.partial import held
 from ablation.plan import ProofPlan, make_plan
 from ablation.run import Job, finish_job, load_job, run_job, run_shard

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import uvicorn
 
-from ablation.catalog import NOTHING
+from ablation.inputs.catalog import NOTHING
 from ablation.partial import zero
 from ablation.spec import JobSpec, make_spec
 from ablation.table import ImportanceTable

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import jsonschema
 import pytest
 
-from ablation.catalog import NOTHING
+from ablation.inputs.catalog import NOTHING
 from ablation.plan import Plan
 from ablation.run import run_spec
 from ablation.spec import JobSpec, make_spec

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from ablation.catalog import model_facts, model_names
 from ablation.cli.display import print_table, progress_bar, say_bytes, say_error, say_number, say_seconds
+from ablation.inputs.catalog import model_facts, model_names
 from tests.cli.terminal import ABLATION, in_terminal, plain_environment
 
 

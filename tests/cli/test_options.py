@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from ablation.cli.commands import commands
 from ablation.cli.options import locate, read_criteria, read_sites, read_split, read_value, spec_options
 from ablation.errors import SpecError
-from ablation.folders import Folders
+from ablation.inputs.folders import Folders
 from ablation.spec import JobSpec, make_spec
 
 MINIMAL = ["--model", "alexnet", "--layer", "classifier.4", "--data", "imagenet", "--sites", "9"]

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ablation.folders import Folders
+from ablation.inputs.folders import Folders
 from tests.contract.files import write_files
 from tests.stopping import stopping
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ablation.demo import DigitsAlexNet
-from ablation.folders import Folders
+from ablation.inputs.demo import DigitsAlexNet
+from ablation.inputs.folders import Folders
 
 
 class Surprise:

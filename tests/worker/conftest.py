@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ablation.catalog import LayerFacts, ModelFacts
+from ablation.inputs.catalog import LayerFacts, ModelFacts
 from ablation.partial import PartialSums
 from ablation.plan import Plan, SplitCounts, make_plan
 from ablation.spec import JobSpec, make_spec

@@ -4,7 +4,7 @@ from typing import Any
 
 from celery import Celery
 
-from ablation import catalog
+from ablation.inputs import catalog
 from ablation.plan import Plan, make_plan
 from ablation.run import load_job, run_job
 from ablation.spec import JobSpec, make_spec

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ablation.catalog import Registered
+from ablation.inputs.catalog import Registered
 from tests.worker.conftest import FACTS
 from worker.inventory import describe, describe_registered, files_below, join, list_folder, subfolders
 from worker.settings import Settings

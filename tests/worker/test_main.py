@@ -6,7 +6,7 @@ import sys
 import psutil
 import pytest
 
-from ablation.catalog import NOTHING
+from ablation.inputs.catalog import NOTHING
 from worker.inventory import describe, describe_registered
 from worker.settings import Settings
 from worker.store import JobStore

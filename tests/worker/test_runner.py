@@ -9,12 +9,12 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ablation.catalog import NOTHING
 from ablation.errors import Cancelled, DataError, ProofError, SpecError
+from ablation.inputs.catalog import NOTHING
 from ablation.run import finish_job, load_job, run_shard
 from ablation.spec import make_spec
 from ablation.statistics import make_summary
-from tests.ablation.test_published import write_mnist
+from tests.ablation.inputs.test_mnist_and_cifar import write_mnist
 from tests.worker.real_jobs import encode, plan_real, run_undisturbed
 from tests.worker.test_queue import messages
 from worker import codec, keys, planner, runner

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from redis import Redis
 
-from ablation.catalog import Registered
 from ablation.errors import ServiceError, SpecError
+from ablation.inputs.catalog import Registered
 from ablation.plan import Plan
 from ablation.table import ImportanceTable
 from tests.worker.conftest import FACTS, make_partial, make_toy

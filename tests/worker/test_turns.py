@@ -131,7 +131,7 @@ def test_a_worker_with_other_weights_is_refused_its_shard(
     store: JobStore, celery: Celery, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint of the same name has other numbers on the second host."""
-    from ablation.models import load_model
+    from ablation.inputs.models import load_model
 
     module, _ = load_model("digits_alexnet", folders=settings.folders)
     hosts = []
@@ -188,7 +188,7 @@ def test_where_every_worker_refuses_a_job_it_fails_with_the_reason(
 
 def test_the_same_data_are_told_from_others() -> None:
     from ablation.cache import hash_of
-    from ablation.data import draw_examples, load_data, tell_apart
+    from ablation.inputs.data import draw_examples, load_data, tell_apart
 
     test, train = load_data("digits", split="test"), load_data("digits", split="train")
     every = draw_examples("all", None, 100)

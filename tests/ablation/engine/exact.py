@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ablation.engine import run_batches
-from ablation.engine.carry import Rule
-from ablation.engine.finite import Finite
-from ablation.engine.products import RULES
+from ablation.engine.carried.dispatch import Rule
+from ablation.engine.carried.finite import Finite
+from ablation.engine.carried.products import RULES
 from ablation.partial import PartialSums
 from ablation.sites import make_sites
 from ablation.spec import Constant

@@ -1,0 +1,330 @@
+"""The busiest loops of the finite-difference path on a CPU, in float32: one pass where PyTorch's operations take many.
+
+    product        a matrix product by oneDNN (MKL leaves AVX-512 unused on other makers' processors: half the speed)
+    picked         some rows and columns of a matrix; `lengths`: of its rows, over some of the columns
+    expm1_sums     sum_c q_c expm1(dz_c - dz_y), pair by pair: what `loss.py` asks for
+    run_rows       what a ReLU lets through of a Linear, where a short run of its inputs moves
+    column_rows    the same, where a few columns of its input move
+
+Each has a form in PyTorch's operations where it is called, which other devices and float64 take; `is_ready` is the one
+place that decides. The kernels are compiled by Numba and release the GIL: Python threads share the rows, every row is
+computed by one thread in the same order, so results don't depend on how many threads there are.
+
+Numerics: float32; sums over classes in runs of 256 that are added in float64. NaN and infinity come out as NaN or
+infinity: fast-math here may reorder and contract, but not assume them away.
+"""
+
+from functools import cache
+from typing import no_type_check
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Float64, Int64
+from torch import Tensor
+
+from ablation.engine.compiled import is_ready, kernel
+from ablation.engine.increments import relu_delta
+from ablation.engine.threads import over_rows
+
+TILE = 64  # units that one entry of a run is multiplied by at once: four vectors
+STEP = 32  # units are taken in multiples of it
+LARGE = 1 << 24  # products that are worth the making of a kernel for their shape
+SHARED = 4  # where 1 of so many ablations may open a unit, it is computed for all: a product is quicker
+
+
+def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:
+    """a b^T. The layouts of the two don't matter; oneDNN takes most of a millisecond for each new shape."""
+    if is_ready(a, b) and _has_onednn() and a.numel() * len(b) > LARGE:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return F.linear(a, b)
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+# --- parts of a matrix ------------------------------------------------------------------------------------------------
+
+
+def picked(
+    matrix: Float32[Tensor, "rows columns"], rows: Int64[Tensor, " some_rows"], columns: Int64[Tensor, " some_columns"]
+) -> Float32[Tensor, "some_rows some_columns"]:
+    """Some rows and columns of a matrix."""
+    result = matrix.new_empty(len(rows), len(columns))
+    over_rows(_picked, len(rows), result.numel(), matrix.numpy(), rows.numpy(), columns.numpy(), result.numpy())
+    return result
+
+
+@kernel
+@no_type_check
+def _picked(first, last, matrix, rows, columns, result):
+    for row in range(first, last):
+        source, target = matrix[rows[row]], result[row]
+        for k in range(len(columns)):
+            target[k] = source[np.uint64(columns[k])]
+
+
+def lengths(
+    matrix: Float32[Tensor, "rows columns"], counted: Bool[Tensor, "cases columns"]
+) -> Float64[Tensor, "cases rows"]:
+    """The length of each row, over the columns that are counted in each case. Never too large or small for float64."""
+    result = torch.empty(len(counted), len(matrix), dtype=torch.float64, device="cpu")
+    over_rows(_lengths, len(matrix), matrix.numel(), matrix.numpy(), counted.numpy(), result.numpy())
+    return result
+
+
+@kernel
+@no_type_check
+def _lengths(first, last, matrix, counted, result):
+    for row in range(first, last):
+        for case in range(len(counted)):
+            numbers, which, total = matrix[row], counted[case], 0.0
+            for k in range(len(numbers)):
+                number = np.float64(numbers[k]) if which[k] else 0.0
+                total += number * number
+            result[case, row] = np.sqrt(total)
+
+
+# --- which units may open -------------------------------------------------------------------------------------------
+
+
+def sizes(moves: Float[Tensor, "rows columns"]) -> Float64[Tensor, " rows"]:
+    """The length of each row, infinite where a number is none; never too large or small for float64."""
+    if moves.dtype != torch.float64:
+        return torch.linalg.vector_norm(moves, dim=1, dtype=torch.float64).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    scale = moves.abs().sum(dim=1)
+    parts = moves / torch.where(scale > 0, scale, 1)[:, None]
+    return (scale * parts.norm(dim=1)).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+
+
+def reaches(base: Float[Tensor, "*shape"], length: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """How long dx must be at least to open a closed unit, dy = W dx: |dy_o| <= |W_o| |dx| (Cauchy-Schwarz).
+
+    Infinite where nothing finite can, minus infinite where the unit is open.
+    """
+    reach = -base.double() / (length * (1 + 1e-3))  # with room for rounding
+    return reach.nan_to_num_(nan=torch.inf, posinf=torch.inf).masked_fill_(base > 0, -torch.inf)
+
+
+# --- a Linear and a ReLU behind a short run of inputs -----------------------------------------------------------------
+
+
+def run_rows(
+    matrix: Float32[Tensor, "outputs inputs"],
+    first: Int64[Tensor, " ablations"],
+    numbers: Float32[Tensor, "ablations examples run"],
+    base: Float32[Tensor, "examples outputs"],
+) -> list[tuple[Int64[Tensor, " _"], Float32[Tensor, "ablations _"]]]:
+    """relu(y + dy) - relu(y) for dy = W dx, where dx is `numbers` from input `first` on: of each example, the outputs
+    that are open before or for any ablation, and their deltas.
+
+    Ablations of the same run share its columns of the matrix, a tile of outputs at a time; zeros of dx are skipped.
+    """
+    starts, unit, counts = first.unique(return_inverse=True, return_counts=True)
+    order = unit.argsort(stable=True)
+    bounds = F.pad(counts.cumsum(0), (1, 0)).numpy()
+    moves = numbers.index_select(0, order).transpose(0, 1).contiguous().numpy()
+    n_examples, n_lanes, _ = moves.shape
+    room = (n_examples, n_lanes, -(-moves.shape[2] // 4) * 4)
+    values, places, n_moving = np.zeros(room, np.float32), np.zeros(room, np.uint64), np.zeros(room[:2], np.int64)
+    over_rows(_compress, n_lanes, moves.size, moves, values, places, n_moving)
+    is_open = base > 0
+    n_open = F.pad(is_open, (0, -len(matrix) % TILE)).unflatten(1, (-1, TILE)).sum(dim=2).cumsum(dim=1)
+    n_before = F.pad(n_open, (1, 0)).numpy()  # open units in the tiles before each
+    kept = matrix.new_empty(n_examples, n_lanes, int(n_open[:, -1].max()) + 1)  # the open units' deltas
+    others = matrix.new_empty(n_examples, len(matrix), n_lanes + 16)  # those of units that an ablation opens, few
+    opened = torch.zeros_like(is_open)
+    args = (matrix.numpy(), starts.numpy(), bounds, moves.shape[2], values, places, n_moving, base.numpy(), n_before)
+    results = (kept.numpy(), others.numpy(), opened.numpy())
+    over_rows(_run_tiles, n_before.shape[1] - 1, n_lanes * base.numel(), *args, *results)
+    rows = []
+    for example in range(n_examples):
+        n = int(n_open[example, -1])
+        behind = _filled(opened[example], ~(is_open[example] | opened[example]), n)
+        result = matrix.new_empty(n_lanes, n + len(behind))
+        over_rows(
+            _in_order, n_lanes, result.numel(), kept[example, :, :n].numpy(), others[example].numpy(), behind.numpy(),
+            opened[example].numpy(), order.numpy(), result.numpy(),
+        )  # fmt: skip
+        rows.append((torch.cat([is_open[example].nonzero()[:, 0], behind]), result))
+    return rows
+
+
+def _filled(chosen: Bool[Tensor, " units"], rest: Bool[Tensor, " units"], n_before: int) -> Int64[Tensor, " _"]:
+    """The chosen units, and so many of the rest that `n_before` and they come to a multiple of `STEP`."""
+    which = torch.cat([chosen.nonzero()[:, 0], rest.nonzero()[:, 0]])
+    return which[: _rounded(n_before + int(chosen.sum()), n_before + len(which)) - n_before]
+
+
+def _rounded(n: int, most: int) -> int:
+    """Up to the next multiple of `STEP`: each new shape of a product costs time."""
+    return min(most, -(-n // STEP) * STEP)
+
+
+@kernel
+@no_type_check
+def _compress(first, last, moves, values, places, n_moving):
+    """The numbers that are not 0, and where they are; 0 at place 0 behind."""
+    for lane in range(first, last):
+        for example in range(len(moves)):
+            n = 0
+            for k in range(moves.shape[2]):
+                if moves[example, lane, k] != 0:
+                    values[example, lane, n] = moves[example, lane, k]
+                    places[example, lane, n] = k
+                    n += 1
+            n_moving[example, lane] = n
+
+
+@kernel
+@no_type_check
+def _run_tiles(
+    first, last, matrix, starts, bounds, run, values, places, n_moving, base, n_before, kept, others, opened
+):
+    n_examples, n_outputs = base.shape
+    tile = np.zeros((run, TILE), np.float32)
+    moved = np.empty(TILE, np.float32)
+    least = np.empty((n_examples, TILE), np.float32)  # an open unit's delta, which shuts it
+    shut = np.empty((n_examples, TILE), np.float32)  # what a delta must exceed to open a unit
+    is_open = np.empty((n_examples, TILE), np.uint64)  # unsigned: no check for places counted from the end
+    for at in range(first, last):
+        begin = at * TILE
+        size = min(TILE, n_outputs - begin)
+        for e in range(n_examples):
+            n = 0
+            shut[e] = np.inf
+            for u in range(size):
+                if base[e, begin + u] > 0:
+                    is_open[e, n] = u
+                    least[e, n] = -base[e, begin + u]
+                    n += 1
+                else:
+                    shut[e, u] = -base[e, begin + u]
+        for s in range(len(starts)):
+            _turn(matrix, begin, size, starts[s], run, tile)
+            for e in range(n_examples):
+                which, leasts, shuts = is_open[e], least[e], shut[e]
+                for lane in range(bounds[s], bounds[s + 1]):
+                    for u in range(TILE):
+                        moved[u] = 0
+                    for j in range(0, n_moving[e, lane], 4):
+                        a, b = values[e, lane, j], values[e, lane, j + 1]
+                        c, d = values[e, lane, j + 2], values[e, lane, j + 3]
+                        p, q = places[e, lane, j], places[e, lane, j + 1]
+                        r, t = places[e, lane, j + 2], places[e, lane, j + 3]
+                        for u in range(TILE):
+                            moved[u] += a * tile[p, u] + b * tile[q, u] + c * tile[r, u] + d * tile[t, u]
+                    here = kept[e, lane, n_before[e, at] : n_before[e, at + 1]]
+                    for k in range(len(here)):
+                        u = which[k]
+                        here[k] = leasts[k] if moved[u] < leasts[k] else moved[u]
+                    n_opening = np.int32(0)
+                    for u in range(TILE):
+                        n_opening += np.int32(not moved[u] <= shuts[u])  # NaN opens
+                    if n_opening:
+                        for u in range(size):
+                            if not (moved[u] <= shuts[u] or base[e, begin + u] > 0):
+                                if not opened[e, begin + u]:
+                                    opened[e, begin + u] = True
+                                    others[e, begin + u] = 0
+                                others[e, begin + u, lane] = moved[u] - shuts[u]
+
+
+@kernel
+@no_type_check
+def _turn(matrix, begin, size, start, run, tile):
+    """A part of the matrix, transposed: four rows at a time, which keeps up with the memory."""
+    whole = size - size % 4
+    for u in range(0, whole, 4):
+        for k in range(run):
+            tile[k, u] = matrix[begin + u, start + k]
+            tile[k, u + 1] = matrix[begin + u + 1, start + k]
+            tile[k, u + 2] = matrix[begin + u + 2, start + k]
+            tile[k, u + 3] = matrix[begin + u + 3, start + k]
+    for u in range(whole, size):
+        for k in range(run):
+            tile[k, u] = matrix[begin + u, start + k]
+
+
+@kernel
+@no_type_check
+def _in_order(first, last, kept, others, behind, opened, order, result):
+    """Lanes back in their order: the open units, and those behind them; 0 where nothing opens."""
+    n = kept.shape[1]
+    for lane in range(first, last):
+        row = result[order[lane]]
+        row[:n] = kept[lane]
+        for k in range(len(behind)):
+            row[n + k] = others[behind[k], lane] if opened[behind[k]] else np.float32(0)
+
+
+# --- a Linear and a ReLU behind few columns ---------------------------------------------------------------------------
+
+
+def column_rows(
+    matrix: Float32[Tensor, "outputs inputs"],
+    columns: tuple[Int64[Tensor, " _"], ...],
+    numbers: tuple[Float32[Tensor, "ablations _"], ...],
+    base: Float32[Tensor, "examples outputs"],
+) -> list[tuple[Int64[Tensor, " _"], Float32[Tensor, "ablations _"]]]:
+    """relu(y + dy) - relu(y) for dy = W dx, where of each example only some `columns` of dx move: the outputs that are
+    open before or for any ablation, and their deltas.
+
+    A closed output is computed only for the ablations that may open it (`reaches`).
+    """
+    counted = torch.zeros(len(base), matrix.shape[1], dtype=torch.bool, device="cpu")
+    for example, which in enumerate(columns):
+        counted[example, which] = True
+    reach = reaches(base, lengths(matrix, counted))
+    return [_column_row(matrix, *row) for row in zip(columns, numbers, base, reach, strict=True)]
+
+
+def _column_row(matrix: Tensor, columns: Tensor, moves: Tensor, base: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one example: first the open units, then the near ones, which many ablations may open and which are computed
+    for all of them, then the far ones.
+    """
+    moves = moves.contiguous()
+    size, order = sizes(moves).sort(descending=True)
+    reach, units = reach.sort(stable=True)
+    base = base[units]
+    n_lanes = torch.searchsorted(-size, -reach, right=True)  # so many ablations, those that move most, may open each
+    n_open = int(torch.searchsorted(reach, 0.0))
+    n_near = _rounded(int((n_lanes * SHARED > len(moves)).sum()), len(units)) - n_open
+    n_far = max(0, int((n_lanes > 0).sum()) - n_open - n_near)
+    shut, shut_units, n_lanes = base[n_open:], units[n_open:], n_lanes[n_open:]
+    moved = product(moves, picked(matrix, units[: n_open + n_near], columns))
+    others = moves.new_empty(len(shut), len(moves))
+    opened = torch.zeros(len(shut), dtype=torch.bool, device="cpu")
+    others[:n_near] = relu_delta(shut[:n_near], moved[:, n_open:]).T
+    opened[:n_near] = (others[:n_near] != 0).any(dim=1)
+    far = [each[n_near : n_near + n_far].numpy() for each in (shut_units, n_lanes, shut, others, opened)]
+    given = matrix.numpy(), columns.numpy(), moves.numpy(), order.numpy()
+    over_rows(_opening, n_far, n_far * len(moves) * len(columns), *given, *far)
+    behind = _filled(opened, ~opened, n_open)
+    result = moves.new_empty(len(moves), n_open + len(behind))
+    torch.maximum(moved[:, :n_open], -base[:n_open], out=result[:, :n_open])
+    result[:, n_open:] = torch.where(opened[behind, None], others[behind], 0).T
+    return torch.cat([units[:n_open], shut_units[behind]]), result
+
+
+@kernel
+@no_type_check
+def _opening(first, last, matrix, columns, moves, order, units, n_lanes, base, others, opened):
+    """What closed units let through, each of the ablations that may open it."""
+    row = np.empty(len(columns), np.float32)
+    for k in range(first, last):
+        source = matrix[units[k]]
+        for j in range(len(columns)):
+            row[j] = source[np.uint64(columns[j])]
+        for n in range(n_lanes[k]):
+            lane = moves[order[n]]
+            moved = base[k]
+            for j in range(len(row)):
+                moved += row[j] * lane[j]
+            if not moved <= 0:  # NaN opens
+                if not opened[k]:
+                    opened[k] = True
+                    others[k] = 0
+                others[k, order[n]] = moved

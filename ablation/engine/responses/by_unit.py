@@ -1,0 +1,58 @@
+"""The sites of a Linear's weight, sorted by the unit (row of the weight) that each of them moves."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Int64
+
+from ablation.sites import EveryWeight, Sites
+
+
+@dataclass(frozen=True)
+class ByUnit:
+    """The sites row of the weight by row of it: which units, and where each one's sites are."""
+
+    sites: Sites
+    units: Int64[np.ndarray, " units"]
+    order: Int64[np.ndarray, " sites"] | None  # of the sites; None: they are whole rows, one after the other
+    starts: Int64[np.ndarray, " units+1"]  # in that order
+    n_inputs: int
+
+    def steps(self, block: slice) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Replacement minus weight of some units' rows, 0 beside the sites; and where each of the sites is there."""
+        rows = slice(self.starts[block.start], self.starts[block.stop])
+        shape = block.stop - block.start, self.n_inputs
+        if self.order is None:
+            return self._whole_steps[block], None
+        sites = self.sites.pick(self.order[rows])
+        indices = sites.indices.cpu().numpy()
+        places = np.searchsorted(self.units[block], indices // self.n_inputs), indices % self.n_inputs
+        steps = np.zeros(shape, np.float32)
+        steps[places] = (sites.replacements - sites.weights).cpu().numpy()
+        return steps, places
+
+    @cached_property
+    def _whole_steps(self) -> np.ndarray:
+        """Of whole rows, kept: every batch asks for them, and for the proof's examples once more."""
+        steps = np.empty((len(self.units), self.n_inputs), np.float32)
+        for unit in range(len(self.units)):
+            sites = self.sites[self.starts[unit] : self.starts[unit + 1]]
+            steps[unit] = (sites.replacements - sites.weights).cpu().numpy()
+        return steps
+
+    def rows(self, block: slice) -> slice | np.ndarray:
+        """Of the table: those of some units' sites."""
+        rows = slice(self.starts[block.start], self.starts[block.stop])
+        return rows if self.order is None else self.order[rows]
+
+
+def sort_by_unit(sites: Sites, n_inputs: int) -> ByUnit:
+    """Sites of a Linear's weight (units, inputs), by unit."""
+    if isinstance(sites, EveryWeight):
+        units = np.arange(sites.first // n_inputs, sites.last // n_inputs)
+        return ByUnit(sites, units, None, np.arange(len(units) + 1) * n_inputs, n_inputs)
+    unit_of = sites.indices.cpu().numpy() // n_inputs
+    order = np.argsort(unit_of, kind="stable")
+    units, counts = np.unique(unit_of, return_counts=True)
+    return ByUnit(sites, units, order, np.concatenate([[0], np.cumsum(counts)]), n_inputs)

@@ -1,0 +1,1 @@
+"""The compiled loops of the response functions: plain arrays in, sums or deltas out."""

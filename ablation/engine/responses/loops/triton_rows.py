@@ -1,0 +1,809 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""The loops over whole rows (`rows.py`) for CUDA devices, in Triton.
+
+In: tensors on one device. Out: sums, added to tensors that the caller gives. Formulas, orders and reaches are those of
+`rows.py`, which also says what the letters mean; a test compares the two number by number.
+
+    list_pairs   a program per unit: the examples that it may move on, by how far it moves them
+    fit_series   a warp per pair: its M_k over the classes; then, a program per unit, the coefficients of the series
+    find_far     the direct formula, for the (unit, example, input) that are beyond the series
+    add_rows     a program per (unit, tile of inputs): its sums stay in registers over all examples
+
+What bounds it is `add_rows`: ten instructions and four bytes of x for each (open pair, input). Hence
+- the pairs of a unit are a list and not a mask: the loop runs over a third of the examples, and as all lanes of a
+  program are inputs of the one unit, none waits for another. (A tile of several units would share what it reads of x,
+  but runs over all examples that any of them is open on: for two units 15 % less to read and 70 % more to compute.)
+- programs that run at the same time have the same inputs and different units, so that x comes out of the caches.
+- which inputs are active matters only for `touched`; that count is a product of two matrices of 0 and 1.
+
+Moments could be products q @ V^k instead, as in `series.py`. Those are dense in the units, where here only the listed
+pairs are looked at, need float64 (they are shifted to v_label afterwards, which cancels), and so a device that is fast
+at it. Here differences come first, and float32 is enough.
+
+Each program owns what it writes and walks over the examples in order: no atomics, the same bytes however programs are
+scheduled. Nothing waits for the host, but for the number of far ones where a pair is wide.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from subprocess import SubprocessError
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from jaxtyping import Float16, Float32, Float64, Int32, Int64
+from torch import Tensor
+
+from ablation.engine.deltas import Runs
+from ablation.engine.responses.loops import rows as row_loops
+from ablation.engine.responses.loops import series
+
+PAIRS_AT_ONCE = 1 << 23  # (unit, example): 58 bytes each
+FAR_AT_ONCE = 1 << 25  # (wide pair, input) looked at together
+FAR_LISTED = 1 << 27  # the most that may be listed together: 40 bytes each of those that are far
+COUNTED = 2048  # examples: float16 counts to there without rounding
+LISTED = 512  # examples that are listed together
+CLASSES = 256  # that a program adds up side by side
+MOMENT_PARTS = 4  # programs for the moments of a unit: of one warp each, so that no sum goes across warps
+VALUES = 1024  # (far input, class) numbers of a program of the direct formula
+OPTIONS = {"enable_fp_fusion": True}  # a Triton to come makes no multiply-add unless it is told so
+KINDS = tl.constexpr(3)  # short, long, wide
+
+ORDERS = tl.constexpr(series.ORDERS)
+SHORT, LONG = tl.constexpr(series.SHORT), tl.constexpr(series.LONG)
+FLUSH = tl.constexpr(row_loops.FLUSH)
+REACH_SHORT, REACH_LONG = tl.constexpr(float(series.REACH_SHORT)), tl.constexpr(float(series.REACH_LONG))
+REST_SHORT, REST_LONG = tl.constexpr(series.REST_SHORT), tl.constexpr(series.REST_LONG)
+LARGE, SMALL = tl.constexpr(series.LARGE), tl.constexpr(float(series.SMALL))
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a kernel, or a part of one, when it is first used."""
+    return triton.jit(inspect.unwrap(function))  # of what checks types when tests run
+
+
+@cache
+def can_launch() -> bool:
+    """Whether kernels can be started: at its first use Triton builds the piece that talks to the device, in C."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except (RuntimeError, OSError, AssertionError, SubprocessError) as error:
+        warnings.warn(
+            f"Whole layers are computed on the CPU here, since Triton can't be used: {error}. "
+            "Most likely it finds no C compiler: install gcc (and libc6-dev) for the GPU to do it.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+# --- which pairs ------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _look(y, largest, largest_x, spread, begin, last, HAS_RELU: tl.constexpr, BLOCK: tl.constexpr):
+    """Some examples of one unit: their kind (KINDS: not moved), reach, bounds of t, and whether the unit is open."""
+    n = begin + tl.arange(0, BLOCK)
+    inside = n < last
+    y_n = tl.load(y + n, mask=inside, other=0.0)
+    far = largest * tl.load(largest_x + n, mask=inside, other=0.0)
+    is_moved = inside & (far != 0)
+    if HAS_RELU:
+        closed = y_n <= 0
+        low, high = (-y_n).to(tl.float32), tl.minimum(y_n, 0.0).to(tl.float32)
+        is_moved &= ~(closed & (far.to(tl.float32) <= low))
+        is_open = is_moved & ~closed
+        reach = tl.where(closed, far + y_n, far) * spread
+    else:
+        low, high = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
+        is_open = is_moved
+        reach = far * spread
+    kind = tl.where(reach <= REACH_SHORT, 0, tl.where(reach <= REACH_LONG, 1, 2))
+    return n, inside, tl.where(is_moved, kind, KINDS), reach, low, high, is_open
+
+
+@kernel
+def _list_pairs(
+    y, largest, largest_x, spread, ends, example, low, high, reach, starts, opened, candidates, n_candidates,
+    n_examples, n_runs, HAS_RELU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The pairs of one unit, run by run, in each the short ones first, then the long and the wide ones."""
+    row = tl.program_id(0).to(tl.int64)
+    of_row = row * n_examples
+    y += of_row
+    farthest, spread_of_row = tl.load(largest + row), tl.load(spread + row)
+    slot = 0
+    n_closed = 0
+    first = 0
+    for run in range(n_runs):
+        last = tl.load(ends + run)
+        n_short = 0
+        n_long = 0
+        n_wide = 0
+        for begin in range(first, last, BLOCK):
+            _, _, kind, _, _, _, _ = _look(y, farthest, largest_x, spread_of_row, begin, last, HAS_RELU, BLOCK)
+            n_short += tl.sum((kind == 0).to(tl.int32))
+            n_long += tl.sum((kind == 1).to(tl.int32))
+            n_wide += tl.sum((kind == 2).to(tl.int32))
+        start = starts + (row * n_runs + run) * (KINDS + 1)
+        next_short = slot
+        next_long = slot + n_short
+        next_wide = slot + n_short + n_long
+        slot += n_short + n_long + n_wide
+        tl.store(start, next_short)
+        tl.store(start + 1, next_long)
+        tl.store(start + 2, next_wide)
+        tl.store(start + 3, slot)
+        for begin in range(first, last, BLOCK):
+            n, inside, kind, reach_n, low_n, high_n, is_open = _look(
+                y, farthest, largest_x, spread_of_row, begin, last, HAS_RELU, BLOCK
+            )
+            is_short = (kind == 0).to(tl.int32)
+            is_long = (kind == 1).to(tl.int32)
+            is_wide = (kind == 2).to(tl.int32)
+            before = tl.where(kind == 0, next_short, tl.where(kind == 1, next_long, next_wide))
+            rank = tl.where(kind == 0, tl.cumsum(is_short), tl.where(kind == 1, tl.cumsum(is_long), tl.cumsum(is_wide)))
+            pair, is_moved = before + rank - 1, kind < KINDS
+            place = of_row + pair
+            tl.store(example + place, n, mask=is_moved)
+            tl.store(low + place, low_n, mask=is_moved)
+            tl.store(high + place, high_n, mask=is_moved)
+            tl.store(reach + place, reach_n, mask=is_moved)
+            tl.store(opened + of_row + n, is_open.to(tl.float16), mask=inside)
+            next_short += tl.sum(is_short)
+            next_long += tl.sum(is_long)
+            next_wide += tl.sum(is_wide)
+            is_closed = is_moved & ~is_open
+            rank = tl.cumsum(is_closed.to(tl.int32))
+            tl.store(candidates + of_row + n_closed + rank - 1, pair, mask=is_closed)
+            n_closed += tl.sum(is_closed.to(tl.int32))
+        first = last
+    tl.store(n_candidates + row, n_closed)
+
+
+# --- the loss as a function of one number -----------------------------------------------------------------------------
+
+
+@kernel
+def _moments(
+    q, columns, labels, example, starts, moments, n_examples, n_classes, n_runs, CLASSES: tl.constexpr
+):  # fmt: skip
+    """sum_c q_c u_c^k of some pairs of one unit: each lane adds up every CLASSES-th class, then the lanes are added."""
+    row = tl.program_id(0).to(tl.int64)
+    of_row = row * n_examples
+    column = columns + row * n_classes
+    n_pairs = tl.load(starts + (row + 1) * n_runs * (KINDS + 1) - 1)
+    for pair in range(tl.program_id(1), n_pairs, tl.num_programs(1)):
+        n = tl.load(example + of_row + pair).to(tl.int64)
+        own = tl.load(column + tl.load(labels + n))
+        m1 = tl.zeros([CLASSES], tl.float32)
+        m2, m3, m4, m5, m6, m7, m8 = m1, m1, m1, m1, m1, m1, m1
+        for begin in range(0, n_classes, CLASSES):
+            c = begin + tl.arange(0, CLASSES)
+            inside = c < n_classes
+            u = tl.load(column + c, mask=inside, other=0.0) - own
+            p = tl.load(q + n * n_classes + c, mask=inside, other=0.0)
+            p *= u
+            m1 += p
+            p *= u
+            m2 += p
+            p *= u
+            m3 += p
+            p *= u
+            m4 += p
+            p *= u
+            m5 += p
+            p *= u
+            m6 += p
+            p *= u
+            m7 += p
+            p *= u
+            m8 += p
+        m = moments + (of_row + pair) * ORDERS
+        tl.store(m, tl.sum(m1))
+        tl.store(m + 1, tl.sum(m2))
+        tl.store(m + 2, tl.sum(m3))
+        tl.store(m + 3, tl.sum(m4))
+        tl.store(m + 4, tl.sum(m5))
+        tl.store(m + 5, tl.sum(m6))
+        tl.store(m + 6, tl.sum(m7))
+        tl.store(m + 7, tl.sum(m8))
+
+
+@kernel
+def _moment_of_logit(q, units, labels, of_others, row, n, listed, n_classes):
+    """What takes the place of q_c where only one logit moves, and the sign of u."""
+    unit = tl.load(units + row)
+    is_label = tl.load(labels + n, mask=listed, other=0) == unit
+    own = tl.load(q + n * n_classes + unit, mask=listed, other=0.0).to(tl.float64)
+    return tl.where(is_label, tl.load(of_others + n, mask=listed, other=0.0), own), tl.where(is_label, -1.0, 1.0)
+
+
+@kernel
+def _power(x, K: tl.constexpr):
+    """x^K, one factor after the other."""
+    total = x
+    for _ in tl.static_range(K - 1):
+        total *= x
+    return total
+
+
+@kernel
+def _series(
+    q, units, labels, of_others, spread, example, reach, starts, c, bounds, n_examples, n_classes, n_runs,
+    IS_LOGIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Moments into the coefficients of log1p(sum_k m_k t^k / k!), in place: cumulants over k!; and the bounds."""
+    row = tl.program_id(0).to(tl.int64)
+    of_row = row * n_examples
+    n_pairs = tl.load(starts + (row + 1) * n_runs * (KINDS + 1) - 1)
+    spread_of_row = tl.load(spread + row)
+    left_out = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, n_pairs, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        listed = pair < n_pairs
+        a = c + (of_row + pair) * ORDERS
+        if IS_LOGIT:
+            n = tl.load(example + of_row + pair, mask=listed, other=0).to(tl.int64)
+            m2, sign = _moment_of_logit(q, units, labels, of_others, row, n, listed, n_classes)
+            m1 = sign * m2
+            m3, m4, m5, m6, m7, m8 = m1, m2, m1, m2, m1, m2
+        else:
+            m1 = tl.load(a, mask=listed, other=0.0).to(tl.float64)
+            m2 = tl.load(a + 1, mask=listed, other=0.0).to(tl.float64)
+            m3 = tl.load(a + 2, mask=listed, other=0.0).to(tl.float64)
+            m4 = tl.load(a + 3, mask=listed, other=0.0).to(tl.float64)
+            m5 = tl.load(a + 4, mask=listed, other=0.0).to(tl.float64)
+            m6 = tl.load(a + 5, mask=listed, other=0.0).to(tl.float64)
+            m7 = tl.load(a + 6, mask=listed, other=0.0).to(tl.float64)
+            m8 = tl.load(a + 7, mask=listed, other=0.0).to(tl.float64)
+        k1 = m1
+        k2 = m2 - k1 * m1
+        k3 = m3 - k1 * m2 - 2 * k2 * m1
+        k4 = m4 - k1 * m3 - 3 * k2 * m2 - 3 * k3 * m1
+        k5 = m5 - k1 * m4 - 4 * k2 * m3 - 6 * k3 * m2 - 4 * k4 * m1
+        k6 = m6 - k1 * m5 - 5 * k2 * m4 - 10 * k3 * m3 - 10 * k4 * m2 - 5 * k5 * m1
+        k7 = m7 - k1 * m6 - 6 * k2 * m5 - 15 * k3 * m4 - 20 * k4 * m3 - 15 * k5 * m2 - 6 * k6 * m1
+        k8 = m8 - k1 * m7 - 7 * k2 * m6 - 21 * k3 * m5 - 35 * k4 * m4 - 35 * k5 * m3 - 21 * k6 * m2 - 7 * k7 * m1
+        tl.store(a, k1.to(tl.float32), mask=listed)
+        tl.store(a + 1, (k2 / 2).to(tl.float32), mask=listed)
+        tl.store(a + 2, (k3 / 6).to(tl.float32), mask=listed)
+        tl.store(a + 3, (k4 / 24).to(tl.float32), mask=listed)
+        tl.store(a + 4, (k5 / 120).to(tl.float32), mask=listed)
+        tl.store(a + 5, (k6 / 720).to(tl.float32), mask=listed)
+        tl.store(a + 6, (k7 / 5040).to(tl.float32), mask=listed)
+        tl.store(a + 7, (k8 / 40320).to(tl.float32), mask=listed)
+        far = tl.load(reach + of_row + pair, mask=listed, other=0.0)
+        left_out += tl.where(listed, _rest_of_series(far, spread_of_row, k2), 0.0)
+    tl.store(bounds + row, tl.load(bounds + row) + tl.sum(left_out))
+
+
+@kernel
+def _rest_of_series(reach, spread, kappa_2):
+    """A bound on what is left out of each pair's series, in nats."""
+    reach = tl.minimum(reach, REACH_LONG)
+    short, long = REST_SHORT * _power(reach, SHORT - 1), REST_LONG * _power(reach, LONG - 1)
+    factor = tl.where(reach <= REACH_SHORT, short, long)
+    return factor * _power(reach / tl.where(spread == 0, 1.0, spread), 2) * kappa_2 * tl.exp(reach)
+
+
+@kernel
+def _sum_short(t, c1, c2, c3, c4, c5):
+    """sum_k c_k t^k."""
+    return t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * c5))))
+
+
+@kernel
+def _sum_long(t, c1, c2, c3, c4, c5, c6, c7, c8):
+    """sum_k c_k t^k."""
+    high = c5 + t * (c6 + t * (c7 + t * c8))
+    return t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * high))))
+
+
+@kernel
+def _unit_delta(d, low, high):
+    """t = max(d, -y) + min(y, 0)."""
+    return tl.maximum(d, low) + high
+
+
+@kernel
+def _expm1_small(z):
+    """For |z| <= 1/4, to float32's last digit."""
+    high = 1 + z * (1 / 6) * (1 + z * (1 / 7))
+    low = 1 + z * (1 / 4) * (1 + z * (1 / 5) * high)
+    return z * (1 + z * (1 / 2) * (1 + z * (1 / 3) * low))
+
+
+@kernel
+def _expm1(z):
+    """In float64: below 1 by the series at z/8, doubled three times, expm1(2h) = expm1(h) (2 + expm1(h))."""
+    h = z / 8
+    total = 1 + h / 14
+    for k in tl.static_range(12):
+        total = 1 + h / (13 - k) * total
+    e = h * total
+    e *= 2 + e
+    e *= 2 + e
+    e *= 2 + e
+    return tl.where(tl.abs(z) < 1, e, tl.exp(z) - 1)
+
+
+@kernel
+def _log1p(x):
+    """In float64, of Kahan: the rounding of 1 + x is undone by the same rounding below the line."""
+    rounded = 1 + x
+    near = rounded == 1
+    return tl.where(near, x, tl.log(rounded) * (x / tl.where(near, 1.0, rounded - 1)))
+
+
+@kernel
+def _logits(z, column, unit, n, c, n_classes, IS_LOGIT: tl.constexpr):
+    """Some classes' logits of each example, and by how much t moves them, in float64."""
+    inside = (c < n_classes)[None, :]
+    z_c = tl.load(z + n[:, None] * n_classes + c[None, :], mask=inside, other=float("-inf"))
+    if IS_LOGIT:
+        v = (c[None, :] == unit[:, None]).to(tl.float64)
+    else:
+        v = tl.load(column[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float64)
+    return z_c, v, inside
+
+
+@kernel
+def _large_loss(
+    t, z, column, unit, own, n, n_classes, IS_LOGIT: tl.constexpr, FARS: tl.constexpr, CLASSES: tl.constexpr
+):  # fmt: skip
+    """In float64, from the logits: p_c expm1(t u_c), or for large t u_c a difference; where the sum is large
+    a difference of two losses. Where only one logit moves, u is 1 there and 0 elsewhere."""
+    top = tl.full([FARS], float("-inf"), tl.float64)
+    moved_top = tl.full([FARS], float("-inf"), tl.float64)
+    for begin in range(0, n_classes, CLASSES):
+        z_c, v, _ = _logits(z, column, unit, n, begin + tl.arange(0, CLASSES), n_classes, IS_LOGIT)
+        top = tl.maximum(top, tl.max(z_c, 1))
+        moved_top = tl.maximum(moved_top, tl.max(z_c + t[:, None] * v, 1))
+    before, after = tl.zeros([FARS], tl.float64), tl.zeros([FARS], tl.float64)
+    for begin in range(0, n_classes, CLASSES):
+        z_c, v, _ = _logits(z, column, unit, n, begin + tl.arange(0, CLASSES), n_classes, IS_LOGIT)
+        before += tl.sum(tl.exp(z_c - top[:, None]), 1)
+        after += tl.sum(tl.exp(z_c + t[:, None] * v - moved_top[:, None]), 1)
+    before, after = tl.log(before) + top, tl.log(after) + moved_top
+    total = tl.zeros([FARS], tl.float64)
+    for begin in range(0, n_classes, CLASSES):
+        z_c, v, inside = _logits(z, column, unit, n, begin + tl.arange(0, CLASSES), n_classes, IS_LOGIT)
+        moved = t[:, None] * (v - own[:, None])
+        p = tl.exp(z_c - before[:, None])
+        near = tl.abs(moved) < 1
+        by_difference = tl.exp(z_c - before[:, None] + moved) - p
+        term = tl.where(near, p * _expm1(tl.where(near, moved, 0.0)), by_difference)
+        total += tl.sum(tl.where(inside, term, 0.0), 1)
+    small = tl.abs(total) <= LARGE
+    return tl.where(small, _log1p(tl.where(small, total, 0.0)), (after - before) - t * own)
+
+
+@kernel
+def _far_losses(
+    rows, examples, ts, units, spread, q, z, labels, of_others, columns, loss, n_far, n_classes,
+    IS_LOGIT: tl.constexpr, FARS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """log1p(sum_c q_c expm1(t u_c)), in float64: the direct formula, for some (unit, example, t)."""
+    k = tl.program_id(0).to(tl.int64) * FARS + tl.arange(0, FARS)
+    listed = k < n_far
+    row, n = tl.load(rows + k, mask=listed, other=0), tl.load(examples + k, mask=listed, other=0)
+    t = tl.load(ts + k, mask=listed, other=0.0)
+    column, unit, label = columns + row * n_classes, tl.load(units + row), tl.load(labels + n)
+    if IS_LOGIT:
+        own = (unit == label).to(tl.float64)
+        of_q, sign = _moment_of_logit(q, units, labels, of_others, row, n, listed, n_classes)
+        total = of_q * _expm1(sign * t)
+        small = tl.abs(total) <= LARGE
+    else:
+        own_narrow = tl.load(column + label)
+        own = own_narrow.to(tl.float64)
+        reach = tl.abs(t) * tl.load(spread + row).to(tl.float32)
+        is_near = reach <= SMALL
+        shrunk = tl.where(is_near, t, t * 0.125)
+        narrow = tl.zeros([FARS], tl.float32)
+        for begin in range(0, n_classes, CLASSES):
+            c = begin + tl.arange(0, CLASSES)
+            inside = (c < n_classes)[None, :]
+            u = tl.load(column[:, None] + c[None, :], mask=inside, other=0.0) - own_narrow[:, None]
+            e = _expm1_small(shrunk[:, None] * u)
+            doubled = e * (2 + e)
+            doubled *= 2 + doubled
+            doubled *= 2 + doubled
+            q_c = tl.load(q + n[:, None] * n_classes + c[None, :], mask=inside, other=0.0)
+            narrow += tl.sum(q_c * tl.where(is_near[:, None], e, doubled), 1)
+        small = (reach <= 8 * SMALL) & (tl.abs(narrow) <= LARGE)
+        total = narrow.to(tl.float64)
+    result = _log1p(tl.where(small, total, 0.0))
+    if tl.min(small.to(tl.int32)) == 0:
+        large = _large_loss(t.to(tl.float64), z, column, unit, own, n, n_classes, IS_LOGIT, FARS, CLASSES)
+        result = tl.where(small, result, large)
+    tl.store(loss + k, result, mask=listed)
+
+
+# --- whole rows: all inputs of a unit ---------------------------------------------------------------------------------
+
+
+@kernel
+def _add_series(
+    total, squared, begin, end, step, j, inside, x, n_inputs, example, low, high, c, spread,
+    IS_SHORT: tl.constexpr, IS_WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add F and F^2 of some pairs: a few in float32, these in float64. Beyond the end coefficients are 0, and F is."""
+    for first in range(begin, end, FLUSH):
+        narrow = tl.zeros_like(step)
+        narrow_squared = tl.zeros_like(step)
+        for k in tl.static_range(FLUSH):
+            pair = first + k
+            listed = pair < end
+            n = tl.load(example + pair, mask=listed, other=0).to(tl.int64)
+            low_n, high_n = tl.load(low + pair, mask=listed, other=0.0), tl.load(high + pair, mask=listed, other=0.0)
+            x_n = tl.load(x + n * n_inputs + j, mask=inside, other=0.0)
+            t = _unit_delta(step * x_n, low_n, high_n)
+            a = c + pair * ORDERS
+            c1 = tl.load(a, mask=listed, other=0.0)
+            c2 = tl.load(a + 1, mask=listed, other=0.0)
+            c3 = tl.load(a + 2, mask=listed, other=0.0)
+            c4 = tl.load(a + 3, mask=listed, other=0.0)
+            c5 = tl.load(a + 4, mask=listed, other=0.0)
+            if IS_SHORT:
+                f = _sum_short(t, c1, c2, c3, c4, c5)
+            else:
+                c6 = tl.load(a + 5, mask=listed, other=0.0)
+                c7 = tl.load(a + 6, mask=listed, other=0.0)
+                c8 = tl.load(a + 7, mask=listed, other=0.0)
+                f = _sum_long(t, c1, c2, c3, c4, c5, c6, c7, c8)
+            if IS_WIDE:  # the others are among the far ones
+                f = tl.where(tl.abs(t) * spread <= REACH_LONG, f, 0.0)
+            narrow += f
+            narrow_squared += f * f
+        total += narrow.to(tl.float64)
+        squared += narrow_squared.to(tl.float64)
+    return total, squared
+
+
+@kernel
+def _add_rows(
+    step, x, spread, example, low, high, c, starts, far_starts, far_inputs, far_losses, closes,
+    delta, delta_squared, open_delta, open_squared, within, by_run, n_examples, n_inputs, n_runs,
+    TILE: tl.constexpr, HAS_FAR: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_RUNS: tl.constexpr,
+    PER_CLASS: tl.constexpr,
+):  # fmt: skip
+    """Add the sums over a batch of one unit's weights to a tile of inputs; classes are closed where they end."""
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    j = tile * TILE + tl.arange(0, TILE)
+    inside = j < n_inputs
+    of_row, out = row * n_examples, row * n_inputs + j
+    step_j, spread_of_row = tl.load(step + out, mask=inside, other=0.0), tl.load(spread + row).to(tl.float32)
+    example += of_row
+    low += of_row
+    high += of_row
+    c += of_row * ORDERS
+    total = tl.zeros([TILE], tl.float64)
+    squared = tl.zeros([TILE], tl.float64)
+    if PER_CLASS:
+        of_class = tl.load(open_delta + out, mask=inside, other=0.0)
+        of_class_squared = tl.load(open_squared + out, mask=inside, other=0.0)
+        spreads = tl.zeros([TILE], tl.float64)
+    for run in range(n_runs):
+        start = starts + (row * n_runs + run) * (KINDS + 1)
+        short, long, wide, end = tl.load(start), tl.load(start + 1), tl.load(start + 2), tl.load(start + 3)
+        run_total = tl.zeros([TILE], tl.float64)
+        run_squared = tl.zeros([TILE], tl.float64)
+        run_total, run_squared = _add_series(
+            run_total, run_squared, short, long, step_j, j, inside, x, n_inputs, example, low, high, c, spread_of_row,
+            True, False,
+        )  # fmt: skip
+        run_total, run_squared = _add_series(
+            run_total, run_squared, long, wide, step_j, j, inside, x, n_inputs, example, low, high, c, spread_of_row,
+            False, False,
+        )  # fmt: skip
+        if HAS_FAR:
+            run_total, run_squared = _add_series(
+                run_total, run_squared, wide, end, step_j, j, inside, x, n_inputs, example, low, high, c,
+                spread_of_row, False, True,
+            )  # fmt: skip
+            place = far_starts + (row * tl.num_programs(1) + tile) * n_runs + run
+            for k in range(tl.load(place), tl.load(place + 1)):
+                f = tl.where(j == tl.load(far_inputs + k), tl.load(far_losses + k), 0.0)
+                run_total += f
+                run_squared += f * f
+        if HAS_RUNS:
+            tl.store(by_run + (row * n_runs + run) * n_inputs + j, run_total, mask=inside)
+        total += run_total
+        squared += run_squared
+        if PER_CLASS:
+            of_class += run_total
+            of_class_squared += run_squared
+            if tl.load(closes + run) != 0:
+                if PER_CLASS > 1:
+                    left = tl.maximum(of_class_squared - of_class * of_class / PER_CLASS, 0.0)
+                    spreads += PER_CLASS / (PER_CLASS - 1) * left
+                of_class = tl.zeros([TILE], tl.float64)
+                of_class_squared = tl.zeros([TILE], tl.float64)
+    tl.store(delta + out, tl.load(delta + out, mask=inside) + total, mask=inside)
+    if HAS_SQUARES:
+        tl.store(delta_squared + out, tl.load(delta_squared + out, mask=inside) + squared, mask=inside)
+    if PER_CLASS:
+        tl.store(open_delta + out, of_class, mask=inside)
+        tl.store(open_squared + out, of_class_squared, mask=inside)
+        tl.store(within + out, tl.load(within + out, mask=inside) + spreads, mask=inside)
+
+
+@kernel
+def _count_opened(
+    step, x, low, example, candidates, n_candidates, touched, n_examples, n_inputs, TILE: tl.constexpr
+):  # fmt: skip
+    """Add the examples on which the unit is closed, and opened by an input."""
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    j = tile * TILE + tl.arange(0, TILE)
+    inside = j < n_inputs
+    of_row, out = row * n_examples, row * n_inputs + j
+    step_j = tl.load(step + out, mask=inside, other=0.0)
+    count = tl.load(touched + out, mask=inside, other=0)
+    for k in range(tl.load(n_candidates + row)):
+        pair = of_row + tl.load(candidates + of_row + k)
+        n, low_n = tl.load(example + pair).to(tl.int64), tl.load(low + pair)
+        x_n = tl.load(x + n * n_inputs + j, mask=inside, other=0.0)
+        count += (step_j * x_n > low_n).to(tl.int32)
+    tl.store(touched + out, tl.where(step_j == 0, 0, count), mask=inside)
+
+
+# --- tensors in, tensors out ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Those of a last Linear that belong to some units; where the units are the logits, only which they are."""
+
+    units: Int64[Tensor, " units"]
+    values: Float32[Tensor, "units classes"] | None
+    has_relu: bool
+
+    @property
+    def is_logit(self) -> bool:
+        """Whether each unit is a logit itself."""
+        return self.values is None
+
+    @cached_property
+    def spread(self) -> Float64[Tensor, " units"]:
+        """The largest |u|, a float32 number."""
+        if self.values is None:
+            return torch.ones(len(self.units), dtype=torch.float64, device=self.units.device)
+        return (self.values.amax(1) - self.values.amin(1)).double()
+
+    @cached_property
+    def is_heard(self) -> Tensor:
+        """Which units any logit hears of."""
+        return torch.ones_like(self.units, dtype=torch.bool) if self.values is None else (self.values != 0).any(1)
+
+    def pick(self, rows: slice | Int64[Tensor, " chosen"]) -> "Columns":
+        """Of some of the units."""
+        values = None if self.values is None else self.values[rows]
+        return Columns(self.units[rows], values, self.has_relu)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, once for all units."""
+
+    x: Float32[Tensor, "examples inputs"]
+    q: Float32[Tensor, "examples classes"]
+    z: Float64[Tensor, "examples classes"]
+    labels: Int64[Tensor, " examples"]
+
+    @cached_property
+    def largest(self) -> Float64[Tensor, " examples"]:
+        """Input of each example, in size."""
+        return self.x.abs().amax(1).double()
+
+    @cached_property
+    def active(self) -> Float16[Tensor, "examples inputs"]:
+        """1 where an input is not 0."""
+        return (self.x != 0).half()
+
+    @cached_property
+    def of_others(self) -> Float64[Tensor, " examples"]:
+        """The sum of q."""
+        return self.q.double().sum(1)
+
+    def pick(self, examples: Int64[Tensor, " chosen"]) -> "Batch":
+        """Some of the examples."""
+        return Batch(*(each[examples].contiguous() for each in (self.x, self.q, self.z, self.labels)))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Of each unit the examples that it may move on, in the order of `starts`: run by run, short, long, wide."""
+
+    example: Int32[Tensor, "units examples"]
+    low: Float32[Tensor, "units examples"]
+    high: Float32[Tensor, "units examples"]
+    reach: Float64[Tensor, "units examples"]
+    starts: Int32[Tensor, "units runs cuts"]
+    opened: Float16[Tensor, "units examples"]  # 1 where an example's unit is open already, in the order of the batch
+    candidates: Int32[Tensor, "units examples"]  # which pairs may only be opened
+    n_candidates: Int32[Tensor, " units"]
+
+
+@dataclass(frozen=True)
+class Far:
+    """(unit, example, input) beyond the series, sorted by unit, tile of inputs and run; where each of these begins."""
+
+    inputs: Int32[Tensor, " far"]
+    losses: Float64[Tensor, " far"]
+    starts: Int64[Tensor, " cuts"]
+
+
+def add_rows(
+    columns: Columns,
+    steps: Float32[Tensor, "units inputs"],
+    y: Float64[Tensor, "units examples"],
+    batch: Batch,
+    runs: Runs,
+    sums: dict[str, Tensor],
+    bounds: Float64[Tensor, " units"],
+) -> None:
+    """Add the sums over one batch of all weights of some units; see `rows.add_rows`.
+
+    sums: each (units, inputs), and contiguous: `delta` and, where wanted, `delta_squared`, `touched`; for runs of
+    classes `open`, `open_squared` and `within`. Or, for a few units: `by_run` (units, runs, inputs), set to the sums of
+    each run.
+    """
+    at_once = max(1, PAIRS_AT_ONCE // y.shape[1])
+    for first in range(0, len(steps), at_once):
+        rows = slice(first, first + at_once)
+        own = {name: values[rows] for name, values in sums.items()}
+        with torch.cuda.device_of(y):  # Triton runs on the current one
+            _add_units(columns.pick(rows), steps[rows], y[rows], batch, runs, own, bounds[rows])
+
+
+def _add_units(
+    columns: Columns, steps: Tensor, y: Tensor, batch: Batch, runs: Runs, sums: dict[str, Tensor], bounds: Tensor
+) -> None:
+    ends, closes = (torch.from_numpy(each).to(y.device, torch.int32) for each in (runs.ends, runs.closes))
+    pairs = list_pairs(columns, steps, y, batch, ends)
+    wide = wide_pairs(pairs)
+    if len(wide) * steps.shape[1] > FAR_LISTED and len(steps) > 1:
+        for rows in (slice(0, len(steps) // 2), slice(len(steps) // 2, None)):
+            own = {name: values[rows] for name, values in sums.items()}
+            _add_units(columns.pick(rows), steps[rows], y[rows], batch, runs, own, bounds[rows])
+        return
+    coefficients = fit_series(columns, pairs, batch, bounds)
+    far = find_far(columns, steps, pairs, batch, ends, wide) if len(wide) else None
+    if "touched" in sums:
+        count_touched(steps, pairs, batch, sums["touched"])
+    n_runs, n_inputs = len(ends), steps.shape[1]
+    tile = tile_of(n_inputs)
+    unused = sums["delta"]
+    _add_rows[(len(steps), triton.cdiv(n_inputs, tile))](
+        steps, batch.x, columns.spread, pairs.example, pairs.low, pairs.high, coefficients, pairs.starts,
+        *((ends, ends, unused) if far is None else (far.starts, far.inputs, far.losses)), closes,
+        *(sums.get(name, unused) for name in ("delta", "delta_squared", "open", "open_squared", "within", "by_run")),
+        y.shape[1], n_inputs, n_runs, tile, far is not None, "delta_squared" in sums, "by_run" in sums,
+        runs.per_class, **OPTIONS,
+    )  # fmt: skip
+
+
+def tile_of(n_inputs: int) -> int:
+    """How many inputs a program adds up: a power of two."""
+    return min(row_loops.TILE, triton.next_power_of_2(n_inputs))
+
+
+def list_pairs(columns: Columns, steps: Tensor, y: Tensor, batch: Batch, ends: Tensor) -> Pairs:
+    """See `Pairs`."""
+    largest = torch.where(columns.is_heard, steps.abs().amax(1), 0).double()
+
+    def made(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=y.device)
+
+    pairs = Pairs(
+        example=made(*y.shape, dtype=torch.int32),
+        low=made(*y.shape, dtype=torch.float32),
+        high=made(*y.shape, dtype=torch.float32),
+        reach=made(*y.shape, dtype=torch.float64),
+        starts=made(len(y), len(ends), KINDS.value + 1, dtype=torch.int32),
+        opened=made(*y.shape, dtype=torch.float16),
+        candidates=made(*y.shape, dtype=torch.int32),
+        n_candidates=made(len(y), dtype=torch.int32),
+    )
+    _list_pairs[(len(y),)](
+        y, largest, batch.largest, columns.spread, ends, pairs.example, pairs.low, pairs.high, pairs.reach,
+        pairs.starts, pairs.opened, pairs.candidates, pairs.n_candidates, y.shape[1], len(ends), columns.has_relu,
+        min(LISTED, triton.next_power_of_2(y.shape[1])), **OPTIONS,
+    )  # fmt: skip
+    return pairs
+
+
+def fit_series(
+    columns: Columns, pairs: Pairs, batch: Batch, bounds: Float64[Tensor, " units"]
+) -> Float32[Tensor, "units examples orders"]:
+    """The coefficients of every pair's series, first of order 1; what they leave out is added to `bounds`."""
+    shape, n_runs = pairs.example.shape, pairs.starts.shape[1]
+    c = torch.empty(*shape, ORDERS.value, dtype=torch.float32, device=pairs.example.device)
+    n_classes = batch.q.shape[1]
+    if columns.values is not None:
+        _moments[(shape[0], MOMENT_PARTS)](
+            batch.q, columns.values, batch.labels, pairs.example, pairs.starts, c, shape[1], n_classes, n_runs,
+            min(CLASSES, triton.next_power_of_2(n_classes)), num_warps=1, **OPTIONS,
+        )  # fmt: skip
+    _series[(shape[0],)](
+        batch.q, columns.units, batch.labels, batch.of_others, columns.spread, pairs.example, pairs.reach, pairs.starts,
+        c, bounds, shape[1], n_classes, n_runs, columns.is_logit, 128, **OPTIONS,
+    )  # fmt: skip
+    return c
+
+
+def wide_pairs(pairs: Pairs) -> Int64[Tensor, "wide 2"]:
+    """Which some input may take beyond the series: unit, and pair of it."""
+    n_pairs = pairs.starts[:, -1, -1:]
+    listed = torch.arange(pairs.reach.shape[1], device=n_pairs.device) < n_pairs
+    return (listed & ~(pairs.reach <= REACH_LONG.value)).nonzero()
+
+
+def find_far(
+    columns: Columns, steps: Tensor, pairs: Pairs, batch: Batch, ends: Tensor, wide: Int64[Tensor, "wide 2"]
+) -> Far:
+    """The inputs that take a wide pair beyond the series, and its loss there."""
+    n_units, n_runs = pairs.starts.shape[:2]
+    tile = tile_of(steps.shape[1])
+    n_tiles = triton.cdiv(steps.shape[1], tile)
+    at_once = max(1, FAR_AT_ONCE // steps.shape[1])
+    parts = [_far_inputs(columns, steps, pairs, batch, part) for part in wide.split(at_once)]
+    units, examples, inputs, losses = (torch.cat(each) for each in zip(*parts, strict=True))
+    run = torch.searchsorted(ends.long(), examples, right=True)
+    keys, order = torch.sort((units * n_tiles + inputs // tile) * n_runs + run, stable=True)
+    places = torch.arange(n_units * n_tiles * n_runs + 1, device=keys.device)
+    return Far(inputs[order].int(), losses[order], torch.searchsorted(keys, places))
+
+
+def _far_inputs(
+    columns: Columns, steps: Tensor, pairs: Pairs, batch: Batch, wide: Int64[Tensor, "wide 2"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of some wide pairs (unit, pair): unit, example, input and loss of each input that is far."""
+    unit, pair = wide.unbind(1)
+    example = pairs.example[unit, pair].long()
+    low, high = pairs.low[unit, pair], pairs.high[unit, pair]
+    t = torch.maximum(steps[unit] * batch.x[example], low[:, None]) + high[:, None]
+    place, inputs = (~(t.abs() * columns.spread[unit, None].float() <= REACH_LONG.value)).nonzero().unbind(1)
+    losses = far_losses(columns, unit[place], example[place], t[place, inputs], batch)
+    return unit[place], example[place], inputs, losses
+
+
+def far_losses(
+    columns: Columns,
+    rows: Int64[Tensor, " far"],
+    examples: Int64[Tensor, " far"],
+    ts: Float32[Tensor, " far"],
+    batch: Batch,
+) -> Float64[Tensor, " far"]:
+    """The loss delta of each by the direct formula, in nats. rows: which of the columns' units."""
+    losses = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    n_classes = batch.q.shape[1]
+    if not len(rows):
+        return losses
+    classes = min(CLASSES, triton.next_power_of_2(n_classes))
+    fars = VALUES // classes
+    values = batch.q if columns.values is None else columns.values
+    _far_losses[(triton.cdiv(len(rows), fars),)](
+        rows, examples, ts, columns.units, columns.spread, batch.q, batch.z, batch.labels, batch.of_others, values,
+        losses, len(rows), n_classes, columns.is_logit, fars, classes, **OPTIONS,
+    )  # fmt: skip
+    return losses
+
+
+def count_touched(steps: Tensor, pairs: Pairs, batch: Batch, touched: Int32[Tensor, "units inputs"]) -> None:
+    """Add the examples where t is not 0: input and unit active; or the unit closed, and opened by this input."""
+    n_inputs = steps.shape[1]
+    for first in range(0, len(batch.x), COUNTED):
+        some = slice(first, first + COUNTED)
+        touched += (pairs.opened[:, some] @ batch.active[some]).int()
+    tile = tile_of(n_inputs)
+    _count_opened[(len(steps), triton.cdiv(n_inputs, tile))](
+        steps, batch.x, pairs.low, pairs.example, pairs.candidates, pairs.n_candidates, touched, pairs.example.shape[1],
+        n_inputs, tile, **OPTIONS,
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""Whole rows of a classifier head: all weights of a unit at once, by its response functions.
+
+All weights of row i share the examples' functions F_{n,i}(d) of one number (DESIGN.md 3.4): a few moments per
+(example, unit) give a polynomial, and each (weight, example) pair costs a multiply, a max and that polynomial. The sums
+over examples are formed inside (`rows.py`): no delta of a single pair is ever held.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ablation.cache import Activations
+from ablation.engine.deltas import Deltas, Responses, Runs, make_runs
+from ablation.engine.loss import Intact, make_intact
+from ablation.engine.responses.arrays import Given, Loops, Rows, join_given, open_loops
+from ablation.engine.responses.by_unit import ByUnit, sort_by_unit
+from ablation.engine.responses.head import Head, OpenHead
+from ablation.engine.threads import run_ranges
+from ablation.errors import ModelError
+from ablation.sites import EveryWeight, Sites
+
+FEW = 64  # sites, such as those of a job's proof, whose deltas are wanted one by one
+BLOCK = 1 << 16  # weights whose sums are formed together: they stay in the cache
+
+
+@dataclass(frozen=True)
+class RowResponses:
+    """Those of a head, unit by unit."""
+
+    loops: Loops
+    batch: Given
+    inputs: Rows
+    by_unit: ByUnit
+
+    @property
+    def n_units(self) -> int:
+        """How many rows of the weight the sites lie in."""
+        return len(self.by_unit.units)
+
+    @property
+    def rows(self) -> slice:
+        """Of the table: all of the shard's."""
+        return slice(0, len(self.by_unit.sites))
+
+    def add(self, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
+        """See `Responses`."""
+
+        def run(first: int, last: int) -> None:
+            at_once = max(1, BLOCK // self.by_unit.n_inputs)
+            for begin in range(first, last, at_once):
+                self._add_block(slice(begin, min(begin + at_once, last)), sums, runs, bounds)
+
+        run_ranges(run, self.n_units)
+
+    def _add_block(self, block: slice, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
+        steps, places = self.by_unit.steps(block)
+        rows = self.by_unit.rows(block)
+
+        def taken(name: str, dtype: type = np.float64) -> np.ndarray:
+            if name not in sums:
+                return np.zeros(steps.shape, dtype)
+            if places is None:
+                return sums[name][rows].reshape(steps.shape)
+            values = np.zeros(steps.shape, sums[name].dtype)
+            values[places] = sums[name][rows]
+            return values
+
+        own = {name: taken(name) for name in ("delta", "delta_squared")} | {"touched": taken("touched", np.int32)}
+        own |= {name: taken(name) if runs.per_class else NONE for name in ("open", "open_squared", "within")}
+        batch = replace(self.batch, y=self.batch.y[block])
+        self.loops.add_rows(self.by_unit.units[block], steps, self.inputs, batch, runs, own, bounds[block])
+        if places is not None:
+            for name in sums.keys() & own.keys():
+                sums[name][rows] = own[name][places]
+
+    def of_examples(self, chosen: np.ndarray) -> "RowResponses":
+        """Of some of the examples."""
+        given = Given(
+            y=np.ascontiguousarray(self.batch.y[:, chosen]),
+            q=self.batch.q[chosen],
+            z=self.batch.z[chosen],
+            labels=self.batch.labels[chosen],
+        )
+        return replace(self, batch=given, inputs=Rows(np.ascontiguousarray(self.inputs.x[chosen])))
+
+    def joined(self, others: Sequence["RowResponses"]) -> "RowResponses":
+        """See `Responses`."""
+        parts = [self, *others]
+        inputs = Rows(np.concatenate([part.inputs.x for part in parts]))
+        return replace(self, batch=join_given([part.batch for part in parts]), inputs=inputs)
+
+    def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
+        """Example by example, by the same loops, of some rows of the table."""
+        by_unit = sort_by_unit(self.by_unit.sites.pick(rows), self.by_unit.n_inputs)
+        own = np.searchsorted(self.by_unit.units, by_unit.units)
+        return replace(self, by_unit=by_unit, batch=replace(self.batch, y=self.batch.y[own])).as_deltas(intact)
+
+    def as_deltas(self, intact: Intact) -> Deltas:
+        """Example by example: for a few sites."""
+        shape = len(self.by_unit.sites), len(self.batch.labels)
+        delta, touched = np.zeros(shape), np.zeros(shape, bool)
+        for n in range(shape[1]):
+            sums: dict[str, np.ndarray] = {"delta": np.zeros(shape[0]), "touched": np.zeros(shape[0], np.int32)}
+            self.of_examples(np.array([n])).add(sums, make_runs(1, 0, None), np.zeros(self.n_units))
+            delta[:, n], touched[:, n] = sums["delta"], sums["touched"] > 0
+        where = intact.labels.device
+        moved = torch.from_numpy(touched).to(where)
+        return Deltas(slice(0, shape[0]), torch.from_numpy(delta).to(where), moved, intact.correct.expand(shape))
+
+
+NONE = np.zeros((0, 0))
+
+
+def can_launch() -> bool:
+    """Whether there is Triton, which not every torch comes with, and it can start kernels."""
+    if find_spec("triton") is None:
+        return False
+    from ablation.engine.responses.loops import triton_rows
+
+    return triton_rows.can_launch()
+
+
+class Whole:
+    """The path of one job: holds the model, the head's numbers, and the sites by unit."""
+
+    def __init__(
+        self, model: torch.nn.Module, head: Head, sites: Sites, *, precision: str, top1: bool,
+        activations: Activations | None = None,
+    ) -> None:  # fmt: skip
+        base = torch.float32 if precision == "float32" else torch.float64
+        target = model.get_parameter(head.weight)
+        self.by_unit = sort_by_unit(sites, target.shape[1])
+        self.units = torch.from_numpy(self.by_unit.units).to(target.device)
+        self.open_head = OpenHead(model, head, base, activations, self.units)
+        loops = open_loops(self.open_head)
+        if loops is None or head.is_bias or precision == "float64" or top1:
+            raise ModelError(
+                "engine='response' is for the weights of a Linear -> ReLU (or another function that it knows) -> "
+                "Linear head, or of the last Linear, in 'mixed' or 'float32', without top1; use engine='direct'."
+            )
+        self.loops = loops
+        self.on_device = self.units.is_cuda and (head.is_relu or not head.functions) and can_launch()
+
+    def keep_prefix(self, inputs: Tensor) -> None:
+        """Let the cache have what other shards need of this batch."""
+        self.open_head.run(inputs)
+
+    @cached_property
+    def device_head(self) -> Any:
+        """The head's numbers on the device, and loops that run there."""
+        from ablation.engine.responses.gpu_rows import open_device_head
+
+        return open_device_head(self.open_head, self.by_unit)
+
+    def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Responses | Deltas]]:
+        """One batch: the intact network, and its response functions; of a few sites (a job's proof) their deltas."""
+        batch = self.open_head.run(inputs)
+        intact = make_intact(batch.logits, labels, torch.float32)
+        responses: Any
+        if self.on_device:
+            responses = self.device_head.of_batch(intact, batch)
+        else:
+            rows = Rows(batch.x.float().contiguous().cpu().numpy())
+            responses = RowResponses(self.loops, self.loops.of_batch(intact, batch), rows, self.by_unit)
+        if isinstance(self.by_unit.sites, EveryWeight) or len(self.by_unit.sites) > FEW:
+            return intact, iter([responses])
+        return intact, iter([responses.as_deltas(intact)])

@@ -1,0 +1,117 @@
+"""A Linear in the base's precision, on inputs that are mostly 0 as behind a ReLU: only the others are multiplied.
+
+    y_nu = b_u + sum over j with x_nj != 0 of x_nj W_uj
+
+In float64 with a weight of float32 or less, whose products lose nothing there; compiled by Numba. A number does not
+depend on the other examples of the batch, nor on how many threads there are.
+"""
+
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ablation.engine.compiled import kernel
+from ablation.engine.threads import run_ranges
+
+SPARSE = 0.4  # share of active inputs up to which leaving out the others pays
+LEAST = 1 << 18  # weights
+FEW, BLOCK = 16, 128  # examples; units
+TILE_INPUTS, TILE_UNITS = 128, 1024  # of the weight, in float32: half of a core's cache
+
+
+class Linear:
+    """The numbers of a Linear: `weight` (units, inputs) as the model has it, computed with in `dtype`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.given = weight.detach()
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.dtype = dtype
+        is_narrow = dtype == torch.float64 and self.given.element_size() <= 4
+        self.may_skip = (
+            is_narrow and not self.given.is_cuda and self.given.numel() >= LEAST
+            and all(bool(end.isfinite()) for end in self.given.aminmax())  # else 0 times infinity might be left out
+        )  # fmt: skip
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """In the precision that is computed in."""
+        return self.given.to(self.dtype)
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """(inputs, units), float32, on the host: what one input is multiplied with lies together."""
+        return self.given.float().cpu().T.contiguous().numpy()
+
+    def of_units(self, units: Tensor) -> "Linear":
+        """Some of its units."""
+        if len(units) == len(self.given):
+            return self
+        return Linear(self.given[units], None if self.bias is None else self.bias[units], self.dtype)
+
+    def __call__(self, x: Float[Tensor, "examples inputs"]) -> Float[Tensor, "examples units"]:
+        """The Linear's output."""
+        x = x.to(self.dtype)
+        if len(x) <= FEW and self.given.dtype != self.dtype:
+            return self._of_few(x)
+        if not self.may_skip or int(x.count_nonzero()) > SPARSE * x.numel():
+            return F.linear(x, self.weight, self.bias)
+        y = torch.zeros(len(x), len(self.given), dtype=self.dtype) if self.bias is None else self.bias.repeat(len(x), 1)
+        inputs, outputs = x.contiguous().numpy(), y.numpy()
+        columns = self.columns
+
+        def run(first: int, last: int) -> None:
+            add_active(inputs[first:last], columns, outputs[first:last])
+
+        run_ranges(run, len(x), parts_per_thread=1)  # each part brings the whole weight into its core's cache
+        return y
+
+    def _of_few(self, x: Float[Tensor, "examples inputs"]) -> Float[Tensor, "examples units"]:
+        """Block by block of units, converted on the way: for a few examples a whole copy of the weight costs most."""
+        y = torch.cat([F.linear(x, block.to(self.dtype)) for block in self.given.split(BLOCK)], dim=1)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@kernel
+def add_active(x, columns, y):
+    """Add to y (examples, units) the products of the inputs that are not 0, tile by tile and eight inputs at a time."""
+    lists, lengths = np.empty((x.shape[0], TILE_INPUTS), np.int32), np.empty(x.shape[0], np.int32)
+    for first in range(0, x.shape[1], TILE_INPUTS):
+        last = min(first + TILE_INPUTS, x.shape[1])
+        for n in range(x.shape[0]):
+            n_active = 0
+            for j in range(first, last):
+                lists[n, n_active] = j
+                n_active += x[n, j] != 0
+            lengths[n] = n_active
+        for begin in range(0, y.shape[1], TILE_UNITS):
+            end = min(begin + TILE_UNITS, y.shape[1])
+            for n in range(x.shape[0]):
+                active, n_active, own = lists[n], lengths[n], y[n, begin:end]
+                a = 0
+                while a + 8 <= n_active:
+                    j0, j1, j2, j3 = active[a], active[a + 1], active[a + 2], active[a + 3]
+                    j4, j5, j6, j7 = active[a + 4], active[a + 5], active[a + 6], active[a + 7]
+                    x0, x1, x2, x3, x4, x5, x6, x7 = (
+                        x[n, j0], x[n, j1], x[n, j2], x[n, j3], x[n, j4], x[n, j5], x[n, j6], x[n, j7]
+                    )  # fmt: skip
+                    w0, w1, w2, w3 = (
+                        columns[j0, begin:end], columns[j1, begin:end], columns[j2, begin:end], columns[j3, begin:end]
+                    )  # fmt: skip
+                    w4, w5, w6, w7 = (
+                        columns[j4, begin:end], columns[j5, begin:end], columns[j6, begin:end], columns[j7, begin:end]
+                    )  # fmt: skip
+                    for u in range(end - begin):
+                        own[u] += ((x0 * w0[u] + x1 * w1[u]) + (x2 * w2[u] + x3 * w3[u])) + (
+                            (x4 * w4[u] + x5 * w5[u]) + (x6 * w6[u] + x7 * w7[u])
+                        )
+                    a += 8
+                while a < n_active:
+                    j0, x0 = active[a], x[n, active[a]]
+                    w0 = columns[j0, begin:end]
+                    for u in range(end - begin):
+                        own[u] += x0 * w0[u]
+                    a += 1

@@ -1,0 +1,218 @@
+"""Whole rows one Linear deeper: Linear -> ReLU -> Linear -> ReLU -> Linear -> cross-entropy (AlexNet's and VGG's fc1).
+
+In: a batch. Out: the intact network, and its response functions, which are piecewise (`piecewise.py`): their sums over
+the batch for all weights of some units.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ablation.cache import Activations
+from ablation.engine.calls import Calls
+from ablation.engine.deltas import Deltas, Responses, Runs
+from ablation.engine.loss import Intact, make_intact
+from ablation.engine.responses.head import catch_input, keeps_values, linear_parameters, make_linear
+from ablation.engine.responses.loops import piecewise
+from ablation.engine.responses.loops.series import close_class
+from ablation.engine.responses.sparse_linear import Linear
+from ablation.errors import ModelError
+from ablation.sites import EveryWeight, Sites
+
+_RELUS = ("relu", "relu_")
+
+
+@dataclass(frozen=True)
+class DeepHead:
+    """The weight and bias of each of the three Linears, by name."""
+
+    linears: tuple[tuple[str, str | None], ...]
+
+
+def find_deep(calls: Calls, parameter: str) -> DeepHead | None:
+    """The head of three Linears with a ReLU between each two that begins at `parameter`, a weight, if there is one.
+
+    Every value on the way must be used exactly once.
+    """
+    names = {value: name for name, value in calls.parameters.items()}
+    way = list(calls.dependents(parameter))
+    if not way or way[-1][0].outputs[:1] != (calls.logits,):
+        return None
+    linears: list[tuple[str, str | None]] = []
+    order, value = "", calls.parameters[parameter]
+    for call, through in way:
+        if through != {value} or call.inputs.count(value) != 1 or len(call.outputs) != 1:
+            return None
+        if call.name == "linear" and len(call.output_shapes[0]) == 2 and call.inputs.index(value) == (not linears):
+            named = linear_parameters(call, names)
+            if named is None:
+                return None
+            linears.append(named)
+            order += "L"
+        elif call.name in _RELUS:
+            order += "r"
+        elif not keeps_values(call):
+            return None
+        value = call.outputs[0]
+    return DeepHead(tuple(linears)) if order == "LrLrL" else None
+
+
+@dataclass(frozen=True)
+class DeepResponses:
+    """The response functions of one batch: see `deltas.Responses`."""
+
+    columns: np.ndarray  # (all units, second), float32
+    last: np.ndarray  # (second, classes), float32
+    examples: piecewise.Examples  # y1 of the sites' units
+    sites: EveryWeight
+
+    @property
+    def rows(self) -> slice:
+        """Of the table: all of the shard's."""
+        return slice(0, len(self.sites))
+
+    @property
+    def n_units(self) -> int:
+        """How many units' rows."""
+        return self.examples.first.shape[1]
+
+    def add(self, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
+        """Add the sums over the batch to those given, each (sites)."""
+        rows = self._rows(slice(0, self.n_units))
+        own = {name: values.reshape(rows.change.shape) for name, values in sums.items()}
+        squares = own["delta_squared"] if "delta_squared" in own else np.zeros(rows.change.shape)
+        touched = own["touched"] if "touched" in own else np.zeros(rows.change.shape, np.int32)
+        first = 0
+        for last, closes in zip(runs.ends.tolist(), runs.closes.tolist(), strict=True):
+            some = self._some(np.arange(first, last))
+            first = last
+            if not runs.per_class:
+                piecewise.add_rows(rows, some, own["delta"], squares, touched, bounds)
+                continue
+            delta, squared = np.zeros(rows.change.shape), np.zeros(rows.change.shape)
+            piecewise.add_rows(rows, some, delta, squared, touched, bounds)
+            for name, values in (
+                ("delta", delta),
+                ("delta_squared", squared),
+                ("open", delta),
+                ("open_squared", squared),
+            ):
+                own[name] += values
+            if closes:
+                flat = (own[name].reshape(-1) for name in ("open", "open_squared", "within"))
+                close_class(*flat, runs.per_class)
+
+    def of_examples(self, chosen: np.ndarray) -> "DeepResponses":
+        """Of some of the examples."""
+        return replace(self, examples=self._some(chosen))
+
+    def joined(self, others: Sequence["DeepResponses"]) -> "DeepResponses":
+        """See `Responses`."""
+        parts = [part.examples for part in (self, *others)]
+        names = [field.name for field in fields(piecewise.Examples)]
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return replace(self, examples=piecewise.Examples(**joined))
+
+    def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
+        """Example by example, of some rows of the table."""
+        return chosen_deltas(self, rows, intact)
+
+    def _some(self, chosen: np.ndarray) -> piecewise.Examples:
+        given = self.examples
+        return piecewise.Examples(
+            given.inputs[chosen], given.first[chosen], given.second[chosen], given.logits[chosen], given.labels[chosen]
+        )
+
+    def _rows(self, units: slice) -> piecewise.Rows:
+        n_inputs = self.examples.inputs.shape[1]
+        own = self.sites[units.start * n_inputs : units.stop * n_inputs]
+        change = (own.replacements - own.weights).float().cpu().numpy().reshape(-1, n_inputs)
+        first = self.sites.first // n_inputs
+        return piecewise.make_rows(change, self.columns[first + units.start : first + units.stop], self.last)
+
+
+def chosen_deltas(responses: DeepResponses, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
+    """The deltas of some rows of the table, unit by unit."""
+    n_inputs = responses.examples.inputs.shape[1]
+    delta = np.zeros((len(rows), len(responses.examples.labels)))
+    for unit in np.unique(rows // n_inputs).tolist():
+        own = np.flatnonzero(rows // n_inputs == unit)
+        one = responses._rows(slice(unit, unit + 1))
+        given = responses.examples
+        examples = replace(given, first=np.ascontiguousarray(given.first[:, unit : unit + 1]))
+        pairs = np.stack([np.zeros(len(own), np.int64), rows[own] % n_inputs], axis=1)
+        sums, squares, touched = (np.zeros(one.change.shape, dtype) for dtype in (np.float64, np.float64, np.int32))
+        delta[own] = piecewise.add_rows(one, examples, sums, squares, touched, np.zeros(1), pairs)
+    deltas = torch.from_numpy(delta)
+    return Deltas(slice(0, len(rows)), deltas, deltas != 0, intact.correct.cpu().expand(delta.shape))
+
+
+class Deep:
+    """The path of one job: holds the model, the three Linears' numbers, and the sites."""
+
+    def __init__(
+        self, model: torch.nn.Module, head: DeepHead, sites: Sites, *, precision: str, top1: bool,
+        activations: Activations | None = None,
+    ) -> None:  # fmt: skip
+        if precision == "float64" or top1:
+            raise ModelError("engine='response' is for 'mixed' or 'float32', without top1; use engine='finite'.")
+        self.model = model
+        self.sites = sites
+        self.activations = activations
+        self.target = model.get_parameter(head.linears[0][0])
+        self.dtype = torch.float32 if precision == "float32" else torch.float64
+        self.linears = [make_linear(model, *names, self.dtype) for names in head.linears]
+        self.columns, self.last = (linear.columns for linear in self.linears[1:])
+        n_inputs = self.target.shape[1]
+        if isinstance(sites, EveryWeight):
+            self.units = torch.arange(sites.first // n_inputs, sites.last // n_inputs)
+        else:
+            self.units = torch.arange(len(self.target))
+
+    @cached_property
+    def own(self) -> Linear:
+        """The target, as far as the sites are in it."""
+        return self.linears[0].of_units(self.units)
+
+    def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Responses | Deltas]]:
+        """One batch: the intact network, and its response functions; of a few sites (a job's proof) their deltas."""
+        x, first, second, logits = self._intact(inputs)
+        intact = make_intact(logits, labels, torch.float32)
+        examples = piecewise.Examples(
+            inputs=x.float().cpu().numpy(),
+            first=first.double().cpu().numpy(),
+            second=second.double().cpu().numpy(),
+            logits=logits.double().cpu().numpy(),
+            labels=labels.cpu().numpy(),
+        )
+        flat = self.target.detach().reshape(-1)
+        if isinstance(self.sites, EveryWeight):
+            return intact, iter([DeepResponses(self.columns, self.last, examples, self.sites)])
+        every = EveryWeight(flat, 0, len(flat), float(self.sites.replacements[0]))
+        responses = DeepResponses(self.columns, self.last, examples, every)
+        return intact, iter([responses.deltas_of(self.sites.indices.cpu().numpy(), intact)])
+
+    def keep_prefix(self, inputs: Tensor) -> None:
+        """Let the cache have what other shards need of this batch."""
+        self._intact(inputs)
+
+    def _intact(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, y1 of the sites' units, y2 and the logits; all but y1 may have been left in the cache."""
+        first, second, last = self.linears
+        address = "" if self.activations is None else self.activations.address(inputs)
+        kept = None if self.activations is None else self.activations.get(address)
+        if kept is not None:
+            return kept["x"], self.own(kept["x"]), kept["second"], kept["logits"]
+        x = catch_input(self.model, self.target, inputs)
+        y1 = first(x)
+        y2 = second(y1.relu())
+        logits = last(y2.relu())
+        if self.activations is not None:
+            record = {"x": x.clone(), "second": y2.clone(), "logits": logits.clone()}
+            self.activations.put(address, record, len(inputs))
+        return x, y1[:, self.units], y2, logits

@@ -1,0 +1,456 @@
+"""Data sets by name, and batches in a fixed order: which examples, in which order, in which batch.
+
+In: a name and a folder, or what a notebook user has (Dataset, DataLoader, pair of tensors). Out: a map-style Dataset,
+the indices that were asked for, and batches of (inputs, labels). Nothing here draws from the caller's random state.
+"""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from ablation.errors import AblationError, DataError, SpecError
+from ablation.inputs.catalog import DatasetFacts, Registered, dataset_facts, dataset_names
+from ablation.inputs.images import SPLIT_FOLDERS, find_images
+from ablation.inputs.mnist_and_cifar import check_classes, read_examples
+from ablation.inputs.registered import DATASETS, load_factory, registered_names
+from ablation.spec import SPLITS, PerClass, SplitSpec
+
+Transform = Callable[[Any], Any]
+Collate = Callable[[list[Any]], Any]
+
+SPLIT_SEED = 0  # of the demo data's train/test split
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+
+class ImageFiles(Dataset):
+    """Pictures in class folders, as RGB: example k is `samples[k]`, a path and a class number.
+
+    The same examples in the same order as torchvision's `ImageFolder` (and `ImageNet`, once it is unpacked), but
+    listed by the code that the torch-free API counts with. A class may have no pictures where the numbers of the
+    classes are known without them (ImageNet with its devkit).
+    """
+
+    def __init__(self, images: dict[str, list[str]], transform: Transform | None = None) -> None:
+        self.classes = tuple(images)
+        self.samples = [(path, label) for label, paths in enumerate(images.values()) for path in paths]
+        self.targets = [label for _, label in self.samples]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        with open(path, "rb") as file:
+            picture = Image.open(file).convert("RGB")
+        return (self.transform(picture) if self.transform else picture), label
+
+
+class Pictures(Dataset):
+    """Pictures in memory: example k is `pixels[k]`, grey (height, width) or RGB (height, width, 3), and its label."""
+
+    def __init__(self, pixels: np.ndarray, targets: np.ndarray, transform: Transform | None = None) -> None:
+        self.pixels, self.targets, self.transform = pixels, targets, transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        picture = Image.fromarray(self.pixels[index])
+        return (self.transform(picture) if self.transform else picture), int(self.targets[index])
+
+
+def _load_digits(split: str, transform: Transform | None) -> Pictures:
+    """scikit-learn's bundled real handwritten digits: 1,797 grey pictures of 8x8, with 50 a class for the test."""
+    pixels, labels = _read_digits()
+    # RandomState and not Generator: its stream is frozen, so that the split is the same in every numpy to come.
+    shuffled = np.random.RandomState(SPLIT_SEED).permutation(len(labels))
+    test = np.concatenate([shuffled[labels[shuffled] == label][:50] for label in range(10)])
+    chosen = np.isin(np.arange(len(labels)), test, invert=split == "train")
+    return Pictures(pixels[chosen], labels[chosen], transform)
+
+
+@cache
+def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pictures and labels, from the file that scikit-learn's `load_digits` reads; to import that takes seconds."""
+    package = find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise DataError("digits come with scikit-learn, which is not installed; `pip install scikit-learn`.")
+    table = np.loadtxt(Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz"), delimiter=",")
+    return np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), table[:, -1].astype(np.int64)
+
+
+def load_data(
+    name: str, root: str | os.PathLike[str] | None = None, split: str = "test", transform: Transform | None = None
+) -> Dataset:
+    """One split of the data set `name`, read from the folder `root`; pictures unless `transform` makes tensors of them.
+
+    A data set that the operator has registered is what its factory gives, with `transform` on every input.
+
+    Raises:
+        SpecError: no such data set or split; or the folder isn't one, or its files are missing or damaged (the message
+            says what to place).
+        DataError: the factory of a registered data set failed.
+    """
+    facts = dataset_facts(name, Registered(datasets=registered_names(DATASETS)))
+    if split not in SPLITS:
+        raise SpecError("split", split, "'train' or 'test'")
+    if name not in dataset_names():
+        return _registered(name, root, split, transform)
+    if not facts.needs_root:
+        return _load_digits(split, transform)
+    if root is None or not Path(root).is_dir():
+        raise SpecError("data.root", root and str(root), f"the folder that {name} is in")
+    if name in SPLIT_FOLDERS:
+        return ImageFiles(find_images(name, Path(root), split, facts.n_classes), transform)
+    return _load_published(facts, Path(root), split, transform)
+
+
+class Transformed(Dataset):
+    """A data set with a transform on the input of every example."""
+
+    def __init__(self, dataset: Any, transform: Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        inputs, label = _pair(self.dataset[index], f"example {index}")
+        return self.transform(inputs), label
+
+
+def _registered(name: str, root: str | os.PathLike[str] | None, split: str, transform: Transform | None) -> Dataset:
+    """What the factory of a registered data set gives, checked."""
+    what = f"the {split} split of the registered data set {name!r}"
+    try:
+        dataset = load_factory(DATASETS, name)(root, split)
+    except Exception as error:
+        raise DataError(
+            f"{what} can't be opened: {type(error).__name__}: {str(error).rstrip('.')}. Its factory takes "
+            "(root, split) and gives a map-style Dataset, the same one in every worker."
+        ) from error
+    dataset = _checked(dataset, what, "let its factory give a map-style Dataset")
+    return Transformed(dataset, transform) if transform else dataset
+
+
+def _load_published(facts: DatasetFacts, root: Path, split: str, transform: Transform | None) -> Pictures:
+    """What the published files hold: the same pictures in the same order as torchvision's own classes read."""
+    pixels, labels = read_examples(facts.name, root, split)
+    check_classes(facts.name, root, labels, facts.n_classes or 0)
+    return Pictures(pixels, labels, transform)
+
+
+# --- what a notebook user has ----------------------------------------------------------------------------------------
+
+
+def as_dataset(split: Any) -> tuple[Dataset, Int64[np.ndarray, " examples"] | None, Collate | None]:
+    """The data set in what a user passed, the order of its examples (None: its own), and how to stack them.
+
+    Of a DataLoader: its data set, its sampler's order where that selects something, its collate_fn. Shuffling, batch
+    size and `drop_last` don't select examples: every example of the split counts once.
+
+    Raises:
+        DataError: it is nothing that can be indexed; the message says what to give instead.
+    """
+    if isinstance(split, tuple | list) and len(split) == 2 and all(isinstance(part, Tensor) for part in split):
+        inputs, labels = split
+        if len(inputs) != len(labels):
+            raise DataError(f"{len(inputs)} inputs but {len(labels)} labels; give one label per input.")
+        return _checked(TensorDataset(inputs, labels)), None, None
+    if isinstance(split, DataLoader):
+        if split.batch_sampler is None and not isinstance(split.dataset, IterableDataset):
+            raise DataError("a DataLoader with batch_size=None; give its data set, with one (input, label) per index.")
+        collate = None if split.collate_fn is default_collate else split.collate_fn
+        return _checked(split.dataset), _sampled(split), collate
+    return _checked(split), None, None
+
+
+def _checked(
+    dataset: Any,
+    what: str = "a split",
+    next_step: str = "give a map-style Dataset, a DataLoader over one, or a pair of tensors (inputs, labels)",
+) -> Dataset:
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if isinstance(dataset, IterableDataset | str | bytes | dict | tuple | Tensor | np.ndarray) or not indexed:
+        raise DataError(f"{what} is {_article(type(dataset).__name__)}, which has no examples by index; {next_step}.")
+    if len(dataset) == 0:
+        raise DataError(f"{what} has no examples; give at least one.")
+    return dataset
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _sampled(loader: DataLoader) -> Int64[np.ndarray, " examples"] | None:
+    """The indices that a loader's sampler selects; None where they are all of them, whatever the order."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    sampler, batches = loader.sampler, loader.batch_sampler
+    plain = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
+    if type(batches) is BatchSampler and plain:
+        return None
+    generators = {id(g): g for g in (loader.generator, getattr(sampler, "generator", None)) if g is not None}.values()
+    states = [generator.get_state() for generator in generators]
+    with torch.random.fork_rng(devices=[]):
+        chosen = sampler if type(batches) is BatchSampler else (index for batch in batches or () for index in batch)
+        indices = np.fromiter(chosen, np.int64)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    return indices
+
+
+# --- which examples --------------------------------------------------------------------------------------------------
+
+
+def labels_of(dataset: Dataset) -> Int64[np.ndarray, " examples"]:
+    """Every example's label, without reading the examples where the data set keeps its labels beside them.
+
+    Raises:
+        DataError: a label is not a whole number, or an example can't be read.
+    """
+    if isinstance(dataset, Transformed):
+        return labels_of(dataset.dataset)
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        return np.concatenate([labels_of(part) for part in dataset.datasets])
+    if isinstance(dataset, TensorDataset):
+        return _whole_numbers(dataset.tensors[-1])
+    kept = _kept_labels(dataset)
+    if kept is not None:
+        return kept
+    n = len(dataset)  # type: ignore[arg-type]
+    return _whole_numbers([_label(dataset, index) for index in range(n)])
+
+
+def _kept_labels(dataset: Dataset) -> Int64[np.ndarray, " examples"] | None:
+    """`.targets` or `.labels`, if they are what the examples themselves say (tried on the first and the last)."""
+    n = len(dataset)  # type: ignore[arg-type]
+    for name in ("targets", "labels"):
+        kept = getattr(dataset, name, None)
+        if kept is None or getattr(dataset, "target_transform", None) is not None:
+            continue
+        tried = {index: _label(dataset, index) for index in (0, n - 1)}
+        try:
+            labels, said = _whole_numbers(kept), _whole_numbers(list(tried.values()))
+        except DataError:
+            continue
+        if len(labels) == n and (labels[list(tried)] == said).all():
+            return labels
+    return None
+
+
+def _label(dataset: Dataset, index: int) -> Any:
+    return _pair(_read(dataset, index), f"example {index}")[1]
+
+
+def _whole_numbers(labels: Any) -> Int64[np.ndarray, " examples"]:
+    try:
+        array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    except (ValueError, TypeError):
+        array = np.empty(0, dtype=object)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"labels have shape {array.shape} and type {array.dtype}; allowed: one whole number per example "
+            "(no soft labels, no one-hot rows)."
+        )
+    return array.astype(np.int64)
+
+
+def draw_examples(
+    asked: SplitSpec, labels: Int64[np.ndarray, " all"] | None, n_examples: int
+) -> Int64[np.ndarray, " examples"]:
+    """The indices of a split's examples in its fixed order.
+
+    "all": as they come. A count: a uniform draw without replacement, sorted. Per class: class after class in the order
+    of their numbers, a block of as many drawn and sorted examples each.
+
+    Raises:
+        SpecError: more than there are.
+        DataError: per class, of data without labels.
+    """
+    if asked == "all":
+        return np.arange(n_examples, dtype=np.int64)
+    random = np.random.Generator(np.random.PCG64(asked.seed))
+    if not isinstance(asked, PerClass):
+        return _draw(random, np.arange(n_examples), asked.count, "count")
+    if labels is None:
+        raise DataError("a draw per class needs the labels of the data set; ask for 'all' or a count.")
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return np.concatenate([_draw(random, each, asked.per_class, "per_class") for each in members])
+
+
+def _draw(random: np.random.Generator, members: np.ndarray, n: int, field: str) -> Int64[np.ndarray, " drawn"]:
+    if n > len(members):
+        raise SpecError(field, n, f"1 to {len(members)}, the examples there are")
+    return np.sort(random.choice(members, size=n, replace=False, shuffle=False)).astype(np.int64)
+
+
+# --- which data ------------------------------------------------------------------------------------------------------
+
+
+def tell_apart(dataset: Dataset, indices: Int64[np.ndarray, " examples"]) -> Iterator[str | Tensor]:
+    """What tells these examples from any others: which they are, and what is known of them without reading them all.
+
+    Of pictures in memory their numbers; of files their names below the root, sizes and classes; of any other data set
+    the first and the last example.
+    """
+    yield str(len(dataset))  # type: ignore[arg-type]
+    yield torch.from_numpy(np.ascontiguousarray(indices))
+    if isinstance(dataset, Pictures):
+        yield from (torch.from_numpy(np.ascontiguousarray(each)) for each in (dataset.pixels, dataset.targets))
+    elif isinstance(dataset, ImageFiles):
+        for path, label in (dataset.samples[index] for index in indices):
+            yield f"{Path(path).parent.name}/{Path(path).name} {os.path.getsize(path)} {label}"
+    else:
+        for index in (indices[0], indices[-1]):
+            inputs, label = _pair(_read(dataset, int(index)), f"example {index}")
+            yield from (torch.as_tensor(np.asarray(inputs)), str(label))
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def choose_readers(dataset: Dataset) -> int:
+    """How many threads to read examples with: as many as torch computes with where pictures are decoded, else none.
+
+    Only for data sets known to bear it: one of the user's may read through a cursor that threads would share.
+    """
+    while isinstance(dataset, Subset | Transformed):
+        dataset = dataset.dataset
+    folders = getattr(sys.modules.get("torchvision.datasets"), "DatasetFolder", ImageFiles)
+    return torch.get_num_threads() if isinstance(dataset, ImageFiles | folders) else 0
+
+
+def load_batches(
+    dataset: Dataset,
+    indices: Int64[np.ndarray, " examples"],
+    batch_size: int,
+    *,
+    n_workers: int | None = None,
+    collate: Collate | None = None,
+    pin_memory: bool = False,
+) -> Iterator[tuple[Tensor, Int64[Tensor, " batch"]]]:
+    """Batches (inputs, labels) of the examples at `indices`, in that order; every batch but the last is full.
+
+    `n_workers` threads read ahead by one batch; 0: the calling thread reads; absent: as `choose_readers` says. The
+    batches are the same in any case.
+    Threads and not torch's DataLoader: its processes can't be started from a Celery child (daemons have no children),
+    don't mix with OpenMP and CUDA after a fork, want shared memory that a container has little of, and their errors
+    arrive as text. Decoding, resizing and converting release the interpreter lock: two threads were no slower than two
+    processes (500x375 JPEGs to 224x224, 2 cores).
+
+    Raises:
+        DataError: an example can't be read or stacked, or a label is not a whole number; the message says which.
+    """
+    blocks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    n_threads = choose_readers(dataset) if n_workers is None else n_workers
+    for block, batch in zip(blocks, _batches(dataset, blocks, n_threads, collate), strict=True):
+        inputs, labels = _pair(batch, f"the batch from example {block[0]} on")
+        labels = torch.as_tensor(_whole_numbers(labels))
+        if len(labels) != len(block):
+            raise DataError(f"the batch from example {block[0]} on has {len(labels)} labels for {len(block)} examples.")
+        yield (inputs.pin_memory(), labels.pin_memory()) if pin_memory else (inputs, labels)
+
+
+def _batches(
+    dataset: Dataset, blocks: Sequence[Int64[np.ndarray, " _"]], n_threads: int, collate: Collate | None
+) -> Iterator[Any]:
+    if type(dataset) is TensorDataset and collate is None:
+        yield from (dataset[torch.from_numpy(block)] for block in blocks)  # one copy instead of one per example
+        return
+    with ThreadPoolExecutor(n_threads) if n_threads else nullcontext() as pool:
+
+        def read(block: Int64[np.ndarray, " batch"]) -> Iterator[Any]:
+            return (pool.map if pool else map)(lambda index: _read(dataset, int(index)), block)
+
+        ahead = deque(read(block) for block in blocks[:1])
+        try:
+            for block, following in zip_longest(blocks, blocks[1:]):
+                if following is not None:
+                    ahead.append(read(following))
+                yield _stack(list(ahead.popleft()), collate, block)
+        finally:
+            if pool:  # where the caller stopped early, what was read ahead is not wanted any more
+                pool.shutdown(cancel_futures=True)
+
+
+def _read(dataset: Dataset, index: int) -> Any:
+    try:
+        return dataset[index]
+    except (AblationError, MemoryError):
+        raise
+    except Exception as error:
+        name, path = _name_of(dataset, index)
+        reason = str(error).replace(path, Path(path).name) if path else str(error)
+        raise DataError(
+            f"{name} can't be read: {type(error).__name__}: {reason}. Replace it, or leave it out of the split."
+        ) from error
+
+
+def _pair(pair: Any, what: str) -> Any:
+    if isinstance(pair, tuple | list) and len(pair) == 2:
+        return pair
+    raise DataError(
+        f"{what} is {_article(type(pair).__name__)}" + (f" of {len(pair)}" if hasattr(pair, "__len__") else "") + "; "
+        "allowed: a pair (input, label). Wrap the data set, or give a DataLoader whose collate_fn makes the pair."
+    )
+
+
+def name_example(dataset: Dataset, index: int) -> str:
+    """What to call an example in a message: its index, and its file where it has one."""
+    return _name_of(dataset, index)[0]
+
+
+def _name_of(dataset: Dataset, index: int) -> tuple[str, str]:
+    """What to call an example in a message, and the path that must not be shown whole."""
+    if isinstance(dataset, Subset):
+        return _name_of(dataset.dataset, int(dataset.indices[index]))
+    if isinstance(dataset, Transformed):
+        return _name_of(dataset.dataset, index)
+    samples = getattr(dataset, "samples", None)
+    sample = samples[index] if isinstance(samples, list) else None
+    path = sample[0] if isinstance(sample, tuple) and isinstance(sample[0], str) else ""
+    return f"example {index}" + (f" ({'/'.join(Path(path).parts[-2:])})" if path else ""), path
+
+
+def _stack(examples: list[Any], collate: Collate | None, block: Int64[np.ndarray, " batch"]) -> Any:
+    try:
+        return (collate or default_collate)(examples)
+    except (TypeError, RuntimeError) as error:
+        raise DataError(
+            f"the examples from {block[0]} on can't be stacked into a batch: {error}. Every input must be a tensor of "
+            "one shape: give the data set a transform (`load_model` returns its model's own)."
+        ) from error

@@ -1,0 +1,26 @@
+"""What an operator has registered: models and data sets by Python entry points, found by name. Torch-free.
+
+    [project.entry-points."ablation.inputs.models"]        NAME = "package.module:function"   () -> (module, transform)
+    [project.entry-points."ablation.datasets"]      NAME = "package.module:function"   (root, split) -> Dataset
+
+In: names. Out: names and factories. Code is loaded by `load_factory` only: in workers and on the operator's own command
+line, never in the API, which knows what workers publish.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+MODELS, DATASETS = GROUPS = ("ablation.inputs.models", "ablation.datasets")
+
+
+def registered_names(group: str) -> tuple[str, ...]:
+    """The names in one of the `GROUPS`, sorted."""
+    return tuple(sorted({point.name for point in entry_points(group=group)}))
+
+
+def load_factory(group: str, name: str) -> Callable[..., Any]:
+    """The function that is registered as `name`; loading it may raise whatever its module does."""
+    point = next(point for point in entry_points(group=group) if point.name == name)
+    factory: Callable[..., Any] = point.load()
+    return factory
