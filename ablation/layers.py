@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 from ablation.engine.calls import Call, Calls, record_calls
-from ablation.engine.responses.averaged_way import find_tail
-from ablation.engine.responses.head import DROPOUT, ELEMENTWISE, SAME_SHAPE, find_head
-from ablation.engine.responses.three_linears import find_deep
+from ablation.engine.paths import find_paths
+from ablation.engine.responses.head import DROPOUT, ELEMENTWISE, SAME_SHAPE
 from ablation.errors import ModelError
 from ablation.inputs.catalog import LayerFacts, ModelFacts, Registered
 from ablation.inputs.models import load_model
@@ -41,8 +40,7 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
             parameter=parameter,
             kind=owners[parameter],
             shape=tuple(tensor.shape),
-            path=find_path(calls, parameter),
-            response=has_response(calls, parameter),
+            **_paths(calls, parameter),
             **_costs(calls, parameter),
         )
         for parameter, tensor in model.named_parameters(remove_duplicate=False)
@@ -62,6 +60,12 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
         layers=tuple(layers),
         without_weights={kind: tuple(names) for kind, names in without_weights.items()},
     )
+
+
+def _paths(calls: Calls, parameter: str) -> dict[str, Any]:
+    """The fields that tell a parameter's paths."""
+    paths = find_paths(calls, parameter)
+    return {"path": "direct" if "direct" in paths else "finite", "response": "response" in paths}
 
 
 _BY_UNIT = {"linear", "conv2d"}  # products that take one unit of their input by itself
@@ -98,20 +102,6 @@ def _width(call: Call, n_examples: int) -> int:
     """How many numbers per example go into and out of one call."""
     shapes = [shape for shape in call.input_shapes + call.output_shapes if shape[:1] == (n_examples,)]
     return sum(math.prod(shape[1:]) for shape in shapes)
-
-
-def find_path(calls: Calls, parameter: str) -> str:
-    """`direct` where one number per example reaches the last Linear, `finite` for everything else."""
-    is_direct = find_head(calls, parameter) is not None or find_tail(calls, parameter) is not None
-    return "direct" if is_direct else "finite"
-
-
-def has_response(calls: Calls, parameter: str) -> bool:
-    """Whether whole rows of it go by response functions."""
-    head = find_head(calls, parameter)
-    if head is None:
-        return find_tail(calls, parameter) is not None or find_deep(calls, parameter) is not None
-    return not head.is_bias and head.is_known
 
 
 @cache

@@ -6,7 +6,7 @@ Torch-free: the API plans.
 """
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pydantic import Field
@@ -27,7 +27,7 @@ from ablation.inputs.catalog import (
 from ablation.inputs.folders import Folders
 from ablation.spec import Constant, CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
 
-ENGINES = ("auto", "direct", "response", "finite", "rerun", "reference")
+ENGINES = ("auto", *get_args(Path))
 
 DENSE = 40  # a row's response functions cost as much as this part of its weights one by one
 
@@ -276,32 +276,42 @@ def _cut_job(
     )
 
 
+def possible_paths(layer: LayerFacts, *, is_whole: bool, is_plain: bool = True) -> tuple[Path, ...]:
+    """The paths that a job can take on a layer, from the fastest to the slowest where many weights are asked for.
+
+    `is_whole`: all weights are asked for. `is_plain`: float32 deltas are enough, and no top-1 answers are asked for.
+    """
+    is_convolution = len(layer.shape) > 2  # its loops have float32 deltas alone, and no top-1 answers
+    has_head = layer.path == "direct" and not is_convolution
+    fast: tuple[Path, ...] = ()
+    if layer.response and is_plain and (has_head or is_whole):
+        fast += ("response",)
+    if layer.path == "direct" and (is_plain or not is_convolution):
+        fast += ("direct",)
+    return (*fast, "finite", "rerun", "reference")
+
+
 def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) -> Path:
-    """One number per example where one reaches the last Linear, for whole rows by its response functions."""
+    """The path that was asked for; else the fastest, where response functions pay only for many weights of a row."""
     if engine not in ENGINES:
         raise SpecError("engine", engine, f"one of {', '.join(ENGINES)}")
-    is_channel = len(layer.shape) > 2  # a convolution's: its loops know float32 deltas alone, and no top-1 answers
     is_huge = isinstance(spec.value, Constant) and abs(spec.value.constant) > HUGE_STEP
     is_plain = spec.precision != "float64" and not spec.top1 and not is_huge
-    is_direct = layer.path == "direct" and (is_plain or not is_channel)
-    is_head = layer.path == "direct" and not is_channel
-    has_rows = layer.response and is_plain and (is_head or spec.sites == "all")
+    paths = possible_paths(layer, is_whole=spec.sites == "all", is_plain=is_plain)
     if engine == "auto":
         is_dense = spec.sites == "all" or n_sites * DENSE >= layer.n_weights
-        return "response" if has_rows and is_dense else "direct" if is_direct else "finite"
-    if engine == "direct" and not is_direct:
+        return next(path for path in paths if path != "response" or is_dense)
+    if engine in paths:
+        return engine
+    if engine == "direct":
         what = (
             "not part of a classifier head"
             if layer.path != "direct"
             else "so only in 'mixed', without top1 and with a small replacement"
         )
         raise SpecError("engine", engine, "auto, finite, rerun or reference for this layer", f"{layer.name} is {what}.")
-    if engine == "response" and not has_rows:
-        why = (
-            "It is for all weights of a layer with response functions: not in float64, without top1, a small constant."
-        )
-        raise SpecError("engine", engine, "auto, finite, rerun or reference for this job", why)
-    return engine  # type: ignore[return-value]
+    why = "It is for all weights of a layer with response functions: not in float64, without top1, a small constant."
+    raise SpecError("engine", engine, "auto, finite, rerun or reference for this job", why)
 
 
 def _choose_batch_size(facts: ModelFacts) -> int:

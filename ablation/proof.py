@@ -19,8 +19,8 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ablation.cost import PROVED_WHOLE
-from ablation.engine import EnginePath
 from ablation.engine.deltas import Deltas
+from ablation.engine.interface import EnginePath
 from ablation.errors import ProofError
 from ablation.precision import fit
 from ablation.reference import in_float64, reference_deltas

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from torch.utils.data import Dataset
 from ablation import baseline
 from ablation.cache import Activations, Notes, find_next, find_start, hash_of, make_known
 from ablation.devices import find_device, freed_memory_kept, is_out_of_memory
-from ablation.engine import open_path, run_batches
+from ablation.engine.batches import run_batches
+from ablation.engine.interface import EnginePath, HasPrefix, Setup
+from ablation.engine.paths import open_path
 from ablation.errors import DataError, ExampleError, ModelError, OutOfMemory, as_given, shorten
 from ablation.inputs.catalog import SplitCounts, find_root, model_names
 from ablation.inputs.data import draw_examples, labels_of, load_batches, load_data, name_example, tell_apart
@@ -44,15 +46,6 @@ MAX_CANDIDATES = 1 << 20  # rows that the proof chooses from; of a larger table,
 N_CANDIDATES = 1 << 12  # so many of the touched ones, drawn, beside the largest
 FILL_SHARE = 0.5  # of a shard's progress, where all of its activations are missing
 N_CHECKED = 32  # examples at the beginning of a split that the model is checked on
-
-
-@runtime_checkable
-class HasPrefix(Protocol):
-    """A path that needs of a batch only what comes before its layer, and finds that in the cache."""
-
-    def keep_prefix(self, inputs: Tensor) -> None:
-        """Let the cache have it, if there is room."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -265,20 +258,12 @@ def read_noted(job: Job, shard: Shard, notes: Notes) -> Iterator[tuple[Tensor, T
     notes.activations.held.clear()
 
 
-def open_engine(job: Job, sites: Sites, example: Tensor) -> Any:
+def open_engine(job: Job, sites: Sites, example: Tensor) -> EnginePath:
     """The plan's path for these sites."""
     plan = job.plan
-    return open_path(
-        plan.path,
-        job.model,
-        plan.parameter,
-        sites if plan.path == "response" else sites.listed(),
-        example,
-        precision=plan.precision,
-        top1=job.spec.top1,
-        lanes=plan.lanes,
-        activations=job.activations,
-    )
+    sites = sites if plan.path == "response" else sites.listed()
+    setup = Setup(job.model, plan.parameter, sites, plan.precision, job.spec.top1, plan.lanes, job.activations)
+    return open_path(plan.path, setup, example)
 
 
 def read(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

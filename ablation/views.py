@@ -4,10 +4,10 @@ In: facts and plans. Out: plain records, without what only machines need (a plan
 A data set is told by its facts as they are.
 """
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ablation.inputs.catalog import LayerFacts, ModelFacts
-from ablation.plan import Estimate, Path, Plan, ProofPlan, SplitPlan
+from ablation.plan import Estimate, Path, Plan, ProofPlan, SplitPlan, possible_paths
 from ablation.spec import Precision
 
 
@@ -23,14 +23,15 @@ class ModelView(BaseModel):
 
 
 class LayerView(BaseModel):
-    """One layer that may be a target, and the path it takes."""
+    """One layer that may be a target, and the paths that `auto` takes for it."""
 
     name: str
     parameter: str
     kind: str
     shape: tuple[int, ...]
     n_weights: int
-    path: str
+    path: str = Field(description="how sampled weights are computed: direct or finite")
+    whole_layer_path: str = Field(description="how all weights of the layer are computed: response, direct or finite")
 
 
 class PlanView(BaseModel):
@@ -61,7 +62,8 @@ def model_view(facts: ModelFacts) -> ModelView:
 
 def layer_view(layer: LayerFacts) -> LayerView:
     """What is told of a layer."""
-    return LayerView(**{name: getattr(layer, name) for name in LayerView.model_fields})
+    same = {name: getattr(layer, name) for name in LayerView.model_fields if name != "whole_layer_path"}
+    return LayerView(whole_layer_path=possible_paths(layer, is_whole=True)[0], **same)
 
 
 def plan_view(plan: Plan) -> PlanView:

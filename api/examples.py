@@ -189,6 +189,7 @@ _LAYER: dict[str, Any] = {
     "shape": [4096, 4096],
     "n_weights": 16_777_216,
     "path": "direct",
+    "whole_layer_path": "response",
 }
 
 _DATASET: dict[str, Any] = {

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablation import ablate
-from ablation.engine import open_path, run_batches
+from ablation.engine.batches import run_batches
+from ablation.engine.interface import Setup
+from ablation.engine.paths import open_path
 from ablation.sites import Sites, draw_indices, make_sites
 from ablation.spec import CountOfSites
 from benchmarks.environment import write_result
@@ -95,7 +97,7 @@ def now(device: torch.device) -> float:
 def score(model: nn.Sequential, sites: Sites, x: Tensor, labels: Tensor) -> tuple[float, float]:
     """Seconds from layer input to sums, and of these the part after the intact head: the scoring alone."""
     scoring = 0.0
-    path = open_path("direct", model, "0.weight", sites, x[:2], precision="mixed", top1=False, lanes=1)
+    path = open_path("direct", Setup(model, "0.weight", sites), x[:2])
     run_intact = path.run
 
     def timed(inputs: Tensor, targets: Tensor):  # type: ignore[no-untyped-def]

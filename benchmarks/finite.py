@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ablation.devices import freed_memory_kept
 from ablation.engine.carried.finite import Finite
+from ablation.engine.interface import Setup
 from ablation.engine.prefix import Prefix
 from ablation.engine.rerun import Rerun
 from ablation.inputs.catalog import SplitCounts, find_layer
@@ -100,8 +101,7 @@ def measure(name: str, parameter: str, n_sites: int, n_examples: int, active: fl
     weights = model.get_parameter(parameter)
     chosen = np.random.default_rng(0).choice(weights.numel(), n_sites, replace=False)
     sites = make_sites(weights, chosen, "zero")
-    options = {"precision": "mixed", "top1": False}
-    finite = Finite(model, parameter, sites, lanes=plan.lanes, **options)
+    finite = Finite(Setup(model, parameter, sites, lanes=plan.lanes))
     finite.is_probed = True
     seconds: dict[str, float] = {}
     deltas = []
@@ -113,7 +113,7 @@ def measure(name: str, parameter: str, n_sites: int, n_examples: int, active: fl
             with timed(seconds, "ours"):
                 deltas.append(torch.cat([piece.delta for piece in pieces]))
     utility = torch.cat(deltas, dim=1).mean(dim=1)
-    rerun = Rerun(model, parameter, sites[:CHECKED], **options)
+    rerun = Rerun(Setup(model, parameter, sites[:CHECKED]))
     _, pieces = rerun.run(inputs, labels)
     truth = torch.cat([piece.delta for piece in pieces]).mean(dim=1)
     scale = torch.maximum(truth.abs(), 0.01 * utility.square().mean().sqrt())

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import ablation
-from ablation.engine import open_path
+from ablation.engine.interface import Setup
+from ablation.engine.paths import open_path
 from ablation.engine.rerun import Rerun
 from ablation.machine import measure_pace
 from ablation.sites import make_sites
@@ -192,7 +193,7 @@ def measure_conv() -> dict[str, Any]:
     weights = model.get_parameter(f"{layer}.weight")
     chosen = np.sort(np.random.default_rng(0).choice(weights.numel(), 1024, replace=False))
     sites = make_sites(weights, chosen, "zero")
-    path = open_path("direct", model, f"{layer}.weight", sites, inputs[:2], precision="mixed", top1=False, lanes=1)
+    path = open_path("direct", Setup(model, f"{layer}.weight", sites), inputs[:2])
 
     def score() -> tuple[float, Tensor]:
         spent, deltas = 0.0, []
@@ -205,7 +206,7 @@ def measure_conv() -> dict[str, Any]:
 
     score()
     scored_s, deltas = min((score() for _ in range(3)), key=lambda run: run[0])
-    rerun = Rerun(model, f"{layer}.weight", sites[:CHECKED], precision="mixed", top1=False)
+    rerun = Rerun(Setup(model, f"{layer}.weight", sites[:CHECKED]))
     _, pieces = rerun.run(inputs, labels)
     truth = torch.cat([piece.delta for piece in pieces]).mean(dim=1).numpy()
     return {

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import ablation
 from ablation.cache import Activations, make_known
-from ablation.engine import open_path
+from ablation.engine.interface import Setup
+from ablation.engine.paths import open_path
 from ablation.engine.sums import Sums
 from ablation.partial import PartialSums
 from ablation.sites import EveryWeight
@@ -54,8 +55,7 @@ def run(model: nn.Sequential, batches: Batches, activations: Activations | None 
     weight = model.get_parameter("0.weight").detach()
     sites = EveryWeight(weight.reshape(-1), 0, weight.numel(), 0.0)
     example = torch.zeros(2, INPUTS, device=weight.device)
-    options: dict[str, Any] = {"precision": "mixed", "top1": False, "lanes": 1, "activations": activations}
-    path = open_path("response", model, "0.weight", sites, example, **options)
+    path = open_path("response", Setup(model, "0.weight", sites, activations=activations), example)
     sums = Sums(len(sites), None, weight.device, proof=False, top1=False)
     started = now(weight.device)
     for inputs, labels in batches():

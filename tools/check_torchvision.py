@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from ablation.engine.carried.finite import Finite
 from ablation.engine.carried.products import RULES
+from ablation.engine.interface import Setup
 from ablation.inputs.models import build_model
 from ablation.reference import reference_deltas
 from ablation.sites import make_sites
@@ -321,7 +322,7 @@ def run_engine(
     `one_by_one`: a number that the model decides by changed. `wide`: deltas in float64, also in `mixed`.
     """
     sites = make_sites(model.get_parameter(parameter), indices, "zero")
-    path = Finite(model, parameter, sites, precision=precision, top1=False, lanes=len(sites), rules=rules)
+    path = Finite(Setup(model, parameter, sites, precision, lanes=len(sites)), rules=rules)
     pieces = list(path.run(inputs, labels)[1])
     delta = torch.cat([piece.delta for piece in pieces]).numpy()
     return delta, {"one_by_one": len(pieces) > 1, "wide": path.delta_dtype == torch.float64}

@@ -41,11 +41,12 @@ def models(as_json: bool) -> None:
 @click.argument("model")
 @json_option
 def layers(model: str, as_json: bool) -> None:
-    """List the layers of MODEL: kind, shape, number of weights, and the path that each takes.
+    """List the layers of MODEL: kind, shape, number of weights, and how sampled weights and whole layers are computed.
 
     \b
-    direct   part of the classifier head: thousands of weights a second
-    finite   finite differences carried forward: hundreds of weights at once behind one run of the rest of the model
+    direct     one number per example leads on to the classes: thousands of sampled weights a second
+    response   the same for all weights of a unit at once: millions of weights a second
+    finite     finite differences carried forward: hundreds of weights at once behind one run of the rest of the model
     """  # \b is click's sign for: don't rewrap
     views = [layer_view(layer) for layer in model_facts(model, own_registered()).layers]
     rows = (
@@ -55,6 +56,7 @@ def layers(model: str, as_json: bool) -> None:
             "shape": list(layer.shape),
             "weights": layer.n_weights,
             "path": layer.path,
+            "whole layer": layer.whole_layer_path,
         }
         for layer in views
     )

@@ -13,31 +13,27 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ablation import baseline
-from ablation.cache import Activations
 from ablation.engine.deltas import Deltas
+from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.engine.prefix import Prefix
 from ablation.precision import FromTargetOn, Lifts, as_found, run_with
-from ablation.sites import Sites
 
 
 class Rerun:
     """The slow exact path of one job: holds the model, its target parameter and the sites."""
 
-    def __init__(
-        self, model: torch.nn.Module, parameter: str, sites: Sites, *, precision: str, top1: bool,
-        activations: Activations | None = None,
-    ) -> None:  # fmt: skip
-        self.model = model
-        self.parameter = parameter
-        self.sites = sites
-        self.top1 = top1
-        self.activations = activations
-        intact = model.get_parameter(parameter).detach()
-        self.weights = (intact if precision == "float32" else intact.double()).clone(
+    def __init__(self, setup: Setup) -> None:
+        self.model = setup.model
+        self.parameter = setup.parameter
+        self.sites = setup.sites
+        self.top1 = setup.top1
+        self.activations = setup.activations
+        intact = setup.model.get_parameter(setup.parameter).detach()
+        self.weights = (intact if setup.precision == "float32" else intact.double()).clone(
             memory_format=torch.contiguous_format
         )
-        self.prefix = Prefix(model)
+        self.prefix = Prefix(setup.model)
         self.lifts = Lifts()
         self.is_checked = False
 

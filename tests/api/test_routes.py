@@ -197,7 +197,12 @@ def test_catalog(api: httpx.Client) -> None:
         "shape": [4096, 4096],
         "n_weights": 4096**2,
         "path": "direct",
+        "whole_layer_path": "response",
     }
+    paths = {name: (layer["path"], layer["whole_layer_path"]) for name, layer in layers.items()}
+    assert paths["classifier.4.bias"] == ("direct", "direct")  # no response functions for biases
+    assert paths["classifier.1"] == ("finite", "response")  # three Linears
+    assert paths["features.3"] == ("finite", "finite")
     assert api.get("/v1/models/alexnett/layers").status_code == 404
     data = {dataset["name"] for dataset in api.get("/v1/datasets").json()["data"]}
     assert {"digits", "imagefolder"} <= data

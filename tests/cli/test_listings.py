@@ -31,10 +31,19 @@ def test_layers() -> None:
     layers = {layer["name"]: layer for layer in json.loads(invoke("layers", "alexnet", "--json").stdout)}
     assert layers["classifier.4"] == {
         "name": "classifier.4", "parameter": "classifier.4.weight", "kind": "Linear", "shape": [4096, 4096],
-        "n_weights": 4096**2, "path": "direct",
+        "n_weights": 4096**2, "path": "direct", "whole_layer_path": "response",
     }  # fmt: skip
     line = next(line for line in invoke("layers", "alexnet").stdout.splitlines() if "classifier.4 " in line)
-    assert line.split() == ["classifier.4", "Linear", "4096x4096", "16,777,216", "direct"]
+    assert line.split() == ["classifier.4", "Linear", "4096x4096", "16,777,216", "direct", "response"]
+
+
+@pytest.mark.parametrize(("layer", "paths"), [("fc1", ["finite", "response"]), ("fc2.bias", ["direct", "direct"])])
+def test_the_listed_paths_are_those_of_the_plans(layer: str, paths: list[str]) -> None:
+    listed = next(line for line in invoke("layers", "digits_alexnet").stdout.splitlines() if line.startswith(layer))
+    assert listed.split()[-2:] == paths
+    job = ["--model", "digits_alexnet", "--layer", layer, "--data", "digits", "--test", "40", "--json"]
+    planned = [json.loads(invoke("plan", *job, "--sites", sites).stdout)["path"] for sites in ("5", "all")]
+    assert planned == paths
 
 
 def test_datasets() -> None:

@@ -294,7 +294,8 @@ def test_models_and_their_layers_are_listed(service: Service, say: Say) -> None:
     assert by_name["alexnet"]["weights"] == ["IMAGENET1K_V1"]
     layers = service.client.get("/v1/models/alexnet/layers").json()["data"]
     layer = next(layer for layer in layers if layer["name"] == "classifier.4")
-    assert (layer["shape"], layer["n_weights"], layer["path"]) == ([4096, 4096], 16_777_216, "direct")
+    assert (layer["shape"], layer["n_weights"]) == ([4096, 4096], 16_777_216)
+    assert (layer["path"], layer["whole_layer_path"]) == ("direct", "response")
     registered = service.client.get("/v1/models/stripe_net/layers").json()["data"]
     assert {layer["name"] for layer in registered} == {"0", "0.bias", "3", "3.bias", "5", "5.bias"}
     assert "alexnet" in check_problem(service.client.get("/v1/models/alexnett/layers"), 404)["detail"]

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ablation import baseline
-from ablation.cache import Activations
 from ablation.engine.carried.dispatch import Carry, NotCarriedError, Rule
 from ablation.engine.carried.forms import Block, Columns, Product
 from ablation.engine.carried.products import RULES
 from ablation.engine.carried.series import Response
 from ablation.engine.carried.tape import Player, Tape
 from ablation.engine.compiled import is_ready
-from ablation.engine.deltas import HUGE_STEP, VALUES_AT_ONCE, Deltas
+from ablation.engine.deltas import VALUES_AT_ONCE, Deltas
+from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, is_correct, loss_delta, loss_delta_and_touched, make_intact
 from ablation.engine.rerun import Rerun
 from ablation.sites import Sites, make_sites
@@ -37,18 +37,14 @@ MOMENTS_PAY = 8  # a pair's classes cost as much as the moments of one (unit, ex
 class Finite:
     """The path of one job: holds the model, its target parameter, the sites, and how many of them go at once."""
 
-    def __init__(
-        self, model: torch.nn.Module, parameter: str, sites: Sites, *, precision: str, top1: bool, lanes: int,
-        activations: Activations | None = None, rules: Mapping[Any, Rule] = RULES,
-    ) -> None:  # fmt: skip
-        self.sites = sites
-        self.top1 = top1
-        self.lanes = lanes
+    def __init__(self, setup: Setup, *, rules: Mapping[Any, Rule] = RULES) -> None:
+        self.sites = setup.sites
+        self.top1 = setup.top1
+        self.lanes = setup.lanes
         self.rules = rules
-        self.rest = Rerun(model, parameter, sites, precision=precision, top1=top1, activations=activations)
-        huge = len(sites) > 0 and bool((sites.replacements - sites.weights).abs().max() > HUGE_STEP)
-        self.is_probed = precision == "float32"  # which promises nothing
-        self.delta_dtype = torch.float64 if precision == "float64" or huge else torch.float32
+        self.rest = Rerun(setup)
+        self.is_probed = setup.precision == "float32"  # which promises nothing
+        self.delta_dtype = setup.delta_dtype
         self.response: tuple[int, Response] | None = None  # of the sites from this row on
         self.without_rule: set[str] = set()  # operations that the general rule was used for
 
@@ -169,7 +165,7 @@ def _score_pairs(
 def operations_without_rule(model: torch.nn.Module, parameter: str, inputs: Tensor) -> list[str]:
     """The operations behind a parameter that the general rule is used for: worth a rule, where they take long."""
     sites = make_sites(model.get_parameter(parameter), np.arange(1), "zero")
-    finite = Finite(model, parameter, sites, precision="mixed", top1=False, lanes=1)
+    finite = Finite(Setup(model, parameter, sites))
     _, pieces = finite.run(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
     list(pieces)
     return sorted(finite.without_rule)

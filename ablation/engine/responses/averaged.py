@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from ablation.engine.deltas import Deltas, Runs
+from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
 from ablation.engine.responses.averaged_way import OpenTail, Tail, TailBatch
 from ablation.engine.responses.loops import averaged, curved
@@ -198,15 +199,15 @@ class ChannelResponses:
 class Pooled:
     """The path of one job: holds the model, the tail's numbers, and the sites."""
 
-    def __init__(self, model: torch.nn.Module, tail: Tail, sites: Sites, *, precision: str, top1: bool) -> None:
-        if precision == "float64" or top1:
+    def __init__(self, setup: Setup, tail: Tail) -> None:
+        if setup.precision == "float64" or setup.top1:
             raise ModelError(
                 "engine='direct' and 'response' take a convolution's weights in 'mixed' or 'float32', without top1; "
                 "use engine='finite'."
             )
-        self.open_tail = OpenTail(model, tail, torch.float32 if precision == "float32" else torch.float64)
-        self.sites = sites
-        last = None if tail.last is None else model.get_parameter(tail.last).detach().float().cpu()
+        self.open_tail = OpenTail(setup.model, tail, setup.base_dtype)
+        self.sites = setup.sites
+        last = None if tail.last is None else setup.model.get_parameter(tail.last).detach().float().cpu()
         self.form = Form(
             tail,
             tuple(self.open_tail.weight.shape),

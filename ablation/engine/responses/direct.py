@@ -15,13 +15,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ablation.cache import Activations
-from ablation.engine.deltas import HUGE_STEP, VALUES_AT_ONCE, Deltas
+from ablation.engine.deltas import VALUES_AT_ONCE, Deltas
 from ablation.engine.increments import relu_delta
+from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.engine.responses.arrays import Loops, open_loops
 from ablation.engine.responses.head import Head, HeadBatch, OpenHead, activate
-from ablation.sites import Sites
 
 PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs looked at together: 8 MB a float64 matrix
 
@@ -29,23 +28,18 @@ PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs looked at together: 8 MB a floa
 class Direct:
     """The fast path of one job: holds the model, the head's numbers in the base's precision, and the sites."""
 
-    def __init__(
-        self, model: torch.nn.Module, head: Head, sites: Sites, *, precision: str, top1: bool,
-        activations: Activations | None = None,
-    ) -> None:  # fmt: skip
-        base = torch.float32 if precision == "float32" else torch.float64
-        self.open_head = OpenHead(model, head, base, activations)
+    def __init__(self, setup: Setup, head: Head) -> None:
+        self.open_head = OpenHead(setup.model, head, setup.base_dtype, setup.activations)
         self.head = head
-        self.sites = sites
-        self.top1 = top1
-        huge = len(sites) > 0 and bool((sites.replacements - sites.weights).abs().max() > HUGE_STEP)
-        self.delta_dtype = torch.float64 if precision == "float64" or huge else torch.float32
+        self.sites = sites = setup.sites
+        self.top1 = setup.top1
+        self.delta_dtype = setup.delta_dtype
         n_inputs = self.open_head.target.shape[1]
         self.unit = sites.indices if head.is_bias else sites.indices // n_inputs
         self.input = None if head.is_bias else sites.indices % n_inputs
         self.step = sites.replacements - sites.weights
         on_host = self.open_head.target.device.type == "cpu"
-        fits = on_host and not top1 and self.delta_dtype == torch.float32
+        fits = on_host and not self.top1 and self.delta_dtype == torch.float32
         self.loops = open_loops(self.open_head) if fits else None
         if self.loops is None and (last := self.open_head.last) is not None:
             self.columns = last.weight.T.contiguous()

@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ablation.cache import Activations
 from ablation.engine.deltas import Deltas, Responses, Runs, make_runs
+from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
 from ablation.engine.responses.arrays import Given, Loops, Rows, join_given, open_loops
 from ablation.engine.responses.by_unit import ByUnit, sort_by_unit
 from ablation.engine.responses.head import Head, OpenHead
 from ablation.engine.threads import run_ranges
 from ablation.errors import ModelError
-from ablation.sites import EveryWeight, Sites
+from ablation.sites import EveryWeight
 
 FEW = 64  # sites, such as those of a job's proof, whose deltas are wanted one by one
 BLOCK = 1 << 16  # weights whose sums are formed together: they stay in the cache
@@ -130,17 +130,13 @@ def can_launch() -> bool:
 class Whole:
     """The path of one job: holds the model, the head's numbers, and the sites by unit."""
 
-    def __init__(
-        self, model: torch.nn.Module, head: Head, sites: Sites, *, precision: str, top1: bool,
-        activations: Activations | None = None,
-    ) -> None:  # fmt: skip
-        base = torch.float32 if precision == "float32" else torch.float64
-        target = model.get_parameter(head.weight)
-        self.by_unit = sort_by_unit(sites, target.shape[1])
+    def __init__(self, setup: Setup, head: Head) -> None:
+        target = setup.model.get_parameter(head.weight)
+        self.by_unit = sort_by_unit(setup.sites, target.shape[1])
         self.units = torch.from_numpy(self.by_unit.units).to(target.device)
-        self.open_head = OpenHead(model, head, base, activations, self.units)
+        self.open_head = OpenHead(setup.model, head, setup.base_dtype, setup.activations, self.units)
         loops = open_loops(self.open_head)
-        if loops is None or head.is_bias or precision == "float64" or top1:
+        if loops is None or head.is_bias or setup.precision == "float64" or setup.top1:
             raise ModelError(
                 "engine='response' is for the weights of a Linear -> ReLU (or another function that it knows) -> "
                 "Linear head, or of the last Linear, in 'mixed' or 'float32', without top1; use engine='direct'."

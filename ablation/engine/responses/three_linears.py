@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ablation.cache import Activations
 from ablation.engine.calls import Calls
 from ablation.engine.deltas import Deltas, Responses, Runs
+from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
 from ablation.engine.responses.head import catch_input, keeps_values, linear_parameters, make_linear
 from ablation.engine.responses.loops import piecewise
 from ablation.engine.responses.loops.series import close_class
 from ablation.engine.responses.sparse_linear import Linear
 from ablation.errors import ModelError
-from ablation.sites import EveryWeight, Sites
+from ablation.sites import EveryWeight
 
 _RELUS = ("relu", "relu_")
 
@@ -155,18 +155,15 @@ def chosen_deltas(responses: DeepResponses, rows: Int64[np.ndarray, " rows"], in
 class Deep:
     """The path of one job: holds the model, the three Linears' numbers, and the sites."""
 
-    def __init__(
-        self, model: torch.nn.Module, head: DeepHead, sites: Sites, *, precision: str, top1: bool,
-        activations: Activations | None = None,
-    ) -> None:  # fmt: skip
-        if precision == "float64" or top1:
+    def __init__(self, setup: Setup, head: DeepHead) -> None:
+        if setup.precision == "float64" or setup.top1:
             raise ModelError("engine='response' is for 'mixed' or 'float32', without top1; use engine='finite'.")
-        self.model = model
-        self.sites = sites
-        self.activations = activations
-        self.target = model.get_parameter(head.linears[0][0])
-        self.dtype = torch.float32 if precision == "float32" else torch.float64
-        self.linears = [make_linear(model, *names, self.dtype) for names in head.linears]
+        self.model = setup.model
+        self.sites = sites = setup.sites
+        self.activations = setup.activations
+        self.target = setup.model.get_parameter(head.linears[0][0])
+        self.dtype = setup.base_dtype
+        self.linears = [make_linear(setup.model, *names, self.dtype) for names in head.linears]
         self.columns, self.last = (linear.columns for linear in self.linears[1:])
         n_inputs = self.target.shape[1]
         if isinstance(sites, EveryWeight):

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ablation.engine import run_batches
+from ablation.engine.batches import run_batches
 from ablation.engine.carried.dispatch import Rule
 from ablation.engine.carried.finite import Finite
 from ablation.engine.carried.products import RULES
+from ablation.engine.interface import Setup
 from ablation.partial import PartialSums
 from ablation.sites import make_sites
 from ablation.spec import Constant
@@ -54,7 +55,7 @@ def carry(
         model = copy.deepcopy(model).double()
     weights = model.get_parameter(parameter)
     sites = make_sites(weights, indices, Constant(constant=value) if value else "zero")
-    path = Finite(model, parameter, sites, precision=precision, top1=False, lanes=lanes, rules=rules)
+    path = Finite(Setup(model, parameter, sites, precision, lanes=lanes), rules=rules)
     return run_batches(
         path,
         model,

@@ -1,6 +1,7 @@
 """Every path against an independent brute force, on every case, in every precision that promises something."""
 
 import copy
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ablation.engine import open_path, run_batches
+from ablation.cost import Path
+from ablation.engine.batches import run_batches
 from ablation.engine.calls import record_calls
-from ablation.errors import ModelError
-from ablation.layers import describe_model, find_path
+from ablation.engine.interface import Setup
+from ablation.engine.paths import PATHS, find_paths, open_path
+from ablation.errors import ModelError, SpecError
+from ablation.layers import describe_model
 from ablation.partial import PartialSums, merge
+from ablation.plan import ENGINES
 from ablation.sites import make_sites
 from tests.cases import Case, confident_net, make_cases
 from tests.compare import BOUND, brute_force, count_moved, utility_error
@@ -23,16 +28,8 @@ def run(case: Case, path: str, precision: str, indices: np.ndarray, cut: int, va
     weights = model.get_parameter(case.parameter)
     inputs = case.inputs.to(weights.dtype)
     sites = make_sites(weights, indices, value)
-    engine = open_path(
-        path,
-        model,
-        case.parameter,
-        sites,
-        inputs[:2],
-        precision=precision,
-        top1=options.pop("top1", False),
-        lanes=options.pop("lanes", 24),
-    )
+    top1, lanes = options.pop("top1", False), options.pop("lanes", 24)
+    engine = open_path(path, Setup(model, case.parameter, sites, precision, top1, lanes), inputs[:2])
     defaults = {"first_example": 0, "per_class": None, "proof_examples": frozenset()}
     return run_batches(
         engine,
@@ -56,7 +53,21 @@ def is_convolution(case: Case) -> bool:
 
 @pytest.mark.parametrize("case", make_cases(), ids=str)
 def test_the_path_is_found(case: Case) -> None:
-    assert find_path(record_calls(case.model, case.inputs[:2]), case.parameter) == case.path
+    paths = find_paths(record_calls(case.model, case.inputs[:2]), case.parameter)
+    assert ("direct" in paths) == (case.path == "direct")
+    assert paths[-3:] == ("finite", "rerun", "reference")
+
+
+def test_the_table_of_paths_has_every_name_that_a_plan_can_have() -> None:
+    assert tuple(PATHS) == get_args(Path)
+    assert ("auto", *PATHS) == ENGINES
+
+
+@pytest.mark.parametrize("path", ["auto", "Reference", "brute", ""])
+def test_a_path_that_is_not_in_the_table_is_refused(path: str) -> None:
+    case = make_cases()[0]
+    with pytest.raises(SpecError, match=f"path: got '{path}'; allowed: one of direct, response, finite, rerun, ref"):
+        run(case, path, "mixed", some(case), cut=8)
 
 
 @pytest.mark.parametrize("precision", ["mixed", "float64"])

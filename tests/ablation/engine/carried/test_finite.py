@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ablation.engine.carried.finite import Finite
 from ablation.engine.carried.tape import Player
+from ablation.engine.interface import Setup
 from ablation.sites import make_sites
 from tests.compare import BOUND, brute_force, utility_error
 
@@ -31,7 +32,7 @@ def make(size: float, lanes: int = 35) -> tuple[nn.Module, Finite, Tensor, Tenso
         torch.manual_seed(0)
         model, inputs, labels = Cancels(size).eval(), torch.randn(11, 5), torch.arange(11) % 3
     sites = make_sites(model.get_parameter("layer.weight"), np.arange(35), "zero")
-    return model, Finite(model, "layer.weight", sites, precision="mixed", top1=False, lanes=lanes), inputs, labels
+    return model, Finite(Setup(model, "layer.weight", sites, lanes=lanes)), inputs, labels
 
 
 def deltas(finite: Finite, inputs: Tensor, labels: Tensor) -> np.ndarray:

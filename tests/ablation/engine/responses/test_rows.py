@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ablation
-from ablation.engine import open_path, run_batches
+from ablation.engine.batches import run_batches
 from ablation.engine.calls import record_calls
 from ablation.engine.deltas import Deltas, make_runs
+from ablation.engine.interface import Setup
 from ablation.engine.loss import make_intact
+from ablation.engine.paths import open_path
 from ablation.engine.responses.averaged_way import find_tail
 from ablation.engine.responses.loops import series
 from ablation.errors import ExampleError, SpecError
@@ -211,7 +213,7 @@ def test_classes_in_blocks_give_the_stratified_sums_of_one_by_one(make: Any) -> 
     partials = []
     for name in ("rerun" if make is make_deep else "direct", "response"):
         given = sites if name == "response" else sites.listed()
-        path = open_path(name, model, "0.weight", given, x[:2], precision="mixed", top1=False, lanes=1)
+        path = open_path(name, Setup(model, "0.weight", given), x[:2])
         partials.append(
             run_batches(
                 path,
@@ -330,7 +332,7 @@ def test_the_loss_along_one_logit_is_as_in_float64(t: float, confidence: float) 
 def test_deltas_of_chosen_rows_sum_up_to_the_rows_sums() -> None:
     model, (x, labels) = make_head(), make_data()
     sites = EveryWeight(model[0].weight.detach().reshape(-1), 13 * 2, 13 * 9, 0.0)
-    path = open_path("response", model, "0.weight", sites, x[:2], precision="mixed", top1=False, lanes=1)
+    path = open_path("response", Setup(model, "0.weight", sites), x[:2])
     intact, (responses,) = path.run(x, labels)
     assert not isinstance(responses, Deltas)
     sums = {"delta": np.zeros(len(sites)), "touched": np.zeros(len(sites), np.int32)}
@@ -371,7 +373,7 @@ def test_loops_equal_matrix_operations(function: type[nn.Module]) -> None:
     sites = make_sites(model[0].weight, np.arange(13 * 19), "zero")
     deltas = []
     for loops in (True, False):
-        path: Any = open_path("direct", model, "0.weight", sites, x[:2], precision="mixed", top1=not loops, lanes=1)
+        path: Any = open_path("direct", Setup(model, "0.weight", sites, top1=not loops), x[:2])
         assert (path.loops is not None) is loops
         _, pieces = path.run(x, labels)
         deltas.append(torch.cat([piece.delta for piece in pieces]))

@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ablation.engine import open_path, run_batches
+from ablation.engine.batches import run_batches
 from ablation.engine.deltas import Runs, make_runs
+from ablation.engine.interface import Setup
 from ablation.engine.loss import make_intact
+from ablation.engine.paths import open_path
 from ablation.engine.responses.arrays import Rows
 from ablation.engine.responses.loops import rows as row_loops
 from ablation.engine.responses.loops import series
@@ -397,7 +399,7 @@ def test_deltas_of_chosen_rows_sum_up_to_the_rows_sums() -> None:
     generator = torch.Generator().manual_seed(1)
     x, labels = torch.randn(11, 13, generator=generator).to(DEVICE), torch.arange(11, device=DEVICE) % 7
     sites = EveryWeight(model[0].weight.detach().reshape(-1), 13 * 2, 13 * 8, 0.0)
-    path: Any = open_path("response", model, "0.weight", sites, x[:2], precision="mixed", top1=False, lanes=1)
+    path: Any = open_path("response", Setup(model, "0.weight", sites), x[:2])
     path.on_device = True
     intact, (responses,) = path.run(x, labels)
     sums = {"delta": torch.zeros(len(sites), dtype=torch.float64, device=DEVICE)}

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ablation.engine import open_path, run_batches
+from ablation.engine.batches import run_batches
 from ablation.engine.calls import record_calls
 from ablation.engine.deltas import Deltas, make_runs
+from ablation.engine.interface import Setup
+from ablation.engine.paths import open_path
 from ablation.engine.responses.averaged_way import find_tail
 from ablation.engine.responses.loops import curved
 from ablation.engine.responses.loops.activations import GELU, HARDSWISH, HARDTANH, Function
@@ -34,7 +36,7 @@ def every_weight(model: nn.Module) -> EveryWeight:
 
 
 def open_for(model: nn.Module, sites: Sites, x: Tensor, path: str) -> Any:
-    return open_path(path, model, "0.weight", sites, x[:2], precision="mixed", top1=False, lanes=1)
+    return open_path(path, Setup(model, "0.weight", sites), x[:2])
 
 
 def sums_of(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:

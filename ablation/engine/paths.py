@@ -1,0 +1,87 @@
+"""Which paths there are, how each is opened, and which of them a parameter can take.
+
+In: a path's name and a `Setup`, or the recorded calls of a forward pass. Out: an `EnginePath` ready for one shard, or
+the names of paths. Which of them a job takes is chosen by cost in `plan.py`.
+"""
+
+from collections.abc import Callable
+from typing import get_args
+
+from torch import Tensor
+
+from ablation.cost import Path
+from ablation.engine.calls import Calls, record_calls
+from ablation.engine.carried.finite import Finite
+from ablation.engine.interface import EnginePath, Setup
+from ablation.engine.reference import Reference
+from ablation.engine.rerun import Rerun
+from ablation.engine.responses.averaged import Pooled
+from ablation.engine.responses.averaged_way import find_tail
+from ablation.engine.responses.direct import Direct
+from ablation.engine.responses.head import Head, find_head
+from ablation.engine.responses.rows import Whole
+from ablation.engine.responses.three_linears import Deep, find_deep
+from ablation.errors import ModelError, SpecError
+
+
+def find_paths(calls: Calls, parameter: str) -> tuple[Path, ...]:
+    """The paths that a parameter can take, from the fastest to the slowest.
+
+    `direct`: one number per example reaches the last Linear, so single weights are computed one by one. `response`: one
+    number per (example, unit) leads on to the loss by functions that the compiled loops know, so all weights of a unit
+    are computed at once. `finite`, `rerun` and `reference` take any parameter.
+    """
+    head, tail = find_head(calls, parameter), find_tail(calls, parameter)
+    has_rows = head is not None and not head.is_bias and head.is_known
+    can_take = {
+        "direct": head is not None or tail is not None,
+        "response": has_rows or tail is not None or find_deep(calls, parameter) is not None,
+    }
+    return tuple(path for path in get_args(Path) if can_take.get(path, True))
+
+
+def open_path(path: str, setup: Setup, example: Tensor) -> EnginePath:
+    """Make the path of this name ready for one shard.
+
+    `example`, a small batch, is run once by the paths `direct` and `response`, to find the way from the layer to the
+    loss.
+
+    Raises:
+        SpecError: there is no path of this name.
+        ModelError: the layer can't take this path.
+    """
+    if path not in PATHS:
+        raise SpecError("path", path, f"one of {', '.join(PATHS)}")
+    return PATHS[path](setup, example)
+
+
+def _open_direct(setup: Setup, example: Tensor) -> EnginePath:
+    calls = record_calls(setup.model, example)
+    if (tail := find_tail(calls, setup.parameter)) is not None:
+        return Pooled(setup, tail)
+    return Direct(setup, _require_head(calls, setup.parameter))
+
+
+def _open_response(setup: Setup, example: Tensor) -> EnginePath:
+    calls = record_calls(setup.model, example)
+    if (tail := find_tail(calls, setup.parameter)) is not None:
+        return Pooled(setup, tail)
+    if (deep := find_deep(calls, setup.parameter)) is not None:
+        return Deep(setup, deep)
+    return Whole(setup, _require_head(calls, setup.parameter))
+
+
+def _require_head(calls: Calls, parameter: str) -> Head:
+    head = find_head(calls, parameter)
+    if head is None:
+        raise ModelError(f"{parameter} is not part of a classifier head on this data; use engine='finite'.")
+    return head
+
+
+PATHS: dict[str, Callable[[Setup, Tensor], EnginePath]] = {
+    "direct": _open_direct,
+    "response": _open_response,
+    "finite": lambda setup, example: Finite(setup),
+    "rerun": lambda setup, example: Rerun(setup),
+    "reference": lambda setup, example: Reference(setup),
+}
