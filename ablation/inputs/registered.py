@@ -1,6 +1,6 @@
 """What an operator has registered: models and data sets by Python entry points, found by name. Torch-free.
 
-    [project.entry-points."ablation.inputs.models"]        NAME = "package.module:function"   () -> (module, transform)
+    [project.entry-points."ablation.models"]        NAME = "package.module:function"   () -> (module, transform)
     [project.entry-points."ablation.datasets"]      NAME = "package.module:function"   (root, split) -> Dataset
 
 In: names. Out: names and factories. Code is loaded by `load_factory` only: in workers and on the operator's own command
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
-MODELS, DATASETS = GROUPS = ("ablation.inputs.models", "ablation.datasets")
+MODELS, DATASETS = GROUPS = ("ablation.models", "ablation.datasets")
 
 
 def registered_names(group: str) -> tuple[str, ...]:
