@@ -10,7 +10,7 @@ RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nolog
 ENV ABLATION_DATA_DIR=/data ABLATION_CHECKPOINT_DIR=/checkpoints ABLATION_CACHE_DIR=/cache
 LABEL org.opencontainers.image.title="weight-ablation" \
       org.opencontainers.image.description="The exact change in cross-entropy when one weight of a neural network is set to zero" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="MIT"
 
 FROM python AS wheel

@@ -1,6 +1,6 @@
 """The exact importance of single weights: how much does the loss change when this weight is set to zero?
 
-The map, in reading order (a file imports only files above it):
+`docs/08-words.md` has the meaning of every word. The map, in reading order (a file imports only files above it):
 
     errors      the error tree, drawn              baseline    intact loss; determinism check
     spec        JobSpec: what was asked            partial     raw sums over one shard: zero, add, merge, join

@@ -91,7 +91,7 @@ def cut_rows(columns: Columns, rows: slice) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class ImportanceTable:
-    """Columns in the order of DESIGN.md section 4, and `about`: what the job was and what it found as a whole.
+    """Columns in the order of docs/01-quantity.md, and `about`: what the job was and what it found as a whole.
 
     `about` is plain JSON: `spec`, `plan` (without its shards), `baseline` {split: {n_examples, loss, accuracy,
     series_bound}}, `proof` (or None where verify = 0), `n_not_finite` (sites whose replacement was not finite),

@@ -1,4 +1,4 @@
-"""An independent brute force, and what "equal" means: the scales and bounds of DESIGN.md section 2.
+"""An independent brute force, and what "equal" means: the scales and bounds of docs/02-exactness.md.
 
 Nothing of the package is used to compute the truth here: plain PyTorch on a float64 copy of the model.
 """

@@ -1,4 +1,4 @@
-"""Every address answers what DESIGN.md section 6 says, on a real Redis."""
+"""Tests of the HTTP routes against docs/04-service.md, on a real Redis."""
 
 import csv
 import io

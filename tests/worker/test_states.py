@@ -2,8 +2,8 @@ import pytest
 
 from worker.states import MOVES, TERMINAL, State
 
-# The page of the design, written out a second time: "from" -> every state that may follow.
-DESIGN = """
+# The figure of docs/04-service.md, written out a second time: "from" -> every state that may follow.
+CHAINS = """
 queued      -> running failed cancelling
 running     -> finalizing failed cancelling
 finalizing  -> succeeded failed cancelling
@@ -15,8 +15,8 @@ expired     ->
 """
 
 
-def test_the_moves_are_those_of_the_design() -> None:
-    rows = [line.split("->") for line in DESIGN.strip().splitlines()]
+def test_the_moves_are_those_of_the_documentation() -> None:
+    rows = [line.split("->") for line in CHAINS.strip().splitlines()]
     assert {State(origin.strip()): frozenset(map(State, targets.split())) for origin, targets in rows} == MOVES
 
 

@@ -80,7 +80,7 @@ def check_exact(
     value: float = 0.0,
     **options: Any,
 ) -> PartialSums:
-    """Carry about 40 sites (or `indices`), and compare with brute force within the bounds of DESIGN.md section 2."""
+    """Carry about 40 sites (or `indices`), and compare with brute force within the bounds of docs/02-exactness.md."""
     indices = some_sites(model, parameter, 40) if indices is None else indices
     partial = carry(model, parameter, indices, inputs, labels, precision, value=value, **options)
     truth = brute_force(model, parameter, indices, inputs, labels, value)

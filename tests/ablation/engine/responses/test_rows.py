@@ -23,7 +23,7 @@ from ablation.errors import ExampleError, SpecError
 from ablation.sites import EveryWeight, make_sites
 from tests.compare import brute_force, count_moved, utility_error
 
-BOUND = 1e-4  # DESIGN.md section 2
+BOUND = 1e-4  # docs/02-exactness.md
 
 
 def make_head(

@@ -173,7 +173,7 @@ def test_rows_equal_float64(name: str) -> None:
     truth, moved = in_float64(given)
     delta = truth.sum(2)
     scale = np.maximum(np.abs(delta), 0.01 * np.sqrt(np.mean(delta**2)))
-    assert (np.abs(ours["delta"] - before["delta"].numpy() - delta) / scale).max() < 1e-4  # DESIGN.md section 2
+    assert (np.abs(ours["delta"] - before["delta"].numpy() - delta) / scale).max() < 1e-4  # docs/02-exactness.md
     squared = (truth**2).sum(2)
     assert close(ours["delta_squared"] - before["delta_squared"].numpy(), squared, 1e-4)
     np.testing.assert_array_equal(ours["touched"], moved.sum(2))

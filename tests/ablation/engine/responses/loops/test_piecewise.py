@@ -116,7 +116,7 @@ def error_of(sums: np.ndarray, truth: np.ndarray) -> float:
 
 
 def contract_error(sums: np.ndarray, truth: np.ndarray) -> float:
-    """The same against max(|u|, 0.01 rms(u)): section 2 of DESIGN.md."""
+    """Compare in units of max(|u|, 0.01 rms(u)), as docs/02-exactness.md has it."""
     utility = truth.sum(axis=2)
     size = np.abs(utility).max()  # of 1e38, squares would overflow
     scale = np.maximum(np.abs(utility) / size, 0.01 * np.sqrt(np.mean((utility / size) ** 2)))
