@@ -2,7 +2,6 @@
 
     product        a matrix product by oneDNN (MKL leaves AVX-512 unused on other makers' processors: half the speed)
     picked         some rows and columns of a matrix; `lengths`: of its rows, over some of the columns
-    expm1_sums     sum_c q_c expm1(dz_c - dz_y), pair by pair: what `loss.py` asks for
     run_rows       what a ReLU lets through of a Linear, where a short run of its inputs moves
     column_rows    the same, where a few columns of its input move
 
@@ -10,8 +9,7 @@ Each has a form in PyTorch's operations where it is called, which other devices 
 place that decides. The kernels are compiled by Numba and release the GIL: Python threads share the rows, every row is
 computed by one thread in the same order, so results don't depend on how many threads there are.
 
-Numerics: float32; sums over classes in runs of 256 that are added in float64. NaN and infinity come out as NaN or
-infinity: fast-math here may reorder and contract, but not assume them away.
+Numerics: float32. NaN and infinity propagate (`compiled.py`).
 """
 
 from functools import cache

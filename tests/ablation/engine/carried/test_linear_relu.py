@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ablation.engine.carried import linear_relu
 from ablation.engine.carried.forms import Block, Columns, Product
+from ablation.engine.expm1 import expm1_sums
 from ablation.engine.loss import loss_delta_and_touched, make_intact
+from ablation.engine.threads import SMALL
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_sums_over_classes(size: float, generator: torch.Generator) -> None:
     intact = make_intact(torch.randn(n_examples, n_classes, generator=generator, dtype=torch.float64), labels)
     examples = torch.randint(n_examples, (17,), generator=generator)
     dz = torch.randn(17, n_classes, generator=generator) * size
-    sums, touched = linear_relu.expm1_sums(dz, intact.rest, labels, examples)
+    sums, touched = expm1_sums(dz, intact.rest, labels, examples)
 
     def terms(of: Tensor) -> Tensor:
         return intact.rest[examples] * torch.expm1(dz.double() - dz.double().gather(1, of[examples, None]))
@@ -85,7 +87,7 @@ def test_touched_by_any_number_but_zero() -> None:
     dz = torch.zeros(4, 300)
     dz[1], dz[2, 299], dz[3, 0] = -0.0, 1e-40, -3.0
     rest, labels = torch.full((1, 300), 1 / 300), torch.tensor([5])
-    _, touched = linear_relu.expm1_sums(dz, rest, labels, torch.zeros(4, dtype=torch.int64))
+    _, touched = expm1_sums(dz, rest, labels, torch.zeros(4, dtype=torch.int64))
     assert touched.tolist() == [False, False, True, True]
 
 
@@ -238,10 +240,10 @@ def test_same_bytes_on_any_number_of_threads(threads: Callable[[int], None], gen
         threads(n)
         rows = linear_relu.run_rows(matrix, first, numbers, base)
         rows += linear_relu.column_rows(matrix, columns, (few, few.flip(0)), 30 * base)
-        sums, touched = linear_relu.expm1_sums(dz, rest, labels, examples)
+        sums, touched = expm1_sums(dz, rest, labels, examples)
         part = linear_relu.picked(matrix, torch.arange(2099, -1, -1), torch.arange(2000))
         lengths = linear_relu.lengths(matrix, torch.ones(1, 2000, dtype=torch.bool))
         results.append([*(each for row in rows for each in row), sums, touched, part, lengths])
-    assert min(dz.numel(), part.numel(), 1024 * base.numel()) > linear_relu.SMALL  # or one thread would do it all
+    assert min(dz.numel(), part.numel(), 1024 * base.numel()) > SMALL  # or one thread would do it all
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -26,7 +26,7 @@ def run_comparisons(*options: str, **environment: str) -> subprocess.CompletedPr
         "-p",
         "no:cacheprovider",
         *options,
-        "tests/ablation/engine/interpreted.py",
+        "tests/ablation/engine/responses/loops/interpreted.py",
     ]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
