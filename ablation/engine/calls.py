@@ -1,4 +1,4 @@
-"""What a network does with its parameters: one forward pass, written down call by call.
+"""Records one forward pass call by call, to find out what a network does with its parameters.
 
 In: a model and a small batch. Out: `Calls`, from which the path a parameter takes to the logits can be read.
 Nothing is traced into a graph that has to run again; it is only looked at.
@@ -19,7 +19,7 @@ from ablation.precision import LOOKS, as_found, in_own_precision, run
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a torch function: which values went in and came out. A value is a tensor at one point in time."""
+    """One call of a torch function with its input and output values; a value is a tensor at one point in time."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -38,7 +38,7 @@ class Call:
 
 @dataclass
 class Calls:
-    """Every call of one forward pass, in order; which value each parameter or buffer is, and which is the logits."""
+    """All calls of one forward pass, in order, and the values of the parameters, the buffers and the logits."""
 
     calls: list[Call] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Calls:
 
     @property
     def flops(self) -> float:
-        """Of the whole pass, per example."""
+        """Floating-point operations of the whole pass, per example."""
         return sum(call.flops for call in self.calls) / self.n_examples
 
     def dependents(self, parameter: str) -> Iterator[tuple[Call, set[int]]]:
@@ -113,7 +113,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def record_calls(model: torch.nn.Module, inputs: Any, *, count_flops: bool = False) -> Calls:
-    """Run the model once on `inputs` and write down every call; with its flops where asked (slow at first use)."""
+    """Run the model once on `inputs` and record every call; with `count_flops` also its flops (slow at first use)."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     recorder = _Recorder(tensors, count_flops)
     with as_found(model), in_own_precision(model), recorder:

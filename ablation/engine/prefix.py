@@ -1,15 +1,15 @@
-"""The prefix, run once per batch: what the model computed before the target is remembered, module by module.
+"""The prefix runs once per batch: the outputs of modules that end before the target are kept and replayed.
 
 On the first run, every module whose whole forward pass happens before the target is first used keeps its output;
 while `replay` is on, it returns that output instead of computing it again. So a run for more ablations costs only what
 comes after the target, in any model, without knowing how it is built.
 
-Of most outputs nothing but other remembered modules ever reads the numbers: they are noticed while remembering, not
-kept, and given back as memory of the same form with anything in it.
+The numbers of most outputs are read by other remembered modules alone. Such outputs are found while remembering, not
+kept, and replaced by uninitialised memory of the same layout.
 
-A module that writes to its only input and returns it (an in-place ReLU) is remembered by what it wrote. One that gives
-its input back, or does more than that, runs again each time; so does what stands outside of modules (functional code in
-a parent's forward): slower, not wrong.
+A module that writes to its only input and returns it (an in-place ReLU) is remembered by what it wrote. A module that
+returns its input unchanged, or does more than that, runs again each time; so does functional code in a parent's
+forward. That is slower, not wrong.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,8 +26,8 @@ from ablation.precision import FromTargetOn
 
 
 @dataclass(frozen=True)
-class Form:
-    """Of an output that nobody reads: what its memory looks like."""
+class Layout:
+    """The layout of an output whose numbers nobody reads."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -37,13 +37,13 @@ class Form:
 
 @dataclass(frozen=True)
 class Output:
-    """What one call of a module gave: its output, or what it wrote into its input."""
+    """The output of one call of a module, or what the call wrote into its input."""
 
-    value: Any  # with tensors, or their forms where nobody reads them
+    value: Any  # tensors; `Layout` in place of those that nobody reads
     in_place: bool
 
 
-Record = list[list[Output | None]]  # by module, then by call; None: to be made again
+Record = list[list[Output | None]]  # by module, then by call; None: the call runs again
 
 
 class Prefix:
@@ -60,9 +60,9 @@ class Prefix:
     def first_run(
         self, run: Callable[[], Any], mode: FromTargetOn, inputs: Tensor, activations: Activations | None = None
     ) -> Any:
-        """Run the model on a batch and remember its prefix; or take that from an earlier job on the same batch.
+        """Run the model on a batch and remember its prefix, or take the prefix from an earlier job on the same batch.
 
-        `mode`, active in `run`, says from when on the target has been seen, and who reads what.
+        `mode`, active in `run`, tells whether the target has been seen, and which calls read which tensors.
         """
         if activations is None:
             return self._remember(run, mode)
@@ -119,7 +119,7 @@ class Prefix:
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Run the model once inside: remembered calls return what they returned."""
+        """Replay remembered calls in the one run of the model inside this context."""
         left = {module: iter(outputs) for module, outputs in zip(self._modules, self.record, strict=True) if outputs}
 
         def wrap(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +139,7 @@ class Prefix:
 
 
 class _Readers:
-    """Which remembered values are read by calls that every replay makes again."""
+    """Finds which remembered values are read by calls that every replay makes again."""
 
     def __init__(self) -> None:
         self.read: set[int] = set()  # by the id of the kept tensor
@@ -147,23 +147,23 @@ class _Readers:
         self._names: dict[int, tuple[Tensor, set[int]]] = {}  # by storage, kept alive: the values in it
 
     def look(self, tensors: list[Tensor]) -> None:
-        """Note that a call reads these."""
+        """Record that a call reads these tensors."""
         for tensor in tensors:
             _, values = self._names.get(tensor.untyped_storage()._cdata, (None, ()))
             self._frames[-1].update(values)
 
     def enter(self) -> None:
-        """A module begins; whether its calls will be made again is known when it ends."""
+        """Begin a module; whether its calls will be made again is known when it ends."""
         self._frames.append(set())
 
     def leave(self, *, keep: bool) -> None:
-        """A module ends; where its calls are made again, what they read counts."""
+        """End a module; what its calls read counts only if they are made again (`keep`)."""
         frame = self._frames.pop()
         if keep:
             self._frames[-1].update(frame)
 
     def name(self, result: Any, kept: Any) -> None:
-        """The memory of `result` holds the kept values from now on."""
+        """Record that the memory of `result` holds the kept values from now on."""
         pairs = [
             (own, copy)
             for own, copy in zip(tree_leaves(result), tree_leaves(kept), strict=True)
@@ -179,33 +179,36 @@ def _without_unread(output: Output | None, read: set[int]) -> Output | None:
     if output is None:
         return None
 
-    def form(tensor: Tensor) -> Tensor | Form:
+    def without_numbers(tensor: Tensor) -> Tensor | Layout:
         is_read = id(tensor) in read
-        return tensor if is_read else Form(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        return tensor if is_read else Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
-    return Output(tree_map_only(Tensor, form, output.value), output.in_place)
+    return Output(tree_map_only(Tensor, without_numbers, output.value), output.in_place)
 
 
 def _give(value: Any) -> Any:
-    """A copy, since what follows may write to it; of what nobody reads, memory of the same form."""
-    return tree_map_only((Tensor, Form), _give_leaf, value)
+    """Return a copy, since later calls may write to it; uninitialised memory where nobody reads the numbers."""
+    return tree_map_only((Tensor, Layout), _give_leaf, value)
 
 
-def _give_leaf(leaf: Tensor | Form) -> Tensor:
+def _give_leaf(leaf: Tensor | Layout) -> Tensor:
     if isinstance(leaf, Tensor):
         return leaf.clone()
     return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device)
 
 
 def _to_plain(record: Record) -> Any:
-    """Nothing but lists, tuples, names and tensors, which can be read back without running code."""
+    """The record as lists, tuples, names and tensors, which can be loaded without running code."""
 
     def plain(leaf: Any) -> Any:
-        is_form = isinstance(leaf, Form)
+        is_form = isinstance(leaf, Layout)
         return ("form", leaf.shape, leaf.stride, leaf.dtype, str(leaf.device)) if is_form else leaf
 
     return [
-        [None if output is None else (tree_map_only(Form, plain, output.value), output.in_place) for output in outputs]
+        [
+            None if output is None else (tree_map_only(Layout, plain, output.value), output.in_place)
+            for output in outputs
+        ]
         for outputs in record
     ]
 
@@ -215,7 +218,7 @@ def _from_plain(kept: Any) -> Record:
         return isinstance(value, tuple) and value[:1] == ("form",)
 
     def leaf(value: Any) -> Any:
-        return Form(value[1], value[2], value[3], torch.device(value[4])) if is_form(value) else value
+        return Layout(value[1], value[2], value[3], torch.device(value[4])) if is_form(value) else value
 
     return [
         [
@@ -227,12 +230,12 @@ def _from_plain(kept: Any) -> Record:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often the tensor was written to."""
+    """The number of writes to the tensor so far."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _how_replayed(inputs: list[tuple[Tensor, int]], result: Any) -> str | None:
-    """Whether giving back the result is all that the call did, or writing it into its one input; None: neither."""
+    """How the call is replayed: by returning its result, by writing it into its one input, or (None) not at all."""
     leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     written = [tensor for tensor, version in inputs if _version(tensor) != version]
     if written:

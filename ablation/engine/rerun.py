@@ -1,4 +1,4 @@
-"""Any target in any model, exactly: the prefix once per batch, then the rest of the network again for every site.
+"""The path `rerun`: the prefix once per batch, then the rest of the network again for every site of any target.
 
 In: a batch. Out: the intact network's loss and, site by site, the per-example deltas.
 The deltas come from the difference of the float64 logits by `loss.py`. Slow (one run of the rest per site and batch),
@@ -21,7 +21,7 @@ from ablation.precision import FromTargetOn, Lifts, as_found, run_with
 
 
 class Rerun:
-    """The slow exact path of one job: holds the model, its target parameter and the sites."""
+    """The path `rerun` of one job: the model, its target parameter and the sites."""
 
     def __init__(self, setup: Setup) -> None:
         self.model = setup.model
@@ -48,18 +48,18 @@ class Rerun:
         return intact, self._deltas(intact, inputs)
 
     def mode(self) -> FromTargetOn:
-        """What makes one run float64 from the target on."""
+        """A new mode that makes one run float64 from the target on."""
         return FromTargetOn(self.weights, self.lifts)
 
     def run_intact(self, inputs: Tensor, mode: FromTargetOn) -> Float[Tensor, "examples classes"]:
-        """The logits of a new batch; its prefix is remembered."""
+        """Return the intact logits of a new batch and remember its prefix."""
         with as_found(self.model):
             logits = self.prefix.first_run(lambda: self._run(inputs, mode), mode, inputs, self.activations)
         baseline.check_logits(logits, len(inputs))
         return logits
 
     def run_rest(self, inputs: Tensor, mode: FromTargetOn) -> Float[Tensor, "examples classes"]:
-        """The logits again, with the prefix of the batch that was run last."""
+        """Return the logits again, with the prefix of the batch that ran last."""
         with as_found(self.model), self.prefix.replay():
             return self._run(inputs, mode)
 
@@ -71,7 +71,7 @@ class Rerun:
             yield self.one(row, intact, inputs)
 
     def one(self, row: int, intact: Intact, inputs: Tensor) -> Deltas:
-        """The deltas of one site, by the prefix of the batch that was run last."""
+        """Return the deltas of one site on the batch that ran last."""
         every = torch.arange(len(inputs), device=inputs.device)
         dz = self._logits(row, inputs) - intact.logits
         delta = loss_delta(intact, every, dz)
@@ -80,7 +80,7 @@ class Rerun:
         return Deltas(slice(row, row + 1), delta[None], touched[None], correct[None])
 
     def _logits(self, row: int, inputs: Tensor) -> Float[Tensor, "examples classes"]:
-        """The logits with one weight replaced; afterwards the weights are what they were, also if the run broke off."""
+        """Return the logits with one weight replaced; the weights are restored even if the run fails."""
         flat, index = self.weights.view(-1), int(self.sites.indices[row])
         weight = flat[index].item()
         try:

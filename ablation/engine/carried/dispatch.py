@@ -1,10 +1,10 @@
 """Finite differences carried forward: every value is a pair (base, delta), for many ablations at once.
 
 It is forward-mode differentiation with a finite increment instead of an infinitesimal one, so it is exact for any
-network (DESIGN.md 3.2). The network itself runs as it always does, in float64 from the target on; this mode looks at
-each operation that PyTorch really executes (`aten`), and beside its result computes by how much that result would
-change under every ablation, by the operation's rule (`rules.py`) or, where it has none, by the general one: run it
-again on base + delta. Nothing is traced: branches, loops, views and writes in place are the model's own.
+network (docs/03-engine.md). The network itself runs as it always does, in float64 from the target on. This mode sees
+each operation that PyTorch executes (`aten`), and computes, beside its result, by how much that result would change
+under every ablation: by the operation's rule (`rules.py`) or, where it has none, by the general rule, which runs the
+operation again on base + delta. Nothing is traced: branches, loops, views and in-place writes are the model's own.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,25 +16,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ablation.engine.carried.forms import Block, Columns, Product
+from ablation.engine.carried.representations import Block, Columns, Product
 from ablation.engine.carried.shadows import Shadows
 from ablation.engine.carried.tape import Player
 from ablation.errors import ModelError
 from ablation.precision import Lifts
 from ablation.sites import Sites
 
-Form = Block | Columns | Product
-# Written to, by PyTorch's books, is only how a tensor looks at its storage: the shadow stays what it is.
-_OF_FORM = {"as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"}
+Representation = Block | Columns | Product
+# PyTorch counts these as writes, but they change a tensor's layout alone and none of its numbers.
+_LAYOUT_ONLY = {"as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"}
 
 
 class Changed:
-    """Of a result that has no delta (an index, a mask): it may be another one. Only a problem if someone reads it."""
+    """Marks a result without a delta (an index, a mask) that may differ under an ablation: an error once it is read."""
 
 
 CHANGED = Changed()
-Move = Tensor | Form | Changed | None  # of one result: (ablations, *shape); a smaller form of it; nothing
-Moves = list[Move] | None  # of all results; None: the rule does not cover this call
+Move = Tensor | Representation | Changed | None  # one result's delta: (ablations, *shape), or a structured one
+Moves = list[Move] | None  # all results' deltas; None: the rule does not cover this call
 
 
 class NotCarriedError(ModelError):
@@ -80,7 +80,7 @@ class Carry(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operation, and its rule."""
+        """Run one operation and its rule."""
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if lost := [tensor for tensor in tensors if self.shadows.is_lost(tensor)]:
@@ -89,7 +89,7 @@ class Carry(TorchDispatchMode):
                 return result  # a view
             raise NotCarriedError(f"{func} reads an index or a mask that may change under an ablation")
         moving = [tensor for tensor in tensors if self.is_target(tensor) or self.shadows.moves(tensor)]
-        if not moving or func.overloadpacket.__name__ in _OF_FORM:
+        if not moving or func.overloadpacket.__name__ in _LAYOUT_ONLY:
             return self.player.run(func, args, kwargs)
         written = _written(func, args, kwargs)
         if any(self.is_target(tensor) for tensor in written):
@@ -107,7 +107,7 @@ class Carry(TorchDispatchMode):
         return result
 
     def _moves(self, call: "Call", results: list[Any]) -> list[Move]:
-        """By the rule for one block of units, else by the rule, else by the general one."""
+        """Apply the rule to one block of units, else the rule as it is, else the general rule."""
         rule = self.rules.get(_functional(call.func))
         if rule is None:
             return self._general(call)
@@ -131,33 +131,35 @@ class Carry(TorchDispatchMode):
         return _general(call)
 
     def _before(self, func: Any, args: Any, kwargs: Any, written: list[Tensor], moving: list[Tensor]) -> "Call":
-        """The call on values as they are before it: what it writes to is copied."""
+        """Return the call with its arguments as they are before it; those that it writes to are copied."""
         copies = {
             id(tensor): tensor.clone()
             for tensor in tree_leaves((args, kwargs))
             if isinstance(tensor, Tensor) and any(_share(tensor, one) for one in written)
         }
         names = {id(copies.get(id(tensor), tensor)): tensor for tensor in moving}
-        forms = {key: self.shadows.form(tensor) for key, tensor in names.items() if not self.is_target(tensor)}
+        representations = {
+            key: self.shadows.representation(tensor) for key, tensor in names.items() if not self.is_target(tensor)
+        }
         deltas: dict[int, Tensor] = {}
-        if written:  # which may change the form of a tensor, and so what its delta is read as
-            deltas = {key: self._delta(names[key]) for key, form in forms.items() if form is None}
+        if written:  # a write may change a tensor's layout, and with it how its delta is read
+            deltas = {key: self._delta(names[key]) for key, known in representations.items() if known is None}
         args, kwargs = tree_map_only(Tensor, lambda tensor: copies.get(id(tensor), tensor), (args, kwargs))
-        return Call(self, func, args, kwargs, names, forms, deltas)
+        return Call(self, func, args, kwargs, names, representations, deltas)
 
     def _delta(self, tensor: Tensor) -> Tensor:
         delta = self.shadows.delta(tensor)
         assert delta is not None
         return delta
 
-    # --- the target itself: never numbers where that can be helped, since it may be large ---
+    # --- the target itself: its delta is written out only where it must be, since the target may be large ---
 
     def is_target(self, tensor: Tensor) -> bool:
         """Whether the tensor is the target parameter or a view of it."""
         return tensor.untyped_storage()._cdata == self.target.untyped_storage()._cdata
 
     def entries(self, view: Tensor) -> Entries | None:
-        """The ablated entries of a view of the target; None where one entry of it is seen several times (`expand`)."""
+        """Return the ablated entries of a view of the target; None where the view repeats an entry (`expand`)."""
         if _repeated(view) is not None:
             return None
         left = self.index - view.storage_offset()
@@ -173,7 +175,7 @@ class Carry(TorchDispatchMode):
         return Entries(tuple(place[axis] * inside for axis in range(view.dim())), self.step * inside)
 
     def target_delta(self, view: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The delta of a view of the target as numbers, for some of the ablations."""
+        """Return the dense delta of a view of the target for some of the ablations."""
         axis = _repeated(view)
         if axis is not None:
             return self.target_delta(view.select(axis, 0), rows).unsqueeze(axis + 1).expand(-1, *view.shape)
@@ -181,8 +183,8 @@ class Carry(TorchDispatchMode):
         assert entries is not None
         steps = entries.step[rows].to(self.shadows.dtype)
         delta = torch.zeros(len(steps), *view.shape, dtype=steps.dtype, device=view.device)
-        lanes = torch.arange(len(steps), device=view.device)
-        return delta.index_put_((lanes, *(place[rows] for place in entries.place)), steps)
+        ablations = torch.arange(len(steps), device=view.device)
+        return delta.index_put_((ablations, *(place[rows] for place in entries.place)), steps)
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,8 @@ class Call:
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    _names: dict[int, Tensor]  # by the id of each argument that moves: the tensor itself
-    _forms: dict[int, Form | None]
+    _names: dict[int, Tensor]  # id of each moving argument -> the tensor itself
+    _representations: dict[int, Representation | None]
     _deltas: dict[int, Tensor]
     _on: Block | None = None
 
@@ -205,12 +207,12 @@ class Call:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the deltas."""
+        """The data type of the deltas."""
         return self.carry.shadows.dtype
 
     @property
     def name(self) -> str:
-        """The operation's, without the mark of those that write in place."""
+        """The operation's name without the underscore of in-place operations."""
         return str(_functional(self.func).__name__)
 
     @property
@@ -218,7 +220,7 @@ class Call:
         """Whether the rule runs on a block of units alone."""
         return self._on is not None
 
-    # --- what a rule asks ---
+    # --- for the rules ---
 
     def moves(self, value: Any) -> bool:
         """Whether an argument has a delta."""
@@ -230,20 +232,20 @@ class Call:
         if tensor is None:
             return None
         if self._on is not None:
-            return self._forms[id(value)].numbers  # type: ignore[union-attr, return-value]
+            return self._representations[id(value)].numbers  # type: ignore[union-attr, return-value]
         if self.carry.is_target(tensor):
             return self.carry.target_delta(tensor)
         if id(value) not in self._deltas:  # written out once, however many ablations ask
-            form = self._forms[id(value)]
-            self._deltas[id(value)] = self.carry._delta(tensor) if form is None else form.dense()
+            known = self._representations[id(value)]
+            self._deltas[id(value)] = self.carry._delta(tensor) if known is None else known.dense()
         return self._deltas[id(value)]
 
     def base(self, value: Any) -> Any:
-        """The argument (or result) itself, as precise as the deltas, and in their form."""
+        """The argument or result itself in the data type of the deltas, cut to the block where the rule runs on one."""
         return self.exact(self.carry.lifts.narrow(value, self.dtype)) if isinstance(value, Tensor) else value
 
     def exact(self, value: Any) -> Any:
-        """The same in its own precision."""
+        """The argument or result itself in its own data type, cut to the block where the rule runs on one."""
         if not isinstance(value, Tensor) or self._on is None:
             return value
         from_end = self._on.axis - self._on.rank
@@ -252,24 +254,24 @@ class Call:
         taken = self._on.of(value, from_end)
         return taken[(slice(None), *[None] * (self._on.rank + 1 - taken.dim()))]
 
-    def form(self, value: Any) -> Form | None:
-        """The argument's delta in the smaller form (`forms.py`) that it is known in; else None."""
-        return self._forms.get(id(value))
+    def representation(self, value: Any) -> Representation | None:
+        """The structured representation of an argument's delta (`representations.py`), where it has one."""
+        return self._representations.get(id(value))
 
     def entries(self, value: Any) -> Entries | None:
         """The ablated entries of the target or a view of it; None where the tensor is none."""
         is_target = isinstance(value, Tensor) and self.carry.is_target(value)
         return self.carry.entries(value) if is_target else None
 
-    # --- how the rules are run ---
+    # --- for the dispatch mode ---
 
     def common_block(self) -> Block | None:
-        """The block that is all that moves; None where there is more."""
-        forms = [self._forms.get(key) for key in self._names]
-        first = forms[0]
+        """The block that all moving arguments share; None where anything else moves."""
+        moving = [self._representations.get(key) for key in self._names]
+        first = moving[0]
         if not isinstance(first, Block):
             return None
-        for other in forms[1:]:
+        for other in moving[1:]:
             if not isinstance(other, Block) or other.length != first.length or other.size != first.size:
                 return None
             if other.numbers.dim() != first.numbers.dim() or other.axis != first.axis:
@@ -279,11 +281,13 @@ class Call:
         return first
 
     def on(self, block: Block) -> "Call":
-        """The same call as a smaller one: of every argument only the block's units."""
-        return Call(self.carry, self.func, self.args, self.kwargs, self._names, self._forms, self._deltas, block)
+        """Return this call restricted to the units of a block, in every argument."""
+        return Call(
+            self.carry, self.func, self.args, self.kwargs, self._names, self._representations, self._deltas, block
+        )
 
     def again(self, ablation: int | None = None) -> list[Any]:
-        """What the operation gives with one ablation's deltas added; None: as it is."""
+        """Run the operation again with one ablation's deltas added to its arguments, or with none of them."""
 
         def moved(tensor: Tensor) -> Tensor:
             if ablation is None or id(tensor) not in self._names:
@@ -291,9 +295,9 @@ class Call:
             name, rows = self._names[id(tensor)], slice(ablation, ablation + 1)
             if self.carry.is_target(name):
                 return tensor + self.carry.target_delta(name, rows)[0]
-            form = self._forms[id(tensor)]
-            if isinstance(form, Block):
-                return tensor + Block(form.axis, form.first[rows], form.numbers[rows], form.size).dense()[0]
+            block = self._representations[id(tensor)]
+            if isinstance(block, Block):
+                return tensor + Block(block.axis, block.first[rows], block.numbers[rows], block.size).dense()[0]
             delta = self.delta(tensor)
             assert delta is not None
             return tensor + delta[ablation]
@@ -305,12 +309,12 @@ class Call:
 
 
 def _general(call: Call) -> list[Move]:
-    """The rule for any operation: run it once more for every ablation, and subtract. Exact, only slower.
+    """Apply the general rule: run the operation once more for every ablation, and subtract. It is exact, but slow.
 
-    The intact result comes from the same kind of call, so that where nothing moves, the difference is exactly 0.
+    The intact result comes from a call of its own, so that where nothing moves, the difference is exactly 0.
 
     Raises:
-        NotCarriedError: a result that is no floating number changes, and is no tensor that one could wait to be read.
+        NotCarriedError: a result changes that is neither a floating-point tensor nor a tensor that nobody may read.
     """
     intact = call.again()
     moves: list[list[Tensor]] = [[] for _ in intact]
@@ -324,7 +328,7 @@ def _general(call: Call) -> list[Move]:
             elif not isinstance(own, Tensor) and own == other:
                 continue
             else:
-                raise NotCarriedError(f"{call.func} gives something else under an ablation")
+                raise NotCarriedError(f"the result of {call.func} changes its shape or value under an ablation")
     return [CHANGED if place in changed else torch.stack(each) if each else None for place, each in enumerate(moves)]
 
 
@@ -337,13 +341,13 @@ def _cut(result: Tensor, axis: int, length: int) -> list[int]:
 
 
 def _repeated(view: Tensor) -> int | None:
-    """An axis along which a view shows the same number again and again."""
+    """The first axis along which a view repeats one number (stride 0); None where there is none."""
     axes = (axis for axis in range(view.dim()) if view.stride(axis) == 0 and view.shape[axis] != 1)
     return next(axes, None)
 
 
 def _functional(func: Any) -> Any:
-    """The operation of the same name that writes nothing."""
+    """The out-of-place variant of an operation."""
     packet = func.overloadpacket
     name = packet.__name__.removesuffix("_")
     return getattr(torch.ops.aten, name, packet) if func.namespace == "aten" else packet

@@ -2,7 +2,7 @@
 
 In: a batch. Out: the intact network's loss, and the deltas of `lanes` sites at a time. The prefix is computed once per
 batch and remembered; what comes after it runs once for every `lanes` sites, with their deltas beside it (`dispatch.py`,
-`rules.py`, `products.py`). Where a model decides by a number that an ablation changes, those sites are run one by one
+`rules.py`, `products.py`). Where the model branches on a number that an ablation changes, those sites run one by one
 (`rerun.py`).
 """
 
@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ablation import baseline
 from ablation.engine.carried.dispatch import Carry, NotCarriedError, Rule
-from ablation.engine.carried.forms import Block, Columns, Product
 from ablation.engine.carried.products import RULES
+from ablation.engine.carried.representations import Block, Columns, Product
 from ablation.engine.carried.series import Response
 from ablation.engine.carried.tape import Player, Tape
 from ablation.engine.compiled import is_ready
@@ -35,7 +35,7 @@ MOMENTS_PAY = 8  # a pair's classes cost as much as the moments of one (unit, ex
 
 
 class Finite:
-    """The path of one job: holds the model, its target parameter, the sites, and how many of them go at once."""
+    """The path `finite` of one job: the model, its target parameter, the sites, and how many are carried at once."""
 
     def __init__(self, setup: Setup, *, rules: Mapping[Any, Rule] = RULES) -> None:
         self.sites = setup.sites
@@ -43,9 +43,9 @@ class Finite:
         self.lanes = setup.lanes
         self.rules = rules
         self.rest = Rerun(setup)
-        self.is_probed = setup.precision == "float32"  # which promises nothing
+        self.is_probed = setup.precision == "float32"  # float32 promises no bound
         self.delta_dtype = setup.delta_dtype
-        self.response: tuple[int, Response] | None = None  # of the sites from this row on
+        self.response: tuple[int, Response] | None = None  # for the sites from this row on
         self.without_rule: set[str] = set()  # operations that the general rule was used for
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
@@ -96,10 +96,10 @@ class Finite:
         self.delta_dtype = torch.float32
 
     def _logit_deltas(self, sites: Sites, intact: Intact, inputs: Tensor, tape: Tape) -> Tensor | Product:
-        """The deltas (sites, examples, classes) of the logits; where the last Linear is all that is left, before it.
+        """The deltas (sites, examples, classes) of the logits, or the last Linear's product before it is computed.
 
         Raises:
-            NotCarriedError: the model decides by a number that one of the ablations changes.
+            NotCarriedError: the model branches on a number that one of the ablations changes.
         """
         mode = self.rest.mode()
         carry = Carry(self.rest.weights, sites, self.rules, self.delta_dtype, self.rest.lifts, Player(tape, mode))
@@ -107,7 +107,7 @@ class Finite:
             logits = self.rest.run_rest(inputs, mode)
         self.without_rule |= carry.without_rule
         baseline.check_agreement(logits, intact.logits, "with its prefix replayed", tolerance=1e-9)
-        if isinstance(product := carry.shadows.form(logits), Product):
+        if isinstance(product := carry.shadows.representation(logits), Product):
             return product
         dz = carry.shadows.delta(logits)
         return logits.new_zeros(carry.shadows.n, *logits.shape) if dz is None else dz
@@ -163,7 +163,7 @@ def _score_pairs(
 
 
 def operations_without_rule(model: torch.nn.Module, parameter: str, inputs: Tensor) -> list[str]:
-    """The operations behind a parameter that the general rule is used for: worth a rule, where they take long."""
+    """The operations behind a parameter that have no rule of their own and so use the slow general one."""
     sites = make_sites(model.get_parameter(parameter), np.arange(1), "zero")
     finite = Finite(Setup(model, parameter, sites))
     _, pieces = finite.run(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
@@ -172,5 +172,5 @@ def operations_without_rule(model: torch.nn.Module, parameter: str, inputs: Tens
 
 
 def _plain_attention() -> Any:
-    """Attention as the matrix products and the softmax that it is, which have rules, and not as one fused operation."""
+    """Run attention as matrix products and a softmax, which have rules, instead of as one fused operation."""
     return sdpa_kernel(SDPBackend.MATH)

@@ -1,14 +1,16 @@
-"""How Linear and convolution carry a finite change: d(A B) = dA B + (A + dA) dB, and what structure saves of it.
+"""How matrix products and convolutions carry a finite change: d(A B) = dA B + (A + dA) dB.
 
-    one entry of the weight moves    one column or channel of the result, by a scaled (shifted) input: a block
+Structure saves most of the work:
+
+    one entry of the weight moves    one column or channel of the result moves, by a scaled (shifted) input: a block
     one unit of the input moves      only that column or input channel of the weight is needed
-    few entries of the input move    the others take no part (after a ReLU: only active units carry a delta)
+    few entries of the input move    the others are left out (after a ReLU only active units carry a delta)
 
-Same form as `rules.py`, which this file belongs to.
+These are rules as in `rules.py`.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +18,13 @@ from torch import Tensor
 
 from ablation.engine.carried import linear_relu
 from ablation.engine.carried.dispatch import Call, Changed, Entries, Move, Moves
-from ablation.engine.carried.forms import Block, Columns, Product
+from ablation.engine.carried.representations import Block, Columns, Product
 from ablation.engine.carried.rules import RULES as RULES  # with those of this file
 from ablation.engine.carried.rules import aten, fold, product, rule, times, total, wide
 
-SPARSE = 0.7  # below this share of moving entries, picking them out is quicker than multiplying by zeros
-LOOKED_AT = 4  # channels of a pair, where a number that moves will mostly be found
-MANY = 32  # as many ablations pay for picking out rows of a matrix for each example
+MOST_MOVING = 0.7  # largest share of moving entries at which selecting them is faster than multiplying by zeros
+N_CHANNELS_SAMPLED = 4  # channels that are looked at first to find (ablation, example) pairs without a change
+FEWEST_ABLATIONS = 32  # with fewer ablations, selecting matrix rows for each example costs more than it saves
 
 
 @rule(aten.mm)
@@ -68,13 +70,23 @@ def addmm(call: Call, out: Tensor, c: Tensor, a: Tensor, b: Tensor, beta: Any = 
     return [total(call, out, times(beta, wide(call, c, out)), times(alpha, written_out(change)))]
 
 
+class Convolution(NamedTuple):
+    """The options of `aten.convolution`, in its order."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+
 @rule(aten.convolution)
 def convolution(
-    call: Call, out: Tensor, x: Tensor, w: Tensor, b: Tensor | None, stride: list[int], padding: list[int],
-    dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
+    call: Call, out: Tensor, x: Tensor, w: Tensor, b: Tensor | None, *options: Any,
 ) -> Moves:  # fmt: skip
     """d(w * x + b) = w * dx + dw * (x + dx) + db."""
-    form = (stride, padding, dilation, transposed, output_padding, groups)
+    how = Convolution(*options)
     if call.moves(b):
         if call.moves(x) or call.moves(w):
             return None
@@ -88,21 +100,19 @@ def convolution(
         entries = call.entries(w)
         if entries is None:
             return None
-        channel = (_one_transposed_channel if transposed else _one_channel)(
-            call, out, x, w, entries, stride, padding, dilation, groups
-        )
+        channel = (_one_transposed_channel if how.transposed else _one_channel)(call, out, x, w, entries, how)
         if not call.moves(x):
             return [channel]
         moves.append(channel.dense())
-    block = call.form(x)
-    if not moves and isinstance(block, Block) and block.axis == 1 and not transposed and x.dim() == 4:
-        through = _channels_through(call, block, w, out, stride, padding, dilation, groups)
+    block = call.representation(x)
+    if not moves and isinstance(block, Block) and block.axis == 1 and not how.transposed and x.dim() == 4:
+        through = _channels_through(call, block, w, out, how)
         if through is not None:
             return [through.numbers if through.length == out.shape[1] else through]
     dx = call.delta(x)
     assert dx is not None
     weight = call.base(w)
-    moves.append(_fold_moving(lambda d: aten.convolution(d, weight, None, *form), dx))
+    moves.append(_fold_moving(lambda d: aten.convolution(d, weight, None, *how), dx))
     return [total(call, out, *moves)]
 
 
@@ -118,49 +128,43 @@ def _one_column(call: Call, x: Tensor, dx: Tensor | None, entries: Entries, size
     return Block(1, unit, (entries.step.to(call.dtype)[:, None] * taken)[:, :, None], size)
 
 
-def _one_channel(
-    call: Call, out: Tensor, x: Tensor, w: Tensor, entries: Entries, stride: list[int], padding: list[int],
-    dilation: list[int], groups: int,
-) -> Block:  # fmt: skip
+def _one_channel(call: Call, out: Tensor, x: Tensor, w: Tensor, entries: Entries, how: Convolution) -> Block:
     """d(w * x)[:, o] = dw x_i, shifted to the ablated kernel position."""
     unit, source, *kernel = entries.place
-    source = source + unit.div(w.shape[0] // groups, rounding_mode="floor") * w.shape[1]
-    around = [amount for each in reversed(padding) for amount in (each, each)]
+    source = source + unit.div(w.shape[0] // how.groups, rounding_mode="floor") * w.shape[1]
+    around = [amount for each in reversed(how.padding) for amount in (each, each)]
     padded = F.pad(call.base(x), around)
     moves = None if call.delta(x) is None else F.pad(_own_channels(call, x, source), around)
     numbers = padded.new_empty(len(x), call.n, *out.shape[2:])
-    for position, lanes in _by_position(kernel):
+    for position, ablations in _by_position(kernel):
         seen = [
             slice(at * gap, at * gap + (size - 1) * step + 1, step)
-            for at, gap, step, size in zip(position, dilation, stride, out.shape[2:], strict=True)
+            for at, gap, step, size in zip(position, how.dilation, how.stride, out.shape[2:], strict=True)
         ]
-        taken = padded[:, :, *seen].index_select(1, source[lanes])
-        numbers[:, lanes] = taken if moves is None else taken + moves[:, :, *seen].index_select(1, lanes)
+        taken = padded[:, :, *seen].index_select(1, source[ablations])
+        numbers[:, ablations] = taken if moves is None else taken + moves[:, :, *seen].index_select(1, ablations)
     return _scaled_channel(call, unit, entries, numbers, out.shape[1])
 
 
-def _one_transposed_channel(
-    call: Call, out: Tensor, x: Tensor, w: Tensor, entries: Entries, stride: list[int], padding: list[int],
-    dilation: list[int], groups: int,
-) -> Block:  # fmt: skip
-    """The other way round: x_i is spread out by the stride, and shifted."""
+def _one_transposed_channel(call: Call, out: Tensor, x: Tensor, w: Tensor, entries: Entries, how: Convolution) -> Block:
+    """d(w * x)[:, o] of a transposed convolution: dw x_i, spread out by the stride and shifted."""
     source, unit, *kernel = entries.place
-    unit = unit + source.div(w.shape[0] // groups, rounding_mode="floor") * w.shape[1]
+    unit = unit + source.div(w.shape[0] // how.groups, rounding_mode="floor") * w.shape[1]
     taken = _input_channels(call, x, source)
     whole = [
         max((size - 1) * step + (n - 1) * gap + 1, pad + wanted)
         for size, step, n, gap, pad, wanted in zip(
-            x.shape[2:], stride, w.shape[2:], dilation, padding, out.shape[2:], strict=True
+            x.shape[2:], how.stride, w.shape[2:], how.dilation, how.padding, out.shape[2:], strict=True
         )
     ]
     numbers = taken.new_zeros(len(x), call.n, *whole)
-    for position, lanes in _by_position(kernel):
+    for position, ablations in _by_position(kernel):
         places = [
             slice(at * gap, at * gap + (size - 1) * step + 1, step)
-            for at, gap, step, size in zip(position, dilation, stride, x.shape[2:], strict=True)
+            for at, gap, step, size in zip(position, how.dilation, how.stride, x.shape[2:], strict=True)
         ]
-        numbers[:, :, *places][:, lanes] = taken.index_select(1, lanes)
-    inner = [slice(pad, pad + size) for pad, size in zip(padding, out.shape[2:], strict=True)]
+        numbers[:, :, *places][:, ablations] = taken.index_select(1, ablations)
+    inner = [slice(pad, pad + size) for pad, size in zip(how.padding, out.shape[2:], strict=True)]
     return _scaled_channel(call, unit, entries, numbers[:, :, *inner], out.shape[1])
 
 
@@ -183,7 +187,7 @@ def _scaled_channel(call: Call, unit: Tensor, entries: Entries, numbers: Tensor,
 
 
 def _by_position(kernel: list[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """The ablations at each place of the kernel."""
+    """The ablations at each position of the kernel."""
     positions, which = torch.stack(kernel, 1).unique(dim=0, return_inverse=True)
     return [(position, (which == k).nonzero()[:, 0]) for k, position in enumerate(positions.tolist())]
 
@@ -192,10 +196,10 @@ def _by_position(kernel: list[Tensor]) -> list[tuple[list[int], Tensor]]:
 
 
 def _times_matrix(call: Call, a: Tensor, b: Tensor) -> Move:
-    """dA B: by the rows of B that the moving units need."""
-    matrix, form = call.base(b), call.form(a)
-    if isinstance(form, Columns) or (isinstance(form, Block) and form.axis == 1):
-        product = Product(form, matrix)
+    """dA B, by the rows of B that the moving units need."""
+    matrix, factor = call.base(b), call.representation(a)
+    if isinstance(factor, Columns) or (isinstance(factor, Block) and factor.axis == 1):
+        product = Product(factor, matrix)
         return product if len(a) <= call.n else product.dense()
     da = call.delta(a)
     assert da is not None
@@ -204,22 +208,19 @@ def _times_matrix(call: Call, a: Tensor, b: Tensor) -> Move:
 
 
 def _dense_times_matrix(da: Tensor, matrix: Tensor) -> Tensor:
-    """dA B, of all ablations at once."""
+    """dA B for all ablations at once."""
     return linear_relu.product(da.flatten(0, -2), matrix.T).unflatten(0, da.shape[:-1])
 
 
 def written_out(move: Move) -> Tensor | None:
-    """As plain numbers."""
+    """The dense tensor of a delta in any representation; None where there is no delta."""
     assert not isinstance(move, Changed)  # no result of a product is an index
     return move if move is None or isinstance(move, Tensor) else move.dense()
 
 
-def _channels_through(
-    call: Call, block: Block, w: Tensor, out: Tensor, stride: list[int], padding: list[int], dilation: list[int],
-    groups: int,
-) -> Block | None:  # fmt: skip
-    """w * dx by the input channels that move: the outputs of their group. None where they are of several groups."""
-    n_in, n_out = w.shape[1], w.shape[0] // groups
+def _channels_through(call: Call, block: Block, w: Tensor, out: Tensor, how: Convolution) -> Block | None:
+    """w * dx by the input channels that move; None where a block's channels belong to several groups."""
+    n_in, n_out = w.shape[1], w.shape[0] // how.groups
     group = block.first.div(n_in, rounding_mode="floor")
     if n_in % block.length or bool((block.first % block.length).any()):
         return None
@@ -227,8 +228,10 @@ def _channels_through(
     inside = block.places() - group[:, None] * n_in
     kernels = call.base(w)[units[:, :, None], inside[:, None, :]].flatten(2)  # (ablations, outputs, run x kernel)
     numbers = block.numbers
-    if math.prod(w.shape[2:]) * math.prod(stride) > 1 or any(padding):
-        numbers = fold(lambda d: F.unfold(d, w.shape[2:], tuple(dilation), tuple(padding), tuple(stride)), numbers)
+    if math.prod(w.shape[2:]) * math.prod(how.stride) > 1 or any(how.padding):
+        numbers = fold(
+            lambda d: F.unfold(d, w.shape[2:], tuple(how.dilation), tuple(how.padding), tuple(how.stride)), numbers
+        )
     else:
         numbers = numbers.flatten(3)
     through = torch.matmul(kernels[:, None], numbers)
@@ -239,22 +242,22 @@ def _channels_through(
 
 
 def _active_columns(da: Tensor) -> Columns | None:
-    """The columns that any ablation moves, row of the batch by row; None where it doesn't pay."""
-    if len(da) < MANY or da.shape[1] > len(da):
+    """The columns that any ablation moves, for each matrix row; None where selecting them does not pay."""
+    if len(da) < FEWEST_ABLATIONS or da.shape[1] > len(da):
         return None
     active = (da != 0).any(dim=0)
-    if active.float().mean() > SPARSE:
+    if active.float().mean() > MOST_MOVING:
         return None
     columns = tuple(row.nonzero()[:, 0] for row in active)
     return Columns(columns, tuple(da[:, row, which] for row, which in enumerate(columns)), da.shape[2])
 
 
 def _fold_moving(function: Any, delta: Tensor) -> Tensor:
-    """A linear function of a batch on all ablations' batches as one, without the examples where nothing moves."""
+    """Apply a linear function of a batch to the batches of all ablations, without the pairs where nothing moves."""
     pairs = delta.flatten(0, 1)
-    for some in (pairs[:, :: max(1, pairs.shape[1] // LOOKED_AT)], pairs):
+    for some in (pairs[:, :: max(1, pairs.shape[1] // N_CHANNELS_SAMPLED)], pairs):
         moving = (some != 0).flatten(1).any(dim=1)
-        if moving.float().mean() > SPARSE:
+        if moving.float().mean() > MOST_MOVING:
             return function(pairs).unflatten(0, delta.shape[:2])
     some = function(pairs[moving])
     result = some.new_zeros(len(pairs), *some.shape[1:])

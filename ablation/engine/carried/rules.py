@@ -1,4 +1,4 @@
-"""How each operation carries a finite change: one rule an operation, with its formula.
+"""How each operation carries a finite change: one rule per operation, with its formula.
 
 A rule gets the call, the result, and the call's arguments as they were before it. `call.delta(x)` is dx, or None where
 x does not move; `call.base(x)` is x as precise as the deltas. It returns the deltas of the results (ablations, *shape),
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablation.engine.carried.dispatch import CHANGED, Call, Move, Moves, Rule
-from ablation.engine.carried.forms import Block, Product
+from ablation.engine.carried.representations import Block, Product
 from ablation.engine.increments import hardsigmoid_delta, relu_delta, sigmoid_delta
 
 aten = torch.ops.aten
@@ -28,22 +28,22 @@ RULES: dict[Any, Rule] = {}
 
 
 def nowhere(block: Block, out: Tensor, *args: Any, **more: Any) -> int | None:
-    """Units are mixed, or the rule looks at blocks itself."""
+    """Return None: the operation mixes units, or its rule handles blocks itself."""
     return None
 
 
 def elementwise(block: Block, out: Tensor, *args: Any, **more: Any) -> int | None:
-    """Each entry apart: a unit comes out where it went in."""
+    """The result's axis of a block in an elementwise operation, which keeps every unit in its place."""
     return block.axis if block.rank == out.dim() and all(_fits(arg, block.axis, out) for arg in args) else None
 
 
 def channels(block: Block, out: Tensor, *args: Any, **more: Any) -> int | None:
-    """Each channel (axis 1) apart."""
+    """The result's axis of a block in an operation that treats channels (axis 1) separately."""
     return block.axis if block.axis == 1 else None
 
 
 def planes(block: Block, out: Tensor, *args: Any, **more: Any) -> int | None:
-    """Each channel of a batch of images apart."""
+    """The result's axis of a block in an operation that treats the channels of images separately."""
     return block.axis if block.axis == 1 and out.dim() == 4 else None
 
 
@@ -138,7 +138,7 @@ def cat(call: Call, out: Tensor, parts: list[Tensor], dim: int = 0) -> Moves:
     axis = dim % out.dim()
     starts = [sum(part.shape[axis] for part in parts[:k] if part.dim() == out.dim()) for k in range(len(parts))]
     moving = [(part, start) for part, start in zip(parts, starts, strict=True) if call.moves(part)]
-    block = call.form(moving[0][0])
+    block = call.representation(moving[0][0])
     if len(moving) == 1 and isinstance(block, Block) and block.axis == axis:
         return [Block(axis, block.first + moving[0][1], block.numbers, out.shape[axis])]
     return [torch.cat([dense(call, part) for part in parts if part.dim() == out.dim()], axis + 1)]
@@ -152,7 +152,7 @@ def stack(call: Call, out: Tensor, parts: list[Tensor], dim: int = 0) -> Moves:
 
 @rule(aten.copy)
 def write(call: Call, out: Tensor, x: Tensor, source: Tensor, *rest: Any) -> Moves:
-    """What is written over something has its own delta."""
+    """The result of a copy has its source's delta."""
     delta = wide(call, source, out)
     return [zero(call, out) if delta is None else delta.expand(call.n, *out.shape)]
 
@@ -183,20 +183,20 @@ def _not_padded(block: Block, out: Tensor, x: Tensor, amounts: list[int], value:
 
 @rule(aten.constant_pad_nd, along=_not_padded)
 def pad(call: Call, out: Tensor, x: Tensor, amounts: list[int], value: float = 0) -> Moves:
-    """What is added around doesn't move."""
+    """The padding does not move."""
     return [F.pad(moved(call, x), amounts)]
 
 
 @rule(aten.masked_fill)
 def masked_fill(call: Call, out: Tensor, x: Tensor, mask: Tensor, value: Any) -> Moves:
-    """0 where x is covered."""
+    """The delta is 0 where the mask covers x."""
     delta = wide(call, x, out)
     return None if delta is None or call.moves(value) or call.moves(mask) else [delta.masked_fill(mask, 0)]
 
 
 @rule(aten.where)
 def where(call: Call, out: Tensor, mask: Tensor, a: Any, b: Any) -> Moves:
-    """The delta of the one that is chosen."""
+    """The delta of whichever operand the mask selects."""
     if call.moves(mask):
         return None
     none = torch.zeros((), dtype=call.dtype, device=out.device)
@@ -210,7 +210,7 @@ def where(call: Call, out: Tensor, mask: Tensor, a: Any, b: Any) -> Moves:
 @rule(aten.relu, along=elementwise)
 def relu(call: Call, out: Tensor, x: Tensor) -> Moves:
     """d relu(x) = max(dx, -x) + min(x, 0)."""
-    if isinstance(product := call.form(x), Product):
+    if isinstance(product := call.representation(x), Product):
         return [product.relu(x)]
     return [relu_delta(call.base(x), moved(call, x))]
 
@@ -309,7 +309,7 @@ def layer_norm(
     """With c = x - mean(x), v = mean(c^2), s = sqrt(v + eps), and s' after the change:
 
     dv = mean(2 c dc + dc^2), d(c / s) = dc / s' - c dv / (s s' (s + s')); d(w x^ + b) = w dx^ + dw (x^ + dx^) + db.
-    Where a giant goes away, s' is much smaller than s, and the difference (c + dc) / s' - c / s itself is accurate.
+    Where s' is much smaller than s, the difference (c + dc) / s' - c / s itself is accurate and is used instead.
     """
     axes = tuple(range(-len(shape), 0))
     dx, dw, db = call.delta(x), wide(call, w, out), wide(call, b, out)
@@ -351,14 +351,14 @@ def max_pool2d(
 ) -> Moves:
     """The largest of (x + dx) minus the largest of x: (x_e - x_m) + dx_e, where e wins after the change."""
     dx, exact = moved(call, x), call.exact(x)
-    form = (kernel, stride or kernel, padding, *rest)
-    winners = fold(lambda each: aten.max_pool2d_with_indices(each, *form)[1], exact + dx).flatten(-2)
+    window = (kernel, stride or kernel, padding, *rest)
+    winners = fold(lambda each: aten.max_pool2d_with_indices(each, *window)[1], exact + dx).flatten(-2)
     flat = exact.flatten(-2).expand(*dx.shape[:-2], -1)
     gain = flat.gather(-1, winners) - call.exact(out).flatten(-2)
     return [(gain + dx.flatten(-2).gather(-1, winners)).unflatten(-1, out.shape[-2:]), CHANGED]
 
 
-# --- small words ------------------------------------------------------------------------------------------------------
+# --- helpers of the rules ---------------------------------------------------------------------------------------------
 
 
 def moved(call: Call, x: Tensor) -> Tensor:
@@ -375,12 +375,12 @@ def wide(call: Call, value: Any, out: Tensor) -> Tensor | None:
 
 
 def times(factor: Any, delta: Tensor | None) -> Tensor | None:
-    """A multiple of what there is."""
+    """factor * delta; None where there is no delta."""
     return delta if delta is None or factor == 1 else factor * delta
 
 
 def total(call: Call, out: Tensor, *moves: Tensor | None) -> Move:
-    """The sum of what there is, in the result's form."""
+    """The sum of those deltas that are not None, with the result's shape."""
     first, *others = [move for move in moves if move is not None]
     for other in others:
         first = first + other
@@ -388,25 +388,25 @@ def total(call: Call, out: Tensor, *moves: Tensor | None) -> Move:
 
 
 def product(multiply: Any, a: Any, b: Any, da: Tensor | None, db: Tensor | None) -> list[Tensor | None]:
-    """da b + a db + da db, of what there is, as a + da is used only once."""
+    """The terms of da b + (a + da) db; None for a term whose delta is None."""
     if da is None or db is None:
         return [None if da is None else multiply(da, b), None if db is None else multiply(a, db)]
     return [multiply(da, b), multiply(a + da, db)]
 
 
 def zero(call: Call, out: Tensor) -> Tensor:
-    """Nothing moves."""
+    """A delta of 0 with the shape of `out`."""
     return torch.zeros((), dtype=call.dtype, device=out.device).expand(call.n, *out.shape)
 
 
 def dense(call: Call, part: Tensor) -> Tensor:
-    """The delta as numbers, also where it is 0."""
+    """The dense delta of an argument; zeros where it has none."""
     delta = call.delta(part)
     return zero(call, part) if delta is None else delta
 
 
 def fold(function: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:
-    """A function of a batch, on all ablations' batches as one."""
+    """Apply a function of a batch to the batches of all ablations at once."""
     return function(delta.flatten(0, 1)).unflatten(0, delta.shape[:2])
 
 

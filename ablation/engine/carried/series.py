@@ -5,8 +5,8 @@ With dz = t v, v a column of the last Linear, u_c = v_c - v_y and q as in `loss.
     delta_l = log1p( S(t) ),   S(t) = sum_c q_c expm1(t u_c) = sum_k M_k t^k / k!,   M_k = sum_c q_c u_c^k
 
 The moments M_k of all examples and columns come out of a few products q @ V^k in float64, shifted from v to v - v_y
-binomially; each pair then costs a short polynomial, however many classes there are (DESIGN.md 3.4). All terms are of
-the size of q, so the series is as accurate for confident examples as for others.
+binomially; each pair then costs a short polynomial, however many classes there are (docs/03-engine.md). All terms
+are of the size of q, so the series is as accurate for confident examples as for others.
 
 The rest of the series after order K is at most t^2 M_2 * 2 x^(K-1) e^x / (K+1)! for x = |t| max |u|: with K = 10 and
 x <= 1/2, 2e-10 of the quadratic term. Pairs beyond that go the direct way.
@@ -26,7 +26,7 @@ REACH = 0.5  # largest |t| max |u| that the series is used for
 
 
 class Response:
-    """The columns of a last Linear (units, classes), and what of them the series needs for every batch."""
+    """The columns of a last Linear (units, classes), and the powers of them that the series needs for every batch."""
 
     def __init__(self, columns: Float[Tensor, "units classes"]) -> None:
         self.columns = columns

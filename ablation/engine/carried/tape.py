@@ -1,7 +1,7 @@
-"""The matrix products of the intact network behind the target, once per batch: every run with deltas needs the same.
+"""The matrix products of the intact network behind the target, recorded once per batch and replayed in every later run.
 
-In: one pass over a batch. Out: their results, given again in order. Everything else behind the target is cheap beside
-the deltas, and runs again.
+In: one pass over a batch. Out: the results of its products, in order. All other operations behind the target are cheap
+compared with the deltas and run again.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ PRODUCTS = {aten.convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm}
 
 
 class Tape(TorchDispatchMode):
-    """While active as a mode, records the products that come once `mode` has seen the target."""
+    """Records, while active as a mode, the products that run after `mode` has seen the target."""
 
     def __init__(self, mode: FromTargetOn) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operation."""
+        """Run one operation and record its result if it is a product."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self.mode.seen and _is_product(func, kwargs):
@@ -36,7 +36,7 @@ class Tape(TorchDispatchMode):
 
 
 class Player:
-    """Gives the recorded products to one more run over the same batch."""
+    """Replays the recorded products in one more run over the same batch."""
 
     def __init__(self, tape: Tape, mode: FromTargetOn) -> None:
         self.mode = mode
@@ -44,7 +44,7 @@ class Player:
         self._is_in_step = True
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of one operation; a run that takes another way than the recorded one computes for itself."""
+        """Return the recorded result of one operation; once the run differs from the recorded one, compute it."""
         if not (self._is_in_step and self.mode.seen and _is_product(func, kwargs)):
             return func(*args, **kwargs)
         recorded, result = next(self._left, (None, None))

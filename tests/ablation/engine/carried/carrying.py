@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ablation.engine.carried.dispatch import Carry, Rule
-from ablation.engine.carried.forms import Block
 from ablation.engine.carried.products import RULES
+from ablation.engine.carried.representations import Block
 from ablation.engine.carried.tape import Player, Tape
 from ablation.precision import FromTargetOn, Lifts
 from ablation.sites import Sites

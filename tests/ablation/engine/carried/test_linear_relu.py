@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ablation.engine.carried import linear_relu
-from ablation.engine.carried.forms import Block, Columns, Product
+from ablation.engine.carried.representations import Block, Columns, Product
 from ablation.engine.expm1 import expm1_sums
 from ablation.engine.loss import loss_delta_and_touched, make_intact
 from ablation.engine.threads import SMALL

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablation.engine.carried.forms import Block
 from ablation.engine.carried.products import RULES
+from ablation.engine.carried.representations import Block
 from tests.ablation.engine.carried.carrying import (
     STILL,
     N,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablation.engine.carried.forms import Block, Columns, Product
+from ablation.engine.carried.representations import Block, Columns, Product
 from ablation.engine.rerun import Rerun
 from tests.ablation.engine.carried.carrying import (
     N,
@@ -87,7 +87,7 @@ def test_a_view_of_a_tensor_is_the_same_view_of_its_delta(name: str, layout: tor
         assert delta is not None
         truth = torch.stack([view(_laid_out_as(x, each)) for each in written_out(move)])
         assert torch.equal(delta, truth), f"{how}: differs by {(delta - truth).abs().max():.3g}"
-        form = carry.shadows.form(view(x))
+        form = carry.shadows.representation(view(x))
         assert form is None or torch.equal(form.dense(), truth), f"{how}: its {type(form).__name__} is another"
 
 
@@ -101,7 +101,7 @@ def test_unknown_tensors_have_no_delta() -> None:
     x, y = draw(*SHAPE), draw(*SHAPE)
     carry.shadows.put(x, make_dense(x))
     assert carry.shadows.delta(y) is None
-    assert carry.shadows.form(y) is None
+    assert carry.shadows.representation(y) is None
     assert not carry.shadows.moves(y[1:])
     assert carry.shadows.moves(x[1:])
 
@@ -247,7 +247,7 @@ def test_one_unit_stays_one_unit(name: str, layout: torch.memory_format) -> None
     carry.shadows.put(x, block)
     with torch.no_grad(), carry:
         result = function(x)
-    form = carry.shadows.form(result)
+    form = carry.shadows.representation(result)
     assert isinstance(form, Block), f"{name}: a {type(form).__name__}"
     assert form.axis == axis
     error = largest_error(form.dense(), compute_again(function, (x,), {0: block})[0])
@@ -279,7 +279,7 @@ def test_columns_and_products_are_what_they_stand_for() -> None:
         carry = make_carry()
         x = draw(3, 6)
         carry.shadows.put(x, product)
-        assert carry.shadows.form(x) is product
+        assert carry.shadows.representation(x) is product
         torch.testing.assert_close(carry.shadows.delta(x.view(9, 2)), truth.view(N, 9, 2), rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(carry.shadows.delta(x.T), truth.mT, rtol=1e-13, atol=1e-13)
 

@@ -1,10 +1,10 @@
-"""The forms that a delta can take beside plain numbers (ablations, *shape): what structure saves (DESIGN.md 3.3).
+"""How a delta is stored where it has structure, instead of as a dense tensor (ablations, *shape).
 
-    Block     one unit moves: a short run of entries along one axis, elsewhere for each ablation
-    Columns   after a ReLU only open units move: of each row of a batch, a few columns, the same for all ablations
-    Product   a Linear's result that is not computed before it is known which entries are needed
+    Block     one unit moves: a short interval along one axis, whose position differs between ablations
+    Columns   after a ReLU only active units move: in each matrix row a few columns, the same ones for all ablations
+    Product   the result of a Linear, computed only where its entries are needed
 
-All of them can be written out with `dense`. Not here: where deltas are kept (`shadows.py`), and who makes which
+`dense` returns the dense tensor of each. Not here: where deltas are kept (`shadows.py`), and who makes which
 (`rules.py`, `products.py`).
 """
 
@@ -22,36 +22,36 @@ from ablation.engine.increments import relu_delta
 
 @dataclass(frozen=True)
 class Block:
-    """A delta that is 0 along one axis but for a short run of entries, each ablation's at a place of its own."""
+    """A delta that is 0 along one axis except for a short interval, at a position of its own for each ablation."""
 
-    axis: int  # of the tensor, without the axis of the ablations
+    axis: int  # counted in the tensor, without the ablations' axis
     first: Int64[Tensor, " ablations"]
-    numbers: Float[Tensor, "ablations ..."]  # the tensor's shape, with `axis` cut to the run
-    size: int  # of the whole axis
+    numbers: Float[Tensor, "ablations ..."]  # the tensor's shape, with `axis` cut to the interval
+    size: int  # the length of the whole axis
 
     @property
     def length(self) -> int:
-        """Of the run."""
+        """Length of the interval."""
         return self.numbers.shape[self.axis + 1]
 
     @property
     def rank(self) -> int:
-        """Of the tensor."""
+        """Number of the tensor's axes."""
         return self.numbers.dim() - 1
 
-    def places(self) -> Int64[Tensor, "ablations run"]:
-        """Which entries along the axis the run is."""
+    def places(self) -> Int64[Tensor, "ablations length"]:
+        """Positions of the interval's entries along the axis."""
         return self.first[:, None] + torch.arange(self.length, device=self.first.device)
 
     def dense(self) -> Float[Tensor, "ablations ..."]:
-        """With all entries along the axis."""
+        """The dense delta."""
         shape = list(self.numbers.shape)
         shape[self.axis + 1] = self.size
         places = self.places().view(len(self.first), *[1] * self.axis, -1, *[1] * (len(shape) - self.axis - 2))
         return self.numbers.new_zeros(shape).scatter_(self.axis + 1, places.expand(self.numbers.shape), self.numbers)
 
     def of(self, tensor: Tensor, axis: int) -> Tensor:
-        """What another tensor has at the same entries of its `axis`: (ablations, *shape with that axis cut)."""
+        """Another tensor's entries at the same positions of its `axis`: (ablations, *shape with that axis cut)."""
         axis %= tensor.dim()
         taken = tensor.index_select(axis, self.places().flatten())
         return taken.unflatten(axis, (len(self.first), self.length)).movedim(axis, 0)
@@ -59,14 +59,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Columns:
-    """A matrix's delta of which, row by row, only these columns move; `numbers` (ablations, columns) of each row."""
+    """The delta of a matrix that is nonzero only in some columns of each matrix row.
+
+    For each matrix row, `columns` holds which they are and `numbers` (ablations, columns) their deltas.
+    """
 
     columns: tuple[Int64[Tensor, " _"], ...]
     numbers: tuple[Float[Tensor, "ablations _"], ...]
     size: int
 
     def dense(self) -> Float[Tensor, "ablations rows size"]:
-        """With all columns."""
+        """The dense delta."""
         whole = self.numbers[0].new_zeros(len(self.numbers[0]), len(self.numbers), self.size)
         for row, (columns, numbers) in enumerate(zip(self.columns, self.numbers, strict=True)):
             whole[:, row, columns] = numbers
@@ -75,19 +78,19 @@ class Columns:
 
 @dataclass(frozen=True)
 class Product:
-    """dA B, with what moves of A."""
+    """The product dA B, by the entries of A that move."""
 
     factor: Columns | Block
     matrix: Float[Tensor, "inputs outputs"]
 
     def dense(self) -> Float[Tensor, "ablations rows outputs"]:
-        """All entries."""
+        """The dense delta."""
         if isinstance(self.factor, Block):
             return self._of_block
         return torch.stack([self.row(row) for row in range(len(self.factor.columns))], dim=1)
 
     def row(self, row: int) -> Float[Tensor, "ablations outputs"]:
-        """All entries of one row."""
+        """The dense delta of one matrix row."""
         if isinstance(self.factor, Block):
             return self._of_block[:, row]
         columns, numbers = self.factor.columns[row], self.factor.numbers[row]
@@ -96,20 +99,21 @@ class Product:
         return product(numbers, picked(self.matrix.T, torch.arange(self.matrix.shape[1]), columns))
 
     def _is_fused(self, numbers: Tensor) -> bool:
-        """Whether the loops of `linear_relu.py` are for these: a Linear's matrix lies transposed."""
+        """Whether the compiled loops of `linear_relu.py` take these: a Linear's weight is stored transposed."""
         return is_ready(numbers, self.matrix) and self.matrix.T.is_contiguous()
 
     def relu(self, x: Tensor) -> Columns:
-        """What is left of it behind a ReLU whose input is `x`.
+        """Return the delta of relu(x), where `x` is the intact product and this its delta.
 
-        Only units that x + dx can open for any ablation are computed, by the length of dA and of the unit's column of B
-        (`fused.reaches`): the few ablations that move most reach more units than the others.
+        Only units that some ablation can activate are computed: those within reach of the length of dA times the
+        length of the unit's column of B (`linear_relu.reaches`). The few ablations with the largest dA are bounded
+        separately.
         """
         columns, numbers = zip(*self._relu_rows(x), strict=True)
         return Columns(columns, numbers, x.shape[1])
 
     def _relu_rows(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The columns that move and their numbers, of each row."""
+        """Moving columns and their deltas for each matrix row."""
         base, factor = x.to(self.matrix.dtype), self.factor
         if isinstance(factor, Columns) and self._is_fused(factor.numbers[0]):
             return column_rows(self.matrix.T, factor.columns, factor.numbers, base)
@@ -119,33 +123,33 @@ class Product:
 
     def _row(self, row: int, x: Tensor) -> tuple[Tensor, Tensor]:
         base = x.to(self.matrix.dtype)
-        if isinstance(self.factor, Block):  # costs little
+        if isinstance(self.factor, Block):  # cheap: one unit moves
             dx = self._of_block[:, row]
-            opened = ((x > 0) | ~(dx.amax(dim=0) <= -x)).nonzero()[:, 0]  # NaN opens
-            return opened, relu_delta(base[opened], dx.index_select(1, opened))
+            active = ((x > 0) | ~(dx.amax(dim=0) <= -x)).nonzero()[:, 0]  # NaN counts as active
+            return active, relu_delta(base[active], dx.index_select(1, active))
         inputs, da = self.factor.columns[row], self.factor.numbers[row]
         reach = reaches(x, sizes(self._rows(inputs).T))
         size, order = sizes(da).sort(descending=True)
         moving = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         parts = []
         split = max(1, len(order) // 16)
-        for lanes, largest in ((order[:split], size[:1]), (order[split:], size[split : split + 1])):
-            if len(lanes):
+        for ablations, largest in ((order[:split], size[:1]), (order[split:], size[split : split + 1])):
+            if len(ablations):
                 units = (reach <= largest).nonzero()[:, 0]
-                moved = relu_delta(base[units], da[lanes] @ self._rows(inputs, units))
+                moved = relu_delta(base[units], da[ablations] @ self._rows(inputs, units))
                 moving[units] |= (moved != 0).any(dim=0)
-                parts.append((lanes, units, moved))
-        opened = moving.nonzero()[:, 0]
-        numbers = da.new_zeros(len(da), len(opened))
-        for lanes, units, moved in parts:
+                parts.append((ablations, units, moved))
+        active = moving.nonzero()[:, 0]
+        numbers = da.new_zeros(len(da), len(active))
+        for ablations, units, moved in parts:
             own = moving[units].nonzero()[:, 0]
-            places = torch.searchsorted(opened, units[own])
-            some = da.new_zeros(len(lanes), len(opened)).index_copy_(1, places, moved.index_select(1, own))
-            numbers.index_copy_(0, lanes, some)
-        return opened, numbers
+            places = torch.searchsorted(active, units[own])
+            some = da.new_zeros(len(ablations), len(active)).index_copy_(1, places, moved.index_select(1, own))
+            numbers.index_copy_(0, ablations, some)
+        return active, numbers
 
     def _rows(self, inputs: Tensor, outputs: Tensor | None = None) -> Tensor:
-        """Some rows of the matrix, and some columns; picked the way it lies in memory (a Linear's is transposed)."""
+        """Rows, and columns, of the matrix, read in the order in which it is stored (a Linear's is transposed)."""
         if self.matrix.stride(0) != 1:
             return self.matrix.index_select(0, inputs) if outputs is None else self.matrix[inputs[:, None], outputs]
         turned = self.matrix.T
@@ -153,7 +157,7 @@ class Product:
 
     @cached_property
     def _of_block(self) -> Float[Tensor, "ablations rows outputs"]:
-        """Ablations of the same unit share its rows of the matrix."""
+        """The dense product; ablations of the same unit share its rows of the matrix."""
         assert isinstance(self.factor, Block)
         numbers, length = self.factor.numbers, self.factor.length
         if length == 1:
@@ -161,6 +165,6 @@ class Product:
         result = numbers.new_empty(*numbers.shape[:2], self.matrix.shape[1])
         starts, unit = self.factor.first.unique(return_inverse=True)
         for k, start in enumerate(starts.tolist()):
-            lanes = (unit == k).nonzero()[:, 0]
-            result[lanes] = numbers[lanes] @ self.matrix[start : start + length]
+            ablations = (unit == k).nonzero()[:, 0]
+            result[ablations] = numbers[ablations] @ self.matrix[start : start + length]
         return result
