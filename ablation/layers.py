@@ -14,7 +14,7 @@ from PIL import Image
 
 from ablation.engine.calls import Call, Calls, record_calls
 from ablation.engine.paths import find_paths
-from ablation.engine.responses.head import DROPOUT, ELEMENTWISE, SAME_SHAPE
+from ablation.engine.responses.way import DROPOUT, ELEMENTWISE, SAME_SHAPE
 from ablation.errors import ModelError
 from ablation.inputs.catalog import LayerFacts, ModelFacts, Registered
 from ablation.inputs.models import load_model

@@ -16,11 +16,10 @@ from ablation.engine.interface import EnginePath, Setup
 from ablation.engine.reference import Reference
 from ablation.engine.rerun import Rerun
 from ablation.engine.responses.averaged import Pooled
-from ablation.engine.responses.averaged_way import find_tail
 from ablation.engine.responses.direct import Direct
-from ablation.engine.responses.head import Head, find_head
 from ablation.engine.responses.rows import Whole
-from ablation.engine.responses.three_linears import Deep, find_deep
+from ablation.engine.responses.three_linears import Deep
+from ablation.engine.responses.way import DeepHead, Head, Tail, find_straight_way
 from ablation.errors import ModelError, SpecError
 
 
@@ -31,12 +30,9 @@ def find_paths(calls: Calls, parameter: str) -> tuple[Path, ...]:
     number per (example, unit) leads on to the loss by functions that the compiled loops know, so all weights of a unit
     are computed at once. `finite`, `rerun` and `reference` take any parameter.
     """
-    head, tail = find_head(calls, parameter), find_tail(calls, parameter)
-    has_rows = head is not None and not head.is_bias and head.is_known
-    can_take = {
-        "direct": head is not None or tail is not None,
-        "response": has_rows or tail is not None or find_deep(calls, parameter) is not None,
-    }
+    way = find_straight_way(calls, parameter)
+    is_unknown = way is None or (isinstance(way, Head) and (way.is_bias or not way.is_known))
+    can_take = {"direct": isinstance(way, Head | Tail), "response": not is_unknown}
     return tuple(path for path in get_args(Path) if can_take.get(path, True))
 
 
@@ -56,26 +52,25 @@ def open_path(path: str, setup: Setup, example: Tensor) -> EnginePath:
 
 
 def _open_direct(setup: Setup, example: Tensor) -> EnginePath:
-    calls = record_calls(setup.model, example)
-    if (tail := find_tail(calls, setup.parameter)) is not None:
-        return Pooled(setup, tail)
-    return Direct(setup, _require_head(calls, setup.parameter))
+    way = find_straight_way(record_calls(setup.model, example), setup.parameter)
+    if isinstance(way, Tail):
+        return Pooled(setup, way)
+    return Direct(setup, _require_head(way, setup.parameter))
 
 
 def _open_response(setup: Setup, example: Tensor) -> EnginePath:
-    calls = record_calls(setup.model, example)
-    if (tail := find_tail(calls, setup.parameter)) is not None:
-        return Pooled(setup, tail)
-    if (deep := find_deep(calls, setup.parameter)) is not None:
-        return Deep(setup, deep)
-    return Whole(setup, _require_head(calls, setup.parameter))
+    way = find_straight_way(record_calls(setup.model, example), setup.parameter)
+    if isinstance(way, Tail):
+        return Pooled(setup, way)
+    if isinstance(way, DeepHead):
+        return Deep(setup, way)
+    return Whole(setup, _require_head(way, setup.parameter))
 
 
-def _require_head(calls: Calls, parameter: str) -> Head:
-    head = find_head(calls, parameter)
-    if head is None:
+def _require_head(way: Head | DeepHead | None, parameter: str) -> Head:
+    if not isinstance(way, Head):
         raise ModelError(f"{parameter} is not part of a classifier head on this data; use engine='finite'.")
-    return head
+    return way
 
 
 PATHS: dict[str, Callable[[Setup, Tensor], EnginePath]] = {

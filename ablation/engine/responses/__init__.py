@@ -4,9 +4,9 @@ The map, in reading order (a file imports only files above it):
 
     by_unit         sites sorted by the unit that they move
     loops/          the compiled loops
+    way             straight ways from a parameter to the logits: heads, averaged convolutions, three Linears
     sparse_linear   a Linear on inputs that are mostly 0
-    head            is the way to the loss a classifier head?
-    averaged_way    is it a convolution that is averaged before the last Linear?
+    head            the intact classifier head on batches
     arrays          tensors handed to the compiled loops, cut over threads
     gpu_rows        whole rows of a head on a CUDA device
     rows            whole rows of a head

@@ -5,7 +5,8 @@ whole channels (path `response`). The loops are in `averaged.py`; on other devic
 they need of a batch is the layer's input and one number per position.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,17 +16,100 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ablation.engine.deltas import Deltas, Runs
 from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
-from ablation.engine.responses.averaged_way import OpenTail, Tail, TailBatch
 from ablation.engine.responses.loops import averaged, curved
+from ablation.engine.responses.loops.activations import find_function
+from ablation.engine.responses.way import RELUS, Tail
 from ablation.engine.threads import run_ranges
 from ablation.errors import ModelError
+from ablation.precision import FromTargetOn, as_found, run_with
 from ablation.sites import EveryWeight, Sites
 
 PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs held together: 8 MB a float64 matrix
+
+
+@dataclass(frozen=True)
+class TailBatch:
+    """What the intact network computes of one batch, as the tail needs it."""
+
+    x: Float[Tensor, "examples inputs height width"]  # the convolution's input
+    y: Float[Tensor, "examples channels positions"]  # before f: of the target's channels alone
+    scale: Float[Tensor, " channels"]  # what BatchNorm multiplies them by
+    first: int  # where they lie among the last Linear's inputs
+    logits: Float[Tensor, "examples classes"]
+
+
+class OpenTail:
+    """A tail with its model."""
+
+    def __init__(self, model: torch.nn.Module, tail: Tail, dtype: torch.dtype) -> None:
+        self.model = model
+        self.tail = tail
+        self.weight = model.get_parameter(tail.weight).detach().to(dtype)
+
+    def run(self, inputs: Tensor) -> TailBatch:
+        """The intact network on one batch."""
+        watch = _Watch(self.weight, self.tail)
+        with as_found(self.model):
+            logits = run_with(self.model, self.tail.weight, self.weight, inputs, mode=watch)
+        assert watch.x is not None
+        assert watch.y is not None
+        return TailBatch(watch.x, watch.y, watch.scale, watch.first, logits)
+
+
+class _Watch(FromTargetOn):
+    """Follows the target's channels from call to call, and keeps what goes in on both ends."""
+
+    def __init__(self, target: Tensor, tail: Tail) -> None:
+        super().__init__(target)
+        self.tail = tail
+        self.x: Tensor | None = None
+        self.y: Tensor | None = None
+        self.scale = target.new_ones(len(target))
+        self.first = 0
+        self._value: Tensor = target
+        self._position = 0
+
+    def __torch_function__(
+        self, call: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        name = getattr(call, "__name__", "")
+        if not any(leaf is self._value for leaf in leaves) or name == "__get__":
+            return super().__torch_function__(call, types, args, kwargs)
+        is_pool = self._position == self.tail.pool
+        if self._position == 0:
+            self.x = leaves[0].clone()
+        elif name == "batch_norm":
+            given = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {})).arguments
+            self._scale(given)
+        elif name == "cat":
+            self.first = 0
+            for leaf in leaves[: [leaf is self._value for leaf in leaves].index(True)]:
+                self.first += leaf.shape[1]
+        elif self.y is None and (is_pool or name in RELUS or find_function(name, args, kwargs or {}) is not None):
+            self.y = self._value[:, self._own].flatten(2).clone()
+        result = super().__torch_function__(call, types, args, kwargs)
+        if isinstance(result, Tensor):
+            self._value = result
+            self._position += 1
+        return result
+
+    @property
+    def _own(self) -> slice:
+        """The target's channels among those of the value that is followed."""
+        return slice(self.first, self.first + len(self.scale))
+
+    def _scale(self, given: dict[str, Any]) -> None:
+        own = self._own
+        scale = (given["running_var"][own].to(self.scale.dtype) + given.get("eps", 1e-5)).rsqrt()
+        if given.get("weight") is not None:
+            scale = scale * given["weight"][own].to(self.scale.dtype)
+        self.scale = self.scale * scale
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from ablation.engine.increments import relu_delta
 from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.engine.responses.arrays import Loops, open_loops
-from ablation.engine.responses.head import Head, HeadBatch, OpenHead, activate
+from ablation.engine.responses.head import HeadBatch, OpenHead, activate
+from ablation.engine.responses.way import Head
 
 PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs looked at together: 8 MB a float64 matrix
 

@@ -21,7 +21,8 @@ from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
 from ablation.engine.responses.arrays import Given, Loops, Rows, join_given, open_loops
 from ablation.engine.responses.by_unit import ByUnit, sort_by_unit
-from ablation.engine.responses.head import Head, OpenHead
+from ablation.engine.responses.head import OpenHead
+from ablation.engine.responses.way import Head
 from ablation.engine.threads import run_ranges
 from ablation.errors import ModelError
 from ablation.sites import EveryWeight

@@ -13,53 +13,16 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ablation.engine.calls import Calls
 from ablation.engine.deltas import Deltas, Responses, Runs
 from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
-from ablation.engine.responses.head import catch_input, keeps_values, linear_parameters, make_linear
+from ablation.engine.responses.head import catch_input, make_linear
 from ablation.engine.responses.loops import piecewise
 from ablation.engine.responses.loops.series import close_class
 from ablation.engine.responses.sparse_linear import Linear
+from ablation.engine.responses.way import DeepHead
 from ablation.errors import ModelError
 from ablation.sites import EveryWeight
-
-_RELUS = ("relu", "relu_")
-
-
-@dataclass(frozen=True)
-class DeepHead:
-    """The weight and bias of each of the three Linears, by name."""
-
-    linears: tuple[tuple[str, str | None], ...]
-
-
-def find_deep(calls: Calls, parameter: str) -> DeepHead | None:
-    """The head of three Linears with a ReLU between each two that begins at `parameter`, a weight, if there is one.
-
-    Every value on the way must be used exactly once.
-    """
-    names = {value: name for name, value in calls.parameters.items()}
-    way = list(calls.dependents(parameter))
-    if not way or way[-1][0].outputs[:1] != (calls.logits,):
-        return None
-    linears: list[tuple[str, str | None]] = []
-    order, value = "", calls.parameters[parameter]
-    for call, through in way:
-        if through != {value} or call.inputs.count(value) != 1 or len(call.outputs) != 1:
-            return None
-        if call.name == "linear" and len(call.output_shapes[0]) == 2 and call.inputs.index(value) == (not linears):
-            named = linear_parameters(call, names)
-            if named is None:
-                return None
-            linears.append(named)
-            order += "L"
-        elif call.name in _RELUS:
-            order += "r"
-        elif not keeps_values(call):
-            return None
-        value = call.outputs[0]
-    return DeepHead(tuple(linears)) if order == "LrLrL" else None
 
 
 @dataclass(frozen=True)

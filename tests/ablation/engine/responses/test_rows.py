@@ -17,8 +17,8 @@ from ablation.engine.deltas import Deltas, make_runs
 from ablation.engine.interface import Setup
 from ablation.engine.loss import make_intact
 from ablation.engine.paths import open_path
-from ablation.engine.responses.averaged_way import find_tail
 from ablation.engine.responses.loops import series
+from ablation.engine.responses.way import find_tail
 from ablation.errors import ExampleError, SpecError
 from ablation.sites import EveryWeight, make_sites
 from tests.compare import brute_force, count_moved, utility_error

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablation.engine.calls import record_calls
-from ablation.engine.responses.head import find_head
 from ablation.engine.responses.loops import activations
 from ablation.engine.responses.loops.activations import Function
+from ablation.engine.responses.way import find_head
 
 TORCH: dict[str, tuple[Function, Callable[[Tensor], Tensor]]] = {
     "leaky": (Function(activations.LEAKY, 0.2), lambda y: F.leaky_relu(y, 0.2)),

@@ -12,9 +12,9 @@ from ablation.engine.calls import record_calls
 from ablation.engine.deltas import Deltas, make_runs
 from ablation.engine.interface import Setup
 from ablation.engine.paths import open_path
-from ablation.engine.responses.averaged_way import find_tail
 from ablation.engine.responses.loops import curved
 from ablation.engine.responses.loops.activations import GELU, HARDSWISH, HARDTANH, Function
+from ablation.engine.responses.way import find_tail
 from ablation.sites import EveryWeight, Sites
 from tests.compare import brute_force, count_moved
 
