@@ -3,15 +3,17 @@
 `docs/08-words.md` has the meaning of every word. The map, in reading order (a file imports only files above it):
 
     errors      the error tree, drawn              baseline    intact loss; determinism check
-    spec        JobSpec: what was asked            partial     raw sums over one shard: zero, add, merge, join
+    spec        JobSpec: what was asked            partial     raw sums over one shard, and all of them
     inputs/     opens models and data              cache       activations kept between jobs
     sites       list weights, draw sampled ones    engine/     run one shard -> PartialSums
     cost, machine   costs; pace and memory here    layers      what a model's layers are, the path each takes
     plan        spec + shapes -> shards            table       one frozen row per site
     views       what is told of models and plans   statistics, export   read the table only
     precision   float64 from the target on         plots       a figure of the table
-    reference   zero, forward, restore: the truth  proof       the job's own check against the reference
-                                                   devices     what torch finds here to compute on
+    reference   zero, forward, restore: the truth  devices     what torch finds here to compute on
+                                                   job         a job with its model and data loaded
+                                                   shard       run one shard of a job
+                                                   proof, memory   check a job; begin it again where memory runs out
                                                    run         the whole walk on one screen
                                                    notebook    `ablation.ablate` and the table it returns
                                                    cli/        an edge: reads the environment, starts services

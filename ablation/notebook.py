@@ -23,13 +23,15 @@ from ablation.errors import DataError, ModelError, SpecError
 from ablation.export import write_csv, write_parquet, write_whole
 from ablation.inputs.catalog import ModelFacts
 from ablation.inputs.data import as_dataset, load_batches
+from ablation.job import Split, make_job
 from ablation.layers import describe_model
 from ablation.machine import find_memory
+from ablation.memory import run_smaller
 from ablation.plan import Plan, SplitCounts, make_plan
 from ablation.plots import make_figure
 from ablation.precision import fit, left_alone
 from ablation.reference import intact_logits
-from ablation.run import Split, make_job, run_smaller
+from ablation.run import run_job
 from ablation.spec import SPLITS, JobSpec, make_spec
 from ablation.statistics import make_summary
 from ablation.table import ImportanceTable
@@ -134,8 +136,8 @@ def ablate(
             return _as_table(
                 run_smaller(
                     lambda n_halved: make_job(spec, plan_of(n_halved) if n_halved else plan, work, read),
+                    lambda job: run_job(job, on_progress=lambda fraction: bar.update(task, completed=fraction)),
                     may_halve=batch_size is None,
-                    on_progress=lambda fraction: bar.update(task, completed=fraction),
                 )
             )
 

@@ -107,6 +107,10 @@ class Plan(Record):
     proof: ProofPlan
     estimate: Estimate
 
+    def find_split(self, name: str) -> SplitPlan:
+        """The plan of the split of this name, which must be one of the job's."""
+        return next(split for split in self.splits if split.name == name)
+
 
 def count_asked(split: str, asked: SplitSpec, counts: SplitCounts) -> SplitPlan:
     """How many examples of a split were asked for.

@@ -1,6 +1,6 @@
 """The job's own check against the reference: does what the table says agree with brute force?
 
-In: a job, its table's utilities, the sums over the proof's examples. Out: a plain record of errors, or `ProofError`.
+In: a job and the sums over its examples. Out: a plain record of errors, or `ProofError`.
 Chosen sites go through `reference.py` on examples drawn from every shard. Three numbers come out:
 
     arithmetic error   the engine's own: the reference continued in float64 from the same layer input
@@ -10,7 +10,7 @@ Chosen sites go through `reference.py` on examples drawn from every shard. Three
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,11 @@ from ablation.cost import PROVED_WHOLE
 from ablation.engine.deltas import Deltas
 from ablation.engine.interface import EnginePath
 from ablation.errors import ProofError
+from ablation.job import Job
+from ablation.partial import PartialSums
 from ablation.precision import fit
 from ablation.reference import in_float64, reference_deltas
+from ablation.shard import open_engine, read
 from ablation.sites import Sites
 
 # Bounds of DESIGN.md section 2. float32 promises nothing beyond what is reported.
@@ -32,6 +35,8 @@ ARITHMETIC_BOUND = {"mixed": 1e-4, "float64": 1e-9, "float32": None}
 # wrong rows or examples give errors of order 1.
 SUM_BOUND = {"mixed": 1e-2, "float64": 1e-9, "float32": 1e-1}
 ROUNDING = 4e-15  # of 1 + mean loss, in nats: what subtracting two float64 losses can't see; of large logits a tenth
+MAX_CANDIDATES = 1 << 20  # rows that the proof chooses from; of a larger table,
+N_CANDIDATES = 1 << 12  # so many of the touched ones, drawn, beside the largest
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,56 @@ class Compared:
     utility_rms: float
     loss: float
     largest_logit: float
+
+
+def run_proof(job: Job, totals: dict[str, PartialSums]) -> dict[str, Any]:
+    """The job's own check: chosen sites through the reference, on the plan's proof examples of every split."""
+    chosen = choose_proved(totals, job.plan.proof.n_sites)
+    sites = job.sites.pick(chosen)
+    job = replace(job, activations=None)  # computed anew here
+    compared = {}
+    for name, total in totals.items():
+        positions = np.asarray(job.plan.proof.examples[name])
+        example = next(read(job, name, positions[:2]))[0]
+        compared[name] = compare(
+            open_engine(job, sites, example),
+            job.model,
+            job.plan.parameter,
+            sites,
+            read(job, name, positions),
+            sums=take_proof(total, chosen),
+            utility_rms=rms(total.delta / total.n_examples),
+            loss=total.loss / total.n_examples,
+        )
+    return make_proof(compared, job.plan.precision)
+
+
+def choose_proved(totals: dict[str, PartialSums], n_sites: int) -> np.ndarray:
+    """The rows to prove; in a large table, chosen among the largest utilities and a draw of the touched rows."""
+    n_rows = len(next(iter(totals.values())).delta)
+    rows = np.arange(n_rows) if n_rows <= MAX_CANDIDATES else choose_candidates(totals, n_sites)
+    utility = np.stack([total.delta[rows] / total.n_examples for total in totals.values()])
+    touched = np.stack([total.touched[rows].astype(np.int64) for total in totals.values()])
+    return rows[choose_rows(utility, touched, n_sites)]
+
+
+def choose_candidates(totals: dict[str, PartialSums], n_sites: int) -> np.ndarray:
+    """Some rows of a large table, sorted: the `n_sites` largest of each split, and a draw of all and of the touched."""
+    random = np.random.default_rng(0)
+    n_rows = len(next(iter(totals.values())).delta)
+    chosen = [random.integers(0, n_rows, n_sites)]
+    for total in totals.values():
+        chosen.append(np.argpartition(np.nan_to_num(np.abs(total.delta)), -n_sites)[-n_sites:])
+        touched = np.flatnonzero(total.touched)
+        if len(touched):
+            chosen.append(touched[random.integers(0, len(touched), N_CANDIDATES)])
+    return np.unique(np.concatenate(chosen))
+
+
+def take_proof(total: PartialSums, rows: np.ndarray) -> np.ndarray:
+    """The sums over the proof's examples alone."""
+    assert total.proof is not None  # of a job that is proved
+    return total.proof[rows]
 
 
 def choose_rows(

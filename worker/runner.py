@@ -1,7 +1,8 @@
 """What does a worker do with one shard, and with the merge? Plain functions with everything they need handed to them.
 
 In: a store, Celery (to send what follows), settings, an owner's token, ids. Out: a partial or a table in the store.
-Not here: signals and Celery's wrappers (`tasks.py`), recovery (`sweeper.py`), the computation (`ablation.run`).
+Not here: signals and Celery's wrappers (`tasks.py`), recovery (`sweeper.py`), the computation (`ablation.shard`,
+`ablation.run`).
 """
 
 import logging
@@ -26,8 +27,8 @@ from worker.states import State
 from worker.store import PACKAGE, JobRecord, JobStore
 
 if TYPE_CHECKING:
+    from ablation.job import Job
     from ablation.partial import PartialSums
-    from ablation.run import Job
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, j
         return False
     with settled(store, celery, settings, owner, job_id, shard_id) as heart:
         from ablation.devices import is_out_of_memory
-        from ablation.run import run_shard as compute
+        from ablation.shard import run_shard as compute
 
         record = get_record(store, job_id)
         shard = next((shard for shard in plan_of(record).shards if shard.id == shard_id), None)
@@ -169,8 +170,8 @@ def plan_job(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
 
 def cut(store: JobStore, settings: Settings, spec: JobSpec, n_halved: int = 0) -> Plan:
     """The plan of a job whose data are counted here."""
+    from ablation.job import count_splits
     from ablation.layers import registered_here
-    from ablation.run import count_splits
 
     counts = count_splits(spec, settings.folders)
     plan = planner.plan_job(spec, settings, registered_here(), counts, machine=store.machine(), n_halved=n_halved)
@@ -184,7 +185,7 @@ def cut_smaller(store: JobStore, celery: Celery, settings: Settings, job_id: str
     Raises:
         OutOfMemory: the batch is one example already.
     """
-    from ablation.run import halve
+    from ablation.memory import halve
 
     _loaded.clear()
     record = get_record(store, job_id)
@@ -308,7 +309,7 @@ def load(store: JobStore, record: JobRecord, settings: Settings) -> "Job":
     Raises:
         Unfit: they are not those that the job was begun with.
     """
-    from ablation.run import load_job
+    from ablation.job import load_job
 
     key = record.id, record.n_cut
     if key not in _loaded:

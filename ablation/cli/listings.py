@@ -95,7 +95,7 @@ def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None,
     with located(spec, settings.folders) as (spec, folders):
         made = plan_spec(spec, folders, own_registered(), **options)
         if made is None:  # registered data, which has to be opened
-            from ablation.run import plan_here
+            from ablation.job import plan_here
 
             made = plan_here(spec, folders, **options)
     if as_json:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ablation import run
 from ablation.cache import Activations, hash_of
 from ablation.inputs.folders import Folders
+from ablation.job import load_job
 from ablation.plan import plan_spec
-from ablation.run import load_job, run_job
+from ablation.run import run_job
 from ablation.spec import make_spec
 from ablation.table import ImportanceTable
 
@@ -169,7 +169,7 @@ def test_a_second_job_on_the_same_prefix_computes_none_of_it(
         counted.append("none" if record is None else "kept")
         return record
 
-    monkeypatch.setattr(run.Activations, "get", counting)
+    monkeypatch.setattr(Activations, "get", counting)
     second = job(1, 1 << 30)
     assert counted == ["kept"] * 3
     assert files(run_folder / "activations") == kept

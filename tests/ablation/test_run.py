@@ -10,8 +10,10 @@ from ablation import ablate
 from ablation.errors import Cancelled, DataError
 from ablation.inputs import catalog
 from ablation.inputs.folders import Folders
+from ablation.job import load_job
 from ablation.plan import make_plan
-from ablation.run import finish_job, load_job, run_shard, run_spec
+from ablation.run import finish_job, run_spec
+from ablation.shard import run_shard
 from ablation.spec import make_spec
 from tests.compare import BOUND, brute_force, utility_error
 

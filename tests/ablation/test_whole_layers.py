@@ -15,9 +15,11 @@ from ablation.cost import split_s
 from ablation.errors import Cancelled
 from ablation.inputs import catalog
 from ablation.inputs.folders import Folders
+from ablation.job import Job, load_job
 from ablation.partial import held
 from ablation.plan import ProofPlan, make_plan
-from ablation.run import Job, finish_job, load_job, run_job, run_shard
+from ablation.run import finish_job, run_job
+from ablation.shard import run_shard
 from ablation.spec import make_spec
 from ablation.table import ImportanceTable
 

@@ -5,8 +5,9 @@ from typing import Any
 from celery import Celery
 
 from ablation.inputs import catalog
+from ablation.job import load_job
 from ablation.plan import Plan, make_plan
-from ablation.run import load_job, run_job
+from ablation.run import run_job
 from ablation.spec import JobSpec, make_spec
 from ablation.table import ImportanceTable
 from worker import codec

@@ -11,7 +11,9 @@ from redis.retry import Retry
 
 from ablation.errors import Cancelled, DataError, ProofError, SpecError
 from ablation.inputs.catalog import NOTHING
-from ablation.run import finish_job, load_job, run_shard
+from ablation.job import load_job
+from ablation.run import finish_job
+from ablation.shard import run_shard
 from ablation.spec import make_spec
 from ablation.statistics import make_summary
 from tests.ablation.inputs.test_mnist_and_cifar import write_mnist

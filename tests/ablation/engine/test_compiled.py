@@ -59,7 +59,8 @@ import sys
 import numpy as np
 from tests.worker.real_jobs import plan_real
 from ablation.engine.responses.loops.series import close_class
-from ablation.run import load_job, run_shard
+from ablation.job import load_job
+from ablation.shard import run_shard
 from worker.settings import Settings
 if sys.argv[1] == "after":  # as three Linears do, whose sums are closed from Python
     close_class(np.zeros(4), np.zeros(4), np.zeros(4), 9)

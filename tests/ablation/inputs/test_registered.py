@@ -13,8 +13,9 @@ from ablation.inputs.data import load_data
 from ablation.inputs.folders import Folders
 from ablation.inputs.models import load_model
 from ablation.inputs.registered import DATASETS, MODELS, registered_names
+from ablation.job import plan_here
 from ablation.layers import describe_registered, registered_here
-from ablation.run import plan_here, run_spec
+from ablation.run import run_spec
 from ablation.spec import DataSpec, make_spec
 from tests.compare import brute_force
 

@@ -1,0 +1,185 @@
+"""Run one shard of a job: the sums over its examples for its sites.
+
+In: a loaded `Job` and one of its plan's shards. Out: `PartialSums`. Shards with the same examples share what comes
+before the layer: it is computed once, kept in the cache, and found again by notes of which batch lies where.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ablation import baseline
+from ablation.cache import Notes, find_next, find_start, make_known
+from ablation.devices import freed_memory_kept
+from ablation.engine.batches import run_batches
+from ablation.engine.interface import EnginePath, HasPrefix, Setup
+from ablation.engine.paths import open_path
+from ablation.errors import DataError, ExampleError
+from ablation.inputs.data import load_batches, name_example
+from ablation.job import Job, Split
+from ablation.partial import PartialSums
+from ablation.plan import Plan, Shard
+from ablation.precision import fit
+from ablation.sites import Sites
+
+FILL_SHARE = 0.5  # of a shard's progress, where all of its activations are missing
+N_CHECKED = 32  # examples at the beginning of a split that the model is checked on
+
+
+def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lambda fraction: None) -> PartialSums:
+    """The sums over one shard's examples for one shard's sites.
+
+    `on_batch` is called with the fraction of the shard that is done; it may raise to cancel.
+    """
+    first, last = shard.examples
+    rows = slice(*shard.sites)
+    n_sites = rows.stop - rows.start
+    positions = np.arange(first, last)
+    with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
+        example = next(read(job, shard.split, positions[:2]))[0]
+        if first == 0 and rows.start == 0:
+            n_checked = min(N_CHECKED, max(2, job.plan.batch_size))  # with one alone, no batch mates would be seen
+            inputs = torch.cat([batch for batch, _ in read(job, shard.split, positions[:n_checked])])
+            baseline.check_repeatable(example, inputs)
+            on_batch(0.0)
+            baseline.check_composition(job.model, inputs)
+            on_batch(0.0)
+            if job.plan.path not in ("direct", "response"):  # these two have looked for the parameter themselves
+                baseline.check_used(job.model, job.plan.parameter, inputs)
+            on_batch(0.0)
+        path = open_engine(job, job.sites[rows], example)
+        filled, batches = 0.0, read(job, shard.split, positions)
+        if isinstance(path, HasPrefix) and (notes := notes_of(job, shard)):
+            filled = FILL_SHARE * len(notes.missing()) / len(notes.batches)
+            fill(job, shard, path, notes, lambda part: on_batch(filled * part))
+            batches = read_noted(job, shard, notes)
+        return run_batches(
+            path,
+            job.model,
+            batches,
+            n_sites=n_sites,
+            first_example=first,
+            per_class=job.plan.find_split(shard.split).per_class,
+            proof_examples=frozenset(job.plan.proof.examples.get(shard.split, ())),
+            device=job.device,
+            on_step=lambda examples, sites: on_batch(
+                filled
+                + (1 - filled)
+                * (examples + sites / n_sites * min(job.plan.batch_size, last - first - examples))
+                / (last - first)
+            ),
+            proof=bool(job.plan.proof.n_sites),
+            top1=job.spec.top1,
+        )
+
+
+def notes_of(job: Job, shard: Shard) -> Notes | None:
+    """The notes of the shards with this shard's examples; None where there is no other such shard, or no cache."""
+    if job.activations is None or len(sharing(job.plan, shard)) == 1:
+        return None
+    first, last = shard.examples
+    starts = range(first, last, job.plan.batch_size)
+    batches = tuple((start, min(last, start + job.plan.batch_size)) for start in starts)
+    return Notes(job.activations, f"{job.name} {shard.split}", batches)
+
+
+def drop_notes(job: Job) -> None:
+    """Delete what the shards of this job have noted for each other."""
+    for shard in {(shard.split, shard.examples): shard for shard in job.plan.shards}.values():
+        if notes := notes_of(job, shard):
+            notes.drop()
+
+
+def sharing(plan: Plan, shard: Shard) -> list[str]:
+    """The shards with the same examples."""
+    return [other.id for other in plan.shards if (other.split, other.examples) == (shard.split, shard.examples)]
+
+
+def fill(job: Job, shard: Shard, path: HasPrefix, notes: Notes, on_batch: Callable[[float], None]) -> None:
+    """Put what comes before the layer into the cache for every batch of the shard, together with other workers.
+
+    `on_batch` is called with the fraction of the batches that are there. Filling stops where the cache has no room.
+    """
+    n_batches = len(notes.batches)
+    batch = find_start(sharing(job.plan, shard).index(shard.id), n_batches)
+    own: set[int] = set()  # not done again, even if they are gone already
+    while missing := [batch for batch in notes.missing() if batch not in own]:
+        batch = find_next(missing, batch)
+        for inputs, labels in read(job, shard.split, np.arange(notes.batches[batch][0], shard.examples[1])):
+            if batch in own or notes.has(batch):
+                break
+            address = notes.activations.address(inputs)
+            if not notes.activations.has(address):
+                path.keep_prefix(inputs)
+                if not notes.activations.has(address):
+                    return
+            notes.put(batch, address, labels)
+            own.add(batch)
+            missing.remove(batch)
+            on_batch(1 - len(missing) / n_batches)
+            batch += 1
+    on_batch(1.0)
+
+
+def read_noted(job: Job, shard: Shard, notes: Notes) -> Iterator[tuple[Tensor, Tensor]]:
+    """The shard's batches in order; a batch that the cache holds is not read from the data set.
+
+    The first batch is always read: the path is compared with the model itself on it.
+    """
+    for batch, (first, last) in enumerate(notes.batches):
+        known = notes.get(batch) if batch else None
+        if known is not None and notes.activations.hold(known[0]):
+            yield make_known(known[0], last - first), known[1].to(job.device)
+        else:
+            notes.activations.held.clear()
+            yield from read(job, shard.split, np.arange(first, last))
+    notes.activations.held.clear()
+
+
+def open_engine(job: Job, sites: Sites, example: Tensor) -> EnginePath:
+    """The plan's path for these sites."""
+    plan = job.plan
+    sites = sites if plan.path == "response" else sites.listed()
+    setup = Setup(job.model, plan.parameter, sites, plan.precision, job.spec.top1, plan.lanes, job.activations)
+    return open_path(plan.path, setup, example)
+
+
+def read(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """The examples at these positions of a split's fixed order: batches on the job's device, their labels checked."""
+    part = job.splits[split]
+    done = 0
+    for inputs, labels in load_batches(
+        part.dataset,
+        part.indices[positions],
+        job.plan.batch_size,
+        collate=part.collate,
+        pin_memory=job.device.type == "cuda",
+    ):
+        with example_of(part, positions[done:]):
+            baseline.check_labels(labels, job.plan.n_classes)
+        done += len(labels)
+        yield fit(inputs, job.model), labels.to(job.device, torch.int64)
+
+
+@contextmanager
+def example_of(split: Split, positions: np.ndarray) -> Iterator[None]:
+    """Inside, errors that say where an example is among `positions` become errors that name it as the data set does."""
+    try:
+        yield
+    except ExampleError as error:
+        index = int(split.indices[positions[error.position]])
+        raise DataError(f"{name_example(split.dataset, index)} {error.what}") from None
+
+
+@contextmanager
+def threads_of(plan: Plan) -> Iterator[None]:
+    """Inside, torch runs the plan's number of threads, which decides the last bits; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
