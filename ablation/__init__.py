@@ -10,8 +10,8 @@
     plan        spec + shapes -> shards            table       one frozen row per site
     views       what is told of models and plans   statistics, export   read the table only
     precision   float64 from the target on         plots       a figure of the table
-    reference   zero, forward, restore: the truth  devices     what torch finds here to compute on
-                                                   job         a job with its model and data loaded
+    loss        one number from each example       devices     what torch finds here to compute on
+    reference   zero, forward, restore: the truth  job         a job with its model and data loaded
                                                    shard       run one shard of a job
                                                    proof, memory   check a job; begin it again where memory runs out
                                                    run         the whole walk on one screen

@@ -7,16 +7,18 @@ import copy
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ablation.errors import DataError, ExampleError, ModelError
+from ablation.errors import DataError, ExampleError, ModelError, SpecError
+from ablation.loss import Loss, loss_values
 from ablation.precision import FromTargetOn, as_found, run_with
 from ablation.reference import intact_logits
 
 # Largest difference of a logit between two batch compositions, relative to 1 + the largest logit.
 # Kernels round differently at different batch sizes (seen: up to 1e-5 in float32); batch mates that matter do more.
 COMPOSITION_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+LOSS_TOLERANCE = 1e-12  # of a loss between two batch compositions, relative to 1 + the largest: float64's own rounding
 
 
 def check_model(model: torch.nn.Module) -> None:
@@ -66,6 +68,31 @@ def check_logits(logits: Any, n_examples: int) -> None:
     bad = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise ExampleError(bad[0], "gives NaN or infinite logits; check its input and the weights.")
+
+
+def check_loss(loss: Loss, logits: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> None:
+    """Refuse a loss that is not finite, or whose value on one example depends on its batch mates.
+
+    Raises:
+        SpecError: the values differ by more than `LOSS_TOLERANCE` in another batch composition.
+        ExampleError: the loss of an example is NaN or infinite.
+    """
+    values = loss_values(loss, logits, labels)
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ExampleError(bad[0], "has a NaN or infinite loss; check the loss and the example's label.")
+    cut = max(1, len(labels) // 3)
+    turned = logits.flip(0), labels.flip(0)
+    parts = [slice(0, cut), slice(cut, None)] if len(labels) > 1 else [slice(None)]
+    composed = torch.cat([loss_values(loss, turned[0][part], turned[1][part]) for part in parts]).flip(0)
+    worst = (composed - values).abs().max().item()
+    if not worst <= LOSS_TOLERANCE * (1 + values.abs().max().item()):
+        raise SpecError(
+            "loss",
+            f"{type(loss).__name__}, whose values differ by {worst:.3g} in another batch composition",
+            "a loss of each example that is a fixed function of its own logits and label",
+            "Look for a mean over the batch, or for randomness.",
+        )
 
 
 def check_repeatable(first: Tensor, again: Tensor) -> None:

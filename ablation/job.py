@@ -24,6 +24,7 @@ from ablation.inputs.data import draw_examples, labels_of, load_data, tell_apart
 from ablation.inputs.folders import Folders
 from ablation.inputs.models import load_model
 from ablation.layers import registered_here
+from ablation.loss import CROSS_ENTROPY, Loss, make_loss
 from ablation.plan import Plan, plan_spec
 from ablation.reference import in_float64
 from ablation.sites import Sites, list_sites
@@ -48,6 +49,7 @@ class Job:
     model: torch.nn.Module
     splits: dict[str, Split]
     device: torch.device
+    loss: Loss = CROSS_ENTROPY
     activations: Activations | None = None
     found: dict[str, str] = field(default_factory=dict)  # hashes of what was opened; all who share the job have these
     name: str = field(default_factory=lambda: secrets.token_hex(8))  # shards of one name share notes
@@ -118,8 +120,12 @@ def plan_here(spec: JobSpec, folders: Folders, **options: Any) -> Plan:
     return plan or cast(Plan, plan_spec(spec, folders, registered, counts=count_splits(spec, folders), **options))
 
 
-def make_job(spec: JobSpec, plan: Plan, model: torch.nn.Module, splits: dict[str, Split]) -> Job:
+def make_job(
+    spec: JobSpec, plan: Plan, model: torch.nn.Module, splits: dict[str, Split], loss: Loss | None = None
+) -> Job:
     """A job on a model and data that are there already; in `float64` precision the model is copied.
+
+    `loss` is the object where the spec has only the name of its class.
 
     Raises:
         ModelError: the model can't be measured exactly, or its layer is not the one that was planned.
@@ -129,4 +135,5 @@ def make_job(spec: JobSpec, plan: Plan, model: torch.nn.Module, splits: dict[str
     if shape != plan.shape:
         raise ModelError(f"{plan.parameter} has shape {shape} with these weights; the plan was made for {plan.shape}.")
     model = in_float64(model) if spec.precision == "float64" else model
-    return Job(spec, plan, model, splits, model.get_parameter(plan.parameter).device)
+    where = model.get_parameter(plan.parameter).device
+    return Job(spec, plan, model, splits, where, loss or make_loss(spec.loss))

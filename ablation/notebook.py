@@ -25,6 +25,7 @@ from ablation.inputs.catalog import ModelFacts
 from ablation.inputs.data import as_dataset, load_batches
 from ablation.job import Split, make_job
 from ablation.layers import describe_model
+from ablation.loss import Loss, read_loss
 from ablation.machine import find_memory
 from ablation.memory import run_smaller
 from ablation.plan import Plan, SplitCounts, make_plan
@@ -76,6 +77,7 @@ def ablate(
     verify: int = 8,
     top1: bool = False,
     criteria: Sequence[str] = (),
+    loss: str | Mapping[str, Any] | torch.nn.CrossEntropyLoss | Loss = "cross_entropy",
     progress: bool = True,
 ) -> Table:
     """The exact change of the mean cross-entropy when single weights of a layer are replaced, one at a time.
@@ -101,6 +103,10 @@ def ablate(
         verify: how many sites to prove against the reference; 0: no proof.
         top1: also count `broken` and `fixed` examples.
         criteria: cheap criteria to compute beside; none in this version.
+        loss: `"cross_entropy"`; that with options, as a dict (`{"name": "cross_entropy", "label_smoothing": 0.1,
+            "class_weights": [...]}`) or as a `torch.nn.CrossEntropyLoss`; or an object with `values(logits, labels)`
+            that gives each example's loss (`ablation.loss.Loss`). Utilities are plain means over the examples, also
+            where torch would divide by the sum of the class weights.
         progress: show a progress bar.
 
     Returns:
@@ -125,7 +131,8 @@ def ablate(
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module.")
     read = {name: _make_split(name, splits[name]) for name in _check_names(splits)}
-    spec = _make_spec(layer, read, sites, seed, value, precision, verify, top1, criteria)
+    of_loss, loss_object = read_loss(loss)
+    spec = _make_spec(layer, read, sites, seed, value, precision, verify, top1, criteria, of_loss)
     work = _on_device(model, device)
     with left_alone(work):
         plan_of = _plan_for(spec, work, read, engine, batch_size)
@@ -135,7 +142,7 @@ def ablate(
             task = bar.add_task(f"{plan.n_sites} weights of {layer} ({plan.path})", total=1.0)
             return _as_table(
                 run_smaller(
-                    lambda n_halved: make_job(spec, plan_of(n_halved) if n_halved else plan, work, read),
+                    lambda n_halved: make_job(spec, plan_of(n_halved) if n_halved else plan, work, read, loss_object),
                     lambda job: run_job(job, on_progress=lambda fraction: bar.update(task, completed=fraction)),
                     may_halve=batch_size is None,
                 )
@@ -171,6 +178,7 @@ def _make_spec(
     verify: int,
     top1: bool,
     criteria: Sequence[str],
+    loss: Any,
 ) -> JobSpec:
     return make_spec(
         {
@@ -183,6 +191,7 @@ def _make_spec(
             "verify": _whole(verify),
             "top1": top1,
             "criteria": tuple(criteria),
+            "loss": loss,
         }
     )
 

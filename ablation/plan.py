@@ -25,7 +25,19 @@ from ablation.inputs.catalog import (
     split_counts,
 )
 from ablation.inputs.folders import Folders
-from ablation.spec import Constant, CountOfSites, JobSpec, PerClass, Precision, Record, SiteIndices, SplitSpec
+from ablation.spec import (
+    FORMS,
+    Constant,
+    CountOfSites,
+    CrossEntropySpec,
+    JobSpec,
+    LossObject,
+    PerClass,
+    Precision,
+    Record,
+    SiteIndices,
+    SplitSpec,
+)
 
 ENGINES = ("auto", *get_args(Path))
 
@@ -160,6 +172,13 @@ def count_sites(spec: JobSpec, layer: LayerFacts) -> int:
     return len(spec.sites.indices)
 
 
+def _check_weights(spec: JobSpec, n_classes: int) -> None:
+    weights = spec.loss.class_weights if isinstance(spec.loss, CrossEntropySpec) else None
+    if weights is not None and len(weights) != n_classes:
+        allowed = f"{n_classes} numbers, one for each class of the model"
+        raise SpecError("loss.class_weights", f"{len(weights)} numbers", allowed)
+
+
 def plan_spec(
     spec: JobSpec,
     folders: Folders,
@@ -175,7 +194,10 @@ def plan_spec(
     Raises:
         SpecError: something that it names is not there, or it asks for more than there is.
     """
+    if isinstance(spec.loss, LossObject):
+        raise SpecError("loss", {"object": spec.loss.object}, FORMS["loss"], "Objects are for ablation.ablate alone.")
     facts = model_facts(spec.model.name, registered)
+    _check_weights(spec, facts.n_classes)
     find_checkpoint(spec.model.weights, facts.weights, folders)
     count_sites(spec, find_layer(facts, spec.layer))
     counts = counts or split_counts(spec.data, folders, registered)
@@ -234,6 +256,7 @@ def _cut_job(
     n_halved: int,
 ) -> Plan:
     layer = find_layer(facts, spec.layer)
+    _check_weights(spec, facts.n_classes)
     n_sites = count_sites(spec, layer)
     path = _choose_path(spec, layer, n_sites, engine)
     splits = tuple(count_asked(name, asked, counts[name]) for name, asked in spec.data.splits.items())
@@ -283,7 +306,8 @@ def _cut_job(
 def possible_paths(layer: LayerFacts, *, is_whole: bool, is_plain: bool = True) -> tuple[Path, ...]:
     """The paths that a job can take on a layer, from the fastest to the slowest where many weights are asked for.
 
-    `is_whole`: all weights are asked for. `is_plain`: float32 deltas are enough, and no top-1 answers are asked for.
+    `is_whole`: all weights are asked for. `is_plain`: float32 deltas are enough, no top-1 answers are asked for, and
+    the loss is cross-entropy without label smoothing and class weights.
     """
     is_convolution = len(layer.shape) > 2  # its loops have float32 deltas alone, and no top-1 answers
     has_head = layer.path == "direct" and not is_convolution
@@ -300,7 +324,7 @@ def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) ->
     if engine not in ENGINES:
         raise SpecError("engine", engine, f"one of {', '.join(ENGINES)}")
     is_huge = isinstance(spec.value, Constant) and abs(spec.value.constant) > HUGE_STEP
-    is_plain = spec.precision != "float64" and not spec.top1 and not is_huge
+    is_plain = spec.precision != "float64" and not spec.top1 and not is_huge and spec.has_plain_loss
     paths = possible_paths(layer, is_whole=spec.sites == "all", is_plain=is_plain)
     if engine == "auto":
         is_dense = spec.sites == "all" or n_sites * DENSE >= layer.n_weights
@@ -311,10 +335,13 @@ def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) ->
         what = (
             "not part of a classifier head"
             if layer.path != "direct"
-            else "so only in 'mixed', without top1 and with a small replacement"
+            else "so only in 'mixed', without top1, with a small replacement and plain cross-entropy"
         )
         raise SpecError("engine", engine, "auto, finite, rerun or reference for this layer", f"{layer.name} is {what}.")
-    why = "It is for all weights of a layer with response functions: not in float64, without top1, a small constant."
+    why = (
+        "It is for all weights of a layer with response functions: not in float64, without top1, a small constant, and "
+        "cross-entropy without label smoothing and class weights."
+    )
     raise SpecError("engine", engine, "auto, finite, rerun or reference for this job", why)
 
 

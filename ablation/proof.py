@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from ablation.cost import PROVED_WHOLE
@@ -23,6 +23,7 @@ from ablation.engine.deltas import Deltas
 from ablation.engine.interface import EnginePath
 from ablation.errors import ProofError
 from ablation.job import Job
+from ablation.loss import CROSS_ENTROPY, Loss, loss_values
 from ablation.partial import PartialSums
 from ablation.precision import fit
 from ablation.reference import in_float64, reference_deltas
@@ -48,8 +49,7 @@ class Compared:
     whole: Float64[np.ndarray, "sites first"]  # of the first few examples
     sums: Float64[np.ndarray, " sites"]
     utility_rms: float
-    loss: float
-    largest_logit: float
+    rounding: float  # what subtracting two losses can't see
 
 
 def run_proof(job: Job, totals: dict[str, PartialSums]) -> dict[str, Any]:
@@ -69,7 +69,8 @@ def run_proof(job: Job, totals: dict[str, PartialSums]) -> dict[str, Any]:
             read(job, name, positions),
             sums=take_proof(total, chosen),
             utility_rms=rms(total.delta / total.n_examples),
-            loss=total.loss / total.n_examples,
+            mean_loss=total.loss / total.n_examples,
+            loss=job.loss,
         )
     return make_proof(compared, job.plan.precision)
 
@@ -124,22 +125,32 @@ def compare(
     *,
     sums: Float64[np.ndarray, " sites"],
     utility_rms: float,
-    loss: float,
+    mean_loss: float,
+    loss: Loss = CROSS_ENTROPY,
 ) -> Compared:
     """Run engine and reference side by side over the proof's examples of one split."""
     columns: dict[str, list[Tensor]] = {"engine": [], "continued": [], "whole": []}
-    largest_logit = 0.0
+    largest_logit, unit = 0.0, 1.0
     batches = [*batches]  # of a proof's few examples
     for inputs, labels in batches:
         intact, pieces = path.run(inputs, labels)
         largest_logit = max(largest_logit, float(intact.logits.abs().max()))
+        unit = max(unit, _unit(loss, intact.logits, labels))
         columns["engine"].append(torch.cat([piece.delta for piece in pieces if isinstance(piece, Deltas)]))
-        columns["continued"].append(reference_deltas(model, parameter, sites, inputs, labels))
+        columns["continued"].append(reference_deltas(model, parameter, sites, inputs, labels, loss))
     model = in_float64(model)  # only now: the reference keeps float64 numbers, too, while it runs
     for inputs, labels in cut_short(batches, PROVED_WHOLE):
-        columns["whole"].append(reference_deltas(model, parameter, sites, fit(inputs, model), labels))
+        columns["whole"].append(reference_deltas(model, parameter, sites, fit(inputs, model), labels, loss))
     arrays = {name: torch.cat(parts, dim=1).cpu().numpy() for name, parts in columns.items()}
-    return Compared(**arrays, sums=sums, utility_rms=utility_rms, loss=loss, largest_logit=largest_logit)
+    rounding = ROUNDING * (unit + mean_loss) + ROUNDING / 10 * unit * largest_logit
+    return Compared(**arrays, sums=sums, utility_rms=utility_rms, rounding=rounding)
+
+
+def _unit(loss: Loss, logits: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> float:
+    """How much larger the loss is than cross-entropy, at logits of 0: by so much more it is rounded. At least 1."""
+    flat = torch.zeros_like(logits)
+    ratio = loss_values(loss, flat, labels) / loss_values(CROSS_ENTROPY, flat, labels)
+    return max([1.0, *ratio[ratio.isfinite()].abs().tolist()])
 
 
 def cut_short(batches: Iterable[tuple[Tensor, Tensor]], n: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -188,7 +199,7 @@ def _arithmetic_errors(split: Compared, precision: str) -> Float64[np.ndarray, "
 
     float32 sums over classes, which may all but cancel: a delta that is nothing beside others may be off by more of it.
     """
-    floor = ROUNDING * (1 + split.loss) + ROUNDING / 10 * split.largest_logit
+    floor = split.rounding
     difference = np.maximum(np.abs(split.engine - split.continued) - floor, 0).mean(axis=1)
     size = np.abs(split.continued).mean(axis=1)
     if precision == "float64":
@@ -207,8 +218,7 @@ def _model_rounding(split: Compared) -> Float64[np.ndarray, " sites"]:
 
 def _sum_errors(split: Compared) -> Float64[np.ndarray, " sites"]:
     n_examples = split.continued.shape[1]
-    floor = ROUNDING * (1 + split.loss) + ROUNDING / 10 * split.largest_logit
-    difference = np.maximum(np.abs(split.sums - split.continued.sum(axis=1)) / n_examples - floor, 0)
+    difference = np.maximum(np.abs(split.sums - split.continued.sum(axis=1)) / n_examples - split.rounding, 0)
     return _ratio(difference, _spread(split.continued))
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from ablation.errors import ModelError
+from ablation.loss import CROSS_ENTROPY, Loss, loss_values
 from ablation.precision import FromTargetOn, Lifts, as_found, in_own_precision, run, run_with
 from ablation.sites import Sites
 
@@ -28,11 +28,16 @@ class Truth:
 
 
 def run_reference(
-    model: torch.nn.Module, parameter: str, sites: Sites, inputs: Any, labels: Int64[Tensor, " examples"]
+    model: torch.nn.Module,
+    parameter: str,
+    sites: Sites,
+    inputs: Any,
+    labels: Int64[Tensor, " examples"],
+    loss: Loss = CROSS_ENTROPY,
 ) -> Truth:
     """Each example's loss with the weight replaced, minus its loss with the network intact, in nats.
 
-    `delta[a, n] = l_n(w_a := r_a) - l_n(w_a)` with l the cross-entropy; positive: the weight helps on example n.
+    `delta[a, n] = l_n(w_a := r_a) - l_n(w_a)` with l the loss; positive: the weight helps on example n.
     The network before `parameter` runs in the model's own precision, everything from there on in float64.
     Pass the model and inputs in float64 (`in_float64`) and the whole of it is float64.
 
@@ -50,8 +55,8 @@ def run_reference(
         return run_with(model, parameter, weights, inputs, mode=FromTargetOn(weights, lifts))
 
     with as_found(model):
-        logits = run_ablated()
-        loss = _loss(logits, labels)
+        logits = run_ablated()  # where they do not depend on the target they may still be float32
+        intact = loss_values(loss, logits, labels)
         for row, (index, replacement) in enumerate(
             zip(sites.indices.tolist(), sites.replacements.tolist(), strict=True)
         ):
@@ -59,22 +64,22 @@ def run_reference(
             weights.view(-1)[index] = replacement
             ablated = run_ablated()
             weights.view(-1)[index] = weight
-            delta[row] = _loss(ablated, labels) - loss
+            delta[row] = loss_values(loss, ablated, labels) - intact
             touched[row] = (ablated != logits).any(dim=1)
             correct[row] = ablated.argmax(dim=1) == labels
     return Truth(delta, touched, correct)
 
 
 def reference_deltas(
-    model: torch.nn.Module, parameter: str, sites: Sites, inputs: Any, labels: Int64[Tensor, " examples"]
+    model: torch.nn.Module,
+    parameter: str,
+    sites: Sites,
+    inputs: Any,
+    labels: Int64[Tensor, " examples"],
+    loss: Loss = CROSS_ENTROPY,
 ) -> Float64[Tensor, "sites examples"]:
     """The deltas of `run_reference` alone."""
-    return run_reference(model, parameter, sites, inputs, labels).delta
-
-
-def _loss(logits: Tensor, labels: Int64[Tensor, " examples"]) -> Float64[Tensor, " examples"]:
-    """Each example's cross-entropy; logits that do not depend on the target may still be float32."""
-    return F.cross_entropy(logits.double(), labels, reduction="none")
+    return run_reference(model, parameter, sites, inputs, labels, loss).delta
 
 
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:

@@ -143,7 +143,9 @@ def open_engine(job: Job, sites: Sites, example: Tensor) -> EnginePath:
     """The plan's path for these sites."""
     plan = job.plan
     sites = sites if plan.path == "response" else sites.listed()
-    setup = Setup(job.model, plan.parameter, sites, plan.precision, job.spec.top1, plan.lanes, job.activations)
+    setup = Setup(
+        job.model, plan.parameter, sites, plan.precision, job.spec.top1, plan.lanes, job.activations, job.loss
+    )
     return open_path(plan.path, setup, example)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from ablation.errors import SpecError, nearest
 
@@ -118,6 +119,55 @@ class Constant(Record):
 ValueSpec = Literal["zero"] | Constant
 
 
+class CrossEntropySpec(Record):
+    """Cross-entropy in nats, with label smoothing and class weights as `torch.nn.CrossEntropyLoss` defines them."""
+
+    name: Literal["cross_entropy"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="one for each class of the model; absent: all 1"
+    )
+
+    @field_validator("class_weights")
+    @classmethod
+    def _some_weigh(cls, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if weights is not None:
+            wrong = next((weight for weight in weights if not 0 <= weight < math.inf), None)
+            if wrong is not None:
+                raise ValueError(f"finite numbers of at least 0; {wrong} is not one")
+            if not any(weights):
+                raise ValueError("at least one number above 0")
+        return weights
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is cross-entropy without smoothing and weights."""
+        return self.label_smoothing == 0 and self.class_weights is None
+
+
+class LossObject(Record):
+    """A loss object that the caller of `ablation.ablate` holds: the name of its class."""
+
+    object: str
+
+
+LossSpec = Literal["cross_entropy"] | CrossEntropySpec | SkipJsonSchema[LossObject]
+
+
+def check_cross_entropy(options: Mapping[str, Any]) -> CrossEntropySpec:
+    """The checked record of cross-entropy's options.
+
+    Raises:
+        SpecError: the first option that is wrong.
+    """
+    try:
+        return CrossEntropySpec.model_validate({"name": "cross_entropy", **options})
+    except ValidationError as error:
+        raise spec_error(
+            [{**each, "loc": ("loss", *each["loc"])} for each in error.errors(include_url=False)]
+        ) from None
+
+
 class JobSpec(Record):
     """One job: how much does the loss change when these weights of this layer are replaced, on this data?"""
 
@@ -132,6 +182,12 @@ class JobSpec(Record):
     verify: Annotated[int, Field(ge=0, le=1024)] = 8
     top1: bool = False
     criteria: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    loss: LossSpec = "cross_entropy"
+
+    @property
+    def has_plain_loss(self) -> bool:
+        """Whether the loss is cross-entropy without smoothing and weights: what the compiled loops compute."""
+        return self.loss == "cross_entropy" or (isinstance(self.loss, CrossEntropySpec) and self.loss.is_plain)
 
     @field_validator("criteria")
     @classmethod
@@ -166,6 +222,7 @@ FORMS = {
     "value": '"zero", a number, or {"constant": number}',
     "data.train": _SPLIT_FORMS,
     "data.test": _SPLIT_FORMS,
+    "loss": '"cross_entropy" or {"name": "cross_entropy", "label_smoothing": s, "class_weights": [...]}',
 }
 # The records that a spec is made of, where a field takes no other form.
 _RECORDS: dict[str, type[Record]] = {"": JobSpec, "model": ModelSpec, "data": DataSpec}

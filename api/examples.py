@@ -25,6 +25,7 @@ _FULL_SPEC: dict[str, Any] = {
     "verify": 8,
     "top1": False,
     "criteria": [],
+    "loss": "cross_entropy",
 }
 
 _PLAN: dict[str, Any] = {

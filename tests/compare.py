@@ -4,6 +4,7 @@ Nothing of the package is used to compute the truth here: plain PyTorch on a flo
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each example's plain cross-entropy."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
 def brute_force(
-    model: nn.Module, parameter: str, indices: Any, inputs: Tensor, labels: Tensor, value: float = 0.0
+    model: nn.Module,
+    parameter: str,
+    indices: Any,
+    inputs: Tensor,
+    labels: Tensor,
+    value: float = 0.0,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
 ) -> np.ndarray:
     """Per-example loss deltas (sites, examples) of a float64 copy of the model, weight by weight."""
     intact, *ablated = _logits_of_each(model, parameter, indices, inputs, value)
-    loss = F.cross_entropy(intact, labels, reduction="none")
-    return torch.stack([F.cross_entropy(logits, labels, reduction="none") - loss for logits in ablated]).numpy()
+    before = loss(intact, labels)
+    return torch.stack([loss(logits, labels) - before for logits in ablated]).numpy()
 
 
 def count_moved(model: nn.Module, parameter: str, indices: Any, inputs: Tensor, value: float = 0.0) -> np.ndarray:

@@ -52,6 +52,9 @@ def run_batches(
             own = intact_logits(model, inputs[:N_COMPARED])
             tolerance = baseline.COMPOSITION_TOLERANCE[own.dtype]
             baseline.check_agreement(intact.logits[:N_COMPARED], own, "from what this path computes", tolerance)
+            if not intact.is_plain:
+                with counting_from(position):
+                    baseline.check_loss(intact.function, intact.logits, labels)
         in_proof = torch.tensor([position + k in proof_examples for k in range(len(labels))], device=device)
         for deltas in pieces:
             sums.add(deltas, intact, in_proof)

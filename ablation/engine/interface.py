@@ -14,6 +14,7 @@ from torch import Tensor
 from ablation.cache import Activations
 from ablation.engine.deltas import HUGE_STEP, Deltas, Responses
 from ablation.engine.loss import Intact
+from ablation.loss import CROSS_ENTROPY, Loss
 from ablation.sites import Sites
 
 
@@ -22,7 +23,8 @@ class Setup:
     """Which weights of which model are replaced by what, and how the deltas are to be computed.
 
     `top1`: the paths also say whether the top-1 answer is right. `lanes`: how many sites the path `finite` carries at
-    once. `activations`: where what comes before the layer is kept between jobs and shards; None: nowhere.
+    once. `activations`: where what comes before the layer is kept between jobs and shards; None: nowhere. `loss`: whose
+    change is computed.
     """
 
     model: torch.nn.Module
@@ -32,6 +34,7 @@ class Setup:
     top1: bool = False
     lanes: int = 1
     activations: Activations | None = None
+    loss: Loss = CROSS_ENTROPY
 
     @property
     def base_dtype(self) -> torch.dtype:

@@ -21,6 +21,7 @@ from ablation.engine.responses.rows import Whole
 from ablation.engine.responses.three_linears import Deep
 from ablation.engine.responses.way import DeepHead, Head, Tail, find_straight_way
 from ablation.errors import ModelError, SpecError
+from ablation.loss import is_plain
 
 
 def find_paths(calls: Calls, parameter: str) -> tuple[Path, ...]:
@@ -54,17 +55,27 @@ def open_path(path: str, setup: Setup, example: Tensor) -> EnginePath:
 def _open_direct(setup: Setup, example: Tensor) -> EnginePath:
     way = find_straight_way(record_calls(setup.model, example), setup.parameter)
     if isinstance(way, Tail):
+        _require_plain(setup, "direct")
         return Pooled(setup, way)
     return Direct(setup, _require_head(way, setup.parameter))
 
 
 def _open_response(setup: Setup, example: Tensor) -> EnginePath:
+    _require_plain(setup, "response")
     way = find_straight_way(record_calls(setup.model, example), setup.parameter)
     if isinstance(way, Tail):
         return Pooled(setup, way)
     if isinstance(way, DeepHead):
         return Deep(setup, way)
     return Whole(setup, _require_head(way, setup.parameter))
+
+
+def _require_plain(setup: Setup, path: str) -> None:
+    if not is_plain(setup.loss):
+        raise ModelError(
+            f"the path {path!r} takes {setup.parameter} with plain cross-entropy only, without label smoothing or "
+            "class weights; use engine='finite'."
+        )
 
 
 def _require_head(way: Head | DeepHead | None, parameter: str) -> Head:

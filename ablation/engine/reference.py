@@ -19,15 +19,16 @@ class Reference:
         self.model = in_float64(setup.model)
         self.parameter = setup.parameter
         self.sites = setup.sites
+        self.loss = setup.loss
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of one site after the other."""
         inputs = fit(inputs, self.model)
-        intact = make_intact(intact_logits(self.model, inputs), labels)
+        intact = make_intact(intact_logits(self.model, inputs), labels, function=self.loss)
         return intact, self._deltas(intact, inputs)
 
     def _deltas(self, intact: Intact, inputs: Tensor) -> Iterator[Deltas]:
         for row in range(len(self.sites)):
             rows = slice(row, row + 1)
-            truth = run_reference(self.model, self.parameter, self.sites[rows], inputs, intact.labels)
+            truth = run_reference(self.model, self.parameter, self.sites[rows], inputs, intact.labels, self.loss)
             yield Deltas(rows, truth.delta, truth.touched, truth.correct)

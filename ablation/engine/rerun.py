@@ -27,6 +27,7 @@ class Rerun:
         self.model = setup.model
         self.parameter = setup.parameter
         self.sites = setup.sites
+        self.loss = setup.loss
         self.top1 = setup.top1
         self.activations = setup.activations
         intact = setup.model.get_parameter(setup.parameter).detach()
@@ -44,7 +45,7 @@ class Rerun:
             again = self.run_rest(inputs, self.mode())
             baseline.check_agreement(again, logits, "with its prefix replayed", tolerance=1e-9)
             self.is_checked = True
-        intact = make_intact(logits, labels)
+        intact = make_intact(logits, labels, function=self.loss)
         return intact, self._deltas(intact, inputs)
 
     def mode(self) -> FromTargetOn:

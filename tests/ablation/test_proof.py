@@ -12,7 +12,7 @@ DELTAS = RANDOM.standard_normal((5, 12)) * 1e-6
 
 def compared(engine=DELTAS, continued=DELTAS, whole=DELTAS, sums=None) -> dict[str, Compared]:
     sums = continued.sum(axis=1) if sums is None else sums
-    return {"test": Compared(engine, continued, whole, sums, float(np.sqrt((DELTAS.mean(1) ** 2).mean())), 1.0, 10.0)}
+    return {"test": Compared(engine, continued, whole, sums, float(np.sqrt((DELTAS.mean(1) ** 2).mean())), 1.2e-14)}
 
 
 @pytest.mark.parametrize("precision", ["mixed", "float64", "float32"])
@@ -74,7 +74,7 @@ def test_a_delta_where_the_reference_has_none_fails() -> None:
 
 def test_nothing_moves_anywhere() -> None:
     zero = np.zeros((3, 4))
-    proof = make_proof({"test": Compared(zero, zero, zero, np.zeros(3), 0.0, 1.0, 10.0)}, "mixed")
+    proof = make_proof({"test": Compared(zero, zero, zero, np.zeros(3), 0.0, 1.2e-14)}, "mixed")
     assert proof["arithmetic_error"] == proof["sum_error"] == proof["model_rounding_p99"] == 0
 
 

@@ -14,6 +14,14 @@ FIELDS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def smoothed(smoothing: Any) -> dict[str, Any]:
+    return {"name": "cross_entropy", "label_smoothing": smoothing}
+
+
+def weighted(*weights: Any) -> dict[str, Any]:
+    return {"name": "cross_entropy", "class_weights": list(weights)}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -39,6 +47,21 @@ FIELDS: dict[str, Any] = {
         ({"top1": "yes"}, "top1: got 'yes'; allowed: true or false."),
         ({"criteria": "taylor1"}, "criteria: got 'taylor1'; allowed: a list."),
         ({"criteria": [1]}, "criteria.0: got 1; allowed: text."),
+        ({"loss": "hinge"}, 'loss: got \'hinge\'; allowed: "cross_entropy" or {"name": "cross_entropy", "label_smooth'),
+        ({"loss": {"name": "hinge"}}, 'allowed: "cross_entropy" or {"name": "cross_entropy", "label_smoothing": s'),
+        ({"loss": {"name": "cross_entropy", "smoothing": 0.1}}, 'allowed: "cross_entropy" or {"name": "cross_entropy"'),
+        ({"loss": {"label_smoothing": 0.1}}, 'allowed: "cross_entropy" or {"name": "cross_entropy", "label_smoothing"'),
+        ({"loss": smoothed(1.0)}, "loss.label_smoothing: got 1.0; allowed: less than 1"),
+        ({"loss": smoothed(-0.1)}, "loss.label_smoothing: got -0.1; allowed: 0"),
+        ({"loss": smoothed(float("nan"))}, "loss.label_smoothing: got NaN; allowed: "),
+        ({"loss": smoothed(True)}, "loss.label_smoothing: got true; allowed: a number."),
+        ({"loss": smoothed("0.1")}, "loss.label_smoothing: got '0.1'; allowed: a number."),
+        ({"loss": weighted(1.0, -0.5)}, "loss.class_weights: got [1.0, -0.5]; allowed: finite numbers of at least 0"),
+        ({"loss": weighted(1.0, float("inf"))}, "allowed: finite numbers of at least 0; inf is not one."),
+        ({"loss": weighted(1.0, float("nan"))}, "allowed: finite numbers of at least 0; nan is not one."),
+        ({"loss": weighted(0.0, 0)}, "loss.class_weights: got [0.0, 0]; allowed: at least one number above 0."),
+        ({"loss": weighted()}, "loss.class_weights: got []; allowed: 1 or more of them."),
+        ({"loss": weighted(True, 1.0)}, "loss.class_weights.0: got true; allowed: a number."),
     ],
 )
 def test_an_error_says_what_was_given_and_what_is_allowed(change: dict[str, Any], said: str) -> None:
@@ -57,3 +80,21 @@ def test_the_schema_allows_every_form_of_a_value_that_is_taken_and_no_other() ->
         assert not schema.is_valid({**FIELDS, "value": value})
         with pytest.raises(SpecError):
             make_spec({**FIELDS, "value": value})
+
+
+def test_losses_that_may_be_asked_for() -> None:
+    schema = jsonschema.Draft202012Validator(JobSpec.model_json_schema())
+    forms = ["cross_entropy", {"name": "cross_entropy"}, smoothed(0), smoothed(0.25), weighted(1, 0.0, 2.5)]
+    for loss in forms:
+        schema.validate({**FIELDS, "loss": loss})
+        spec = make_spec({**FIELDS, "loss": loss})
+        assert make_spec(json.loads(spec.model_dump_json())) == spec
+        schema.validate(json.loads(spec.model_dump_json()))
+        assert spec.has_plain_loss == (loss in forms[:3])
+    assert make_spec(FIELDS).loss == "cross_entropy"
+    assert not schema.is_valid({**FIELDS, "loss": {"object": "Focal"}})  # only `ablate` has objects
+
+
+def test_an_old_spec_without_a_loss_is_one_of_cross_entropy() -> None:
+    old = {name: value for name, value in make_spec(FIELDS).model_dump(mode="json").items() if name != "loss"}
+    assert make_spec(old).loss == "cross_entropy"

@@ -54,7 +54,7 @@ class Finite:
         tape = Tape(mode)
         with _plain_attention(), tape:
             logits = self.rest.run_intact(inputs, mode)
-        intact = make_intact(logits, labels)
+        intact = make_intact(logits, labels, function=self.rest.loss)
         return intact, self._deltas(intact, inputs, tape)
 
     def _deltas(self, intact: Intact, inputs: Tensor, tape: Tape) -> Iterator[Deltas]:
@@ -70,10 +70,13 @@ class Finite:
                         one = self.rest.one(row, intact, inputs)
                     yield one
                 continue
-            if isinstance(dz, Product) and isinstance(dz.factor, Block) and dz.factor.length == 1 and not self.top1:
-                yield self._score_columns(rows, intact, dz.factor, dz.matrix)
-            else:
-                yield score(rows, intact, dz, top1=self.top1)
+            yield self._score(rows, intact, dz)
+
+    def _score(self, rows: slice, intact: Intact, dz: Tensor | Product) -> Deltas:
+        has_series = intact.is_plain and not self.top1
+        if has_series and isinstance(dz, Product) and isinstance(dz.factor, Block) and dz.factor.length == 1:
+            return self._score_columns(rows, intact, dz.factor, dz.matrix)
+        return score(rows, intact, dz, top1=self.top1)
 
     def _probe(self, intact: Intact, inputs: Tensor, tape: Tape) -> None:
         """Carry some sites in float64 too, and all of them from now on, if float32 gives other utilities.
@@ -148,7 +151,7 @@ def _score_pairs(
     """Loss delta, touched and correct; by PyTorch's operations of as many pairs at once as stay in the cache."""
     examples = examples.to(dz.device).expand(len(dz))
     at_once = max(1, VALUES_AT_ONCE // dz.shape[1])
-    if is_ready(dz):
+    if is_ready(dz) and intact.is_plain:
         delta, touched = loss_delta_and_touched(intact, examples, dz)
     else:
         touched = (dz != 0).any(dim=1)

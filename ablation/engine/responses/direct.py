@@ -6,7 +6,8 @@ One weight w_ij moves one unit i, and only through d = (r - w_ij) x_j (DESIGN.md
     dz = t V[:, i]                    every logit, a scaled column of the last Linear
 
 and the loss changes as `loss.py` says. Pairs with t = 0 are dropped before anything of size (classes) is touched.
-On a CPU, for ReLU and in the usual precision, compiled loops do it (`arrays.py`); else matrix operations, below.
+On a CPU, for ReLU, plain cross-entropy and in the usual precision, compiled loops do it (`arrays.py`); else matrix
+operations, below.
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.engine.responses.arrays import Loops, open_loops
 from ablation.engine.responses.head import HeadBatch, OpenHead, activate
 from ablation.engine.responses.way import Head
+from ablation.loss import is_plain
 
 PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs looked at together: 8 MB a float64 matrix
 
@@ -32,6 +34,7 @@ class Direct:
     def __init__(self, setup: Setup, head: Head) -> None:
         self.open_head = OpenHead(setup.model, head, setup.base_dtype, setup.activations)
         self.head = head
+        self.loss = setup.loss
         self.sites = sites = setup.sites
         self.top1 = setup.top1
         self.delta_dtype = setup.delta_dtype
@@ -40,7 +43,7 @@ class Direct:
         self.input = None if head.is_bias else sites.indices % n_inputs
         self.step = sites.replacements - sites.weights
         on_host = self.open_head.target.device.type == "cpu"
-        fits = on_host and not self.top1 and self.delta_dtype == torch.float32
+        fits = on_host and not self.top1 and self.delta_dtype == torch.float32 and is_plain(self.loss)
         self.loops = open_loops(self.open_head) if fits else None
         if self.loops is None and (last := self.open_head.last) is not None:
             self.columns = last.weight.T.contiguous()
@@ -49,7 +52,7 @@ class Direct:
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
         """One batch: the intact network, and the deltas of many sites at once."""
         batch = self.open_head.run(inputs)
-        intact = make_intact(batch.logits, labels, self.delta_dtype)
+        intact = make_intact(batch.logits, labels, self.delta_dtype, self.loss)
         if self.loops is not None:
             return intact, self._score(intact, batch, self.loops)
         x = batch.x.to(self.open_head.dtype)

@@ -14,13 +14,16 @@ from ablation.engine.batches import run_batches
 from ablation.engine.calls import record_calls
 from ablation.engine.interface import Setup
 from ablation.engine.paths import PATHS, find_paths, open_path
-from ablation.errors import ModelError, SpecError
+from ablation.errors import ExampleError, ModelError, SpecError
 from ablation.layers import describe_model
+from ablation.loss import CROSS_ENTROPY, CrossEntropy
 from ablation.partial import PartialSums, merge
 from ablation.plan import ENGINES
 from ablation.sites import make_sites
 from tests.cases import Case, confident_net, make_cases
 from tests.compare import BOUND, brute_force, count_moved, utility_error
+from tests.losses import NAMES as LOSSES
+from tests.losses import WEIGHTS, Focal, loss_of
 
 
 def run(case: Case, path: str, precision: str, indices: np.ndarray, cut: int, value="zero", **options) -> PartialSums:
@@ -29,7 +32,8 @@ def run(case: Case, path: str, precision: str, indices: np.ndarray, cut: int, va
     inputs = case.inputs.to(weights.dtype)
     sites = make_sites(weights, indices, value)
     top1, lanes = options.pop("top1", False), options.pop("lanes", 24)
-    engine = open_path(path, Setup(model, case.parameter, sites, precision, top1, lanes), inputs[:2])
+    loss = options.pop("loss", CROSS_ENTROPY)
+    engine = open_path(path, Setup(model, case.parameter, sites, precision, top1, lanes, loss=loss), inputs[:2])
     defaults = {"first_example": 0, "per_class": None, "proof_examples": frozenset()}
     return run_batches(
         engine,
@@ -94,6 +98,77 @@ def test_equals_brute_force(case: Case, path: str, precision: str) -> None:
     moved = count_moved(case.model, case.parameter, indices, case.inputs)
     if precision == "float64" or case.name in ("dead-mlp", "side-output"):
         np.testing.assert_array_equal(partial.touched, moved)
+
+
+@pytest.mark.parametrize("precision", ["mixed", "float64"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("case", make_cases(), ids=str)
+def test_other_losses_equal_brute_force(case: Case, name: str, precision: str) -> None:
+    """Every path that takes the loss; the slow ones, which see only its form, with one loss of each."""
+    indices = some(case, 6)
+    logits = logits_of(case)
+    one = loss_of(name, logits.shape[1])
+    truth = brute_force(case.model, case.parameter, indices, case.inputs, case.labels, loss=one.values)
+    is_head = case.path == "direct" and not is_convolution(case)
+    slow = ("rerun", "reference") if name in ("focal", "smoothing-0.1-weights") else ()
+    for path in ("finite", *slow, *(("direct",) if is_head else ())):
+        partial = run(case, path, precision, indices, cut=8, loss=one.loss)
+        n = len(case.labels)
+        error = utility_error(partial.delta / n, truth, precision, partial.loss / n)
+        assert error <= BOUND[precision], f"{case} {name} {path} {precision}: error {error:.3g}"
+        mean = one.values(logits, case.labels).mean().item()
+        assert partial.loss / n == pytest.approx(mean, rel=1e-4 if precision == "mixed" else 1e-12, abs=1e-14)
+
+
+def logits_of(case: Case) -> torch.Tensor:
+    """The float64 logits of plain PyTorch."""
+    with torch.no_grad():
+        output = copy.deepcopy(case.model).double().eval()(case.inputs.double())
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+@pytest.mark.parametrize("path", ["direct", "response"])
+@pytest.mark.parametrize("case", make_cases(), ids=str)
+def test_compiled_loops_refuse_other_losses(case: Case, path: str) -> None:
+    if path == "direct" and not (case.path == "direct" and is_convolution(case)):
+        return
+    with pytest.raises(ModelError, match=r"with plain cross-entropy only.*use engine='finite'"):
+        run(case, path, "mixed", some(case), cut=8, loss=Focal())
+
+
+def test_examples_of_a_class_that_counts_nothing_have_no_loss() -> None:
+    case = next(case for case in make_cases() if case.parameter == "3.weight")
+    loss = CrossEntropy(class_weights=WEIGHTS)
+    silent = case.labels == WEIGHTS.index(0)
+    only = Case(case.name, case.model, case.parameter, case.inputs[silent], case.labels[silent], case.path)
+    for path in ("direct", "finite", "rerun", "reference"):
+        partial = run(only, path, "mixed", some(case), cut=8, loss=loss)
+        assert partial.loss == 0
+        assert not partial.delta.any()
+        assert partial.touched.any()  # the logits do move
+
+
+def test_a_loss_that_looks_at_batch_mates_is_refused() -> None:
+    case = next(case for case in make_cases() if case.parameter == "3.weight")
+
+    class Centred:
+        def values(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(logits - logits.mean(dim=0), labels, reduction="none")
+
+    with pytest.raises(SpecError, match=r"Centred, whose values differ by .* in another batch composition"):
+        run(case, "rerun", "mixed", some(case), cut=8, loss=Centred())
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_the_example() -> None:
+    case = next(case for case in make_cases() if case.parameter == "3.weight")
+
+    class Logarithm:
+        def values(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return torch.where(labels == labels[3], float("nan"), logits[:, 0])
+
+    with pytest.raises(ExampleError) as refused:
+        run(case, "rerun", "mixed", some(case), cut=8, loss=Logarithm())
+    assert refused.value.position == int((case.labels == case.labels[3]).nonzero()[0])
 
 
 @pytest.mark.parametrize("case", make_cases(), ids=str)
