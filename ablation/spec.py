@@ -1,7 +1,7 @@
-"""What was asked: the job spec, the same fields in Python, on the command line and over HTTP.
+"""The job spec: the same fields in Python, on the command line and over HTTP.
 
-In: JSON or keyword arguments. Out: a frozen, checked `JobSpec`. What depends on the model or on the data
-(does the layer exist, has it that many weights) is not known here; `plan.py` checks it.
+In: JSON or keyword arguments. Out: a frozen, checked `JobSpec`. Whatever depends on the model or on the data (whether
+the layer exists and has that many weights) is checked in `plan.py`.
 Torch-free: the API reads specs too.
 """
 
@@ -15,7 +15,7 @@ from pydantic.json_schema import SkipJsonSchema
 from ablation.errors import SpecError, nearest
 
 Precision = Literal["mixed", "float32", "float64"]
-SPLITS = ("train", "test")  # every split a job can have, in column order
+SPLITS = ("train", "test")  # every split that a job can have, in column order
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1)]
@@ -28,7 +28,7 @@ class Record(BaseModel):
 
 
 class ModelSpec(Record):
-    """Which network, with which weights."""
+    """The network and its weights."""
 
     name: str = Field(min_length=1, max_length=200)
     weights: str | None = Field(
@@ -40,7 +40,7 @@ class ModelSpec(Record):
 
 
 class PerClass(Record):
-    """The same number of examples of every class, drawn without replacement."""
+    """A number of examples of every class, drawn without replacement."""
 
     per_class: Count
     seed: Seed = 0
@@ -57,7 +57,7 @@ SplitSpec = Literal["all"] | PerClass | CountOfExamples
 
 
 class DataSpec(Record):
-    """Which data set, and which part of each split."""
+    """The data set, and the part of each split."""
 
     name: str = Field(min_length=1, max_length=200)
     root: str | None = Field(default=None, max_length=1000, description="relative to the operator's data folder")
@@ -87,7 +87,7 @@ class CountOfSites(Record):
 class SiteIndices(Record):
     """Explicit flat indices into the parameter tensor, in the order of the table's rows."""
 
-    # fail_fast: of a million wrong ones, the first is enough
+    # fail_fast: report the first wrong index of a million
     indices: Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(strict=False, min_length=1, fail_fast=True)]
 
     @field_validator("indices")
@@ -204,10 +204,10 @@ class JobSpec(Record):
 
 
 def make_spec(fields: dict[str, Any]) -> JobSpec:
-    """The checked spec made from plain fields.
+    """Make a checked spec from plain fields.
 
     Raises:
-        SpecError: the first thing that is wrong, with its dotted field name.
+        SpecError: a field is wrong; the error names the first of them, with its dotted name.
     """
     try:
         return JobSpec.model_validate(fields)
@@ -215,7 +215,7 @@ def make_spec(fields: dict[str, Any]) -> JobSpec:
         raise spec_error(error.errors(include_url=False)) from None
 
 
-# The forms of the fields that take one of several, for whoever gave none of them.
+# Allowed alternatives of fields that take one of several, for messages where none of them matches.
 _SPLIT_FORMS = '"all", {"per_class": k, "seed": s} or {"count": k, "seed": s}'
 FORMS = {
     "sites": '"all", {"count": k, "seed": s} or {"indices": [...]}',
@@ -224,9 +224,9 @@ FORMS = {
     "data.test": _SPLIT_FORMS,
     "loss": '"cross_entropy" or {"name": "cross_entropy", "label_smoothing": s, "class_weights": [...]}',
 }
-# The records that a spec is made of, where a field takes no other form.
+# Records of a spec in fields that take nothing else.
 _RECORDS: dict[str, type[Record]] = {"": JobSpec, "model": ModelSpec, "data": DataSpec}
-# What is allowed, by the type of pydantic's error; the names in braces are from that error's context.
+# Texts of what is allowed, by the type of pydantic's error; names in braces are from that error's context.
 _ALLOWED = {
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
@@ -244,14 +244,14 @@ _ALLOWED = {
     "less_than_equal": "{le} or less",
     "value_error": "{error}",
 }
-# What says only that it is not this form (the last as FastAPI asks for it).
+# Errors that say only that a value is not this alternative (the last is FastAPI's).
 _OTHER_FORM = ("literal_error", "missing", "extra_forbidden", "model_type", "model_attributes_type")
 
 
 def spec_error(errors: Sequence[Mapping[str, Any]]) -> SpecError:
-    """The first of pydantic's errors, in the words of the job spec.
+    """Convert the first of pydantic's errors to a `SpecError`.
 
-    Where a field takes one of several forms, pydantic reports every form that it is not; the one that was meant counts.
+    Where a field takes one of several alternatives, pydantic reports an error for each; the one that was meant counts.
     """
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"])
@@ -271,7 +271,7 @@ def spec_error(errors: Sequence[Mapping[str, Any]]) -> SpecError:
 
 
 def allowed_by(error: Mapping[str, Any]) -> str:
-    """What is allowed where pydantic found this error (with its context), in our words."""
+    """Describe what is allowed where pydantic found this error (with its context)."""
     return _ALLOWED[error["type"]].format(**error.get("ctx", {})) if error["type"] in _ALLOWED else error["msg"]
 
 

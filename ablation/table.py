@@ -1,10 +1,10 @@
-"""The final rows: one per site, importance beside magnitude; and what is known of the whole job.
+"""The result table: one row per site, with utility and magnitude, and facts about the whole job.
 
 In: sites and merged partials. Out: a frozen `ImportanceTable`. Statistics, plots and export read it and nothing else.
 Torch-free: the API streams tables.
 
-A whole layer has millions of rows. Of them only what can't be computed is held (`Rows`: 24 bytes a row of one split
-instead of 64); whatever reads a table from its first row to its last does so a slice at a time (`cut_rows`).
+A whole layer has millions of rows. Only the numbers that can't be computed are stored (`Rows`: 24 bytes per row with
+one split, instead of 64); code that reads a whole table does so a slice at a time (`cut_rows`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,11 +29,11 @@ Columns = Mapping[str, np.ndarray]
 
 
 class Rows(Mapping[str, np.ndarray]):
-    """The columns of some rows, most of them made each time they are asked for.
+    """The columns of some rows, most of which are computed at each access.
 
-    Held are `kept`: the weight, in float32 where that loses nothing, and what was measured, counts in int32. Where the
-    rows are not consecutive weights (`first` is the flat index of the first of them), `kept` has their `index` too.
-    Floats are given as float64 and whole numbers as int64.
+    `kept` holds the weight, in float32 where that loses nothing, and the measured columns, counts in int32. Where the
+    rows are not consecutive weights (`first` is the flat index of the first of them), `kept` has their `index`, too.
+    Columns are returned as float64 or int64.
     """
 
     def __init__(self, kept: Columns, shape: tuple[int, ...], first: int | None) -> None:
@@ -50,7 +50,7 @@ class Rows(Mapping[str, np.ndarray]):
 
     @property
     def n_rows(self) -> int:
-        """How many rows these are."""
+        """Number of rows."""
         return len(self.kept["weight"])
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -63,7 +63,7 @@ class Rows(Mapping[str, np.ndarray]):
         return np.abs(_widen(self.kept["weight"])) if name == "magnitude" else _widen(self.kept[name])
 
     def cut(self, rows: slice) -> "Rows":
-        """Some consecutive rows of these."""
+        """Columns of a slice of these rows."""
         first = self.first if self.first is None else self.first + rows.indices(self.n_rows)[0]
         return Rows({name: values[rows] for name, values in self.kept.items()}, self.shape, first)
 
@@ -73,17 +73,17 @@ def _widen(values: np.ndarray) -> np.ndarray:
 
 
 def coordinate_names(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """What the places in a tensor of this shape are called; a scalar parameter has none."""
+    """Names of the coordinates in a tensor of this shape; a scalar parameter has none."""
     return COORDINATES.get(len(shape), tuple(f"axis{axis}" for axis in range(len(shape))))
 
 
 def count_rows(columns: Columns) -> int:
-    """How many rows there are."""
+    """Number of rows of these columns."""
     return columns.n_rows if isinstance(columns, Rows) else len(next(iter(columns.values())))
 
 
 def cut_rows(columns: Columns, rows: slice) -> dict[str, np.ndarray]:
-    """All columns of consecutive rows, as arrays."""
+    """All columns of a slice of rows, as arrays."""
     if isinstance(columns, Rows):
         return dict(columns.cut(rows))
     return {name: values[rows] for name, values in columns.items()}
@@ -91,7 +91,7 @@ def cut_rows(columns: Columns, rows: slice) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class ImportanceTable:
-    """Columns in the order of docs/01-quantity.md, and `about`: what the job was and what it found as a whole.
+    """The columns in the order of docs/01-quantity.md, and `about`, which describes the job and its results as a whole.
 
     `about` is plain JSON: `spec`, `plan` (without its shards), `baseline` {split: {n_examples, loss, accuracy,
     series_bound}}, `proof` (or None where verify = 0), `n_not_finite` (sites whose replacement was not finite),
@@ -116,12 +116,12 @@ def make_table(
     not_finite: Bool[np.ndarray, " sites"] | None,
     about: Mapping[str, Any],
 ) -> ImportanceTable:
-    """One row per site: where it is, how big it is, and what ablating it does to each split's loss.
+    """Make the table: one row per site, with its place, its weight, and the effect of its ablation on each split's loss.
 
     For N examples with loss deltas d_n (ablated minus intact, in nats), S = sum d_n and S2 = sum d_n^2:
 
         utility = S / N                                    positive: the weight helps
-        stderr  = sqrt(max(0, S2 - S^2/N) / (N (N-1)))     of that mean; see `standard_error` for `per_class` splits
+        stderr  = sqrt(max(0, S2 - S^2/N) / (N (N-1)))     see `standard_error` for `per_class`
 
     Args:
         indices: flat indices into the parameter tensor, in the order of the rows; None: every weight in its order.
@@ -129,10 +129,10 @@ def make_table(
         weights: intact values.
         splits: merged and joined sums, in column order.
         per_class: length of the one-class blocks that a split was drawn in, None where it was not.
-        top1: whether the columns `broken_*` and `fixed_*` were asked for.
+        top1: whether to add the columns `broken_*` and `fixed_*`.
         not_finite: sites whose replacement is not a finite number, so that they were not run: their utility and
             stderr are NaN and all examples count as touched.
-        about: goes into the table as it is.
+        about: stored in the table as it is.
 
     Numerics: float64 throughout; the sums are taken as they are, nothing is summed here.
     """
@@ -148,7 +148,7 @@ def make_table(
 
 
 def _narrow(weights: Float[np.ndarray, " sites"]) -> Float[np.ndarray, " sites"]:
-    """The same numbers in float32, if they are the same."""
+    """Convert to float32 if that changes no number; else return the numbers as they are."""
     with np.errstate(over="ignore"):
         narrow = weights.astype(np.float32)
     return narrow if np.array_equal(narrow, weights, equal_nan=True) else weights.astype(np.float64)
@@ -157,7 +157,7 @@ def _narrow(weights: Float[np.ndarray, " sites"]) -> Float[np.ndarray, " sites"]
 def _measured(
     split: str, sums: PartialSums, per_class: int | None, not_finite: Bool[np.ndarray, " sites"] | None
 ) -> dict[str, np.ndarray]:
-    """One split's columns."""
+    """The columns of one split."""
     utility, stderr, touched = sums.delta / sums.n_examples, standard_error(sums, per_class), sums.touched
     if not_finite is not None:
         utility, stderr = np.where(not_finite, np.nan, utility), np.where(not_finite, np.nan, stderr)
@@ -166,7 +166,7 @@ def _measured(
 
 
 def standard_error(sums: PartialSums, per_class: int | None) -> Float64[np.ndarray, " sites"]:
-    """The standard error of the utility as an estimate of the mean over the population the examples were drawn from.
+    """Standard error of the utility as an estimate of the mean over the population that the examples were drawn from.
 
     For N examples drawn at random, the sample variance s^2 = (S2 - S^2/N) / (N-1) gives
 
@@ -182,12 +182,12 @@ def standard_error(sums: PartialSums, per_class: int | None) -> Float64[np.ndarr
 
         stderr = sqrt(within) / N                                         NaN at k = 1.
 
-    What classes differ by is no noise here, so this is usually smaller than the unstratified formula.
-    No finite population correction: a data set is itself a sample of what the network will meet, so a split that was
-    used whole still has a standard error.
+    Differences between classes are not sampling noise here, so this is usually smaller than the unstratified formula.
+    There is no finite population correction: a data set is itself a sample of what the network will meet, so a split
+    that is used as a whole still has a standard error.
 
-    Numerics: S2 - S^2/N cancels where all deltas are nearly equal; what is left is then rounding, at most about
-    1e-8 of the utility (the root of float64's 1e-16), and never negative. It is not zeroed: the true value is as small.
+    Numerics: S2 - S^2/N cancels where all deltas are nearly equal; the result is then rounding, at most about 1e-8 of
+    the utility (the root of float64's 1e-16), and never negative. It is not set to 0: the true value is as small.
     """
     n = sums.n_examples
     if per_class is not None:

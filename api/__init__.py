@@ -1,1 +1,1 @@
-"""The counter: HTTP in, HTTP out. Imports the worker's front desk and the torch-free part of `ablation` only."""
+"""The HTTP service. It imports the worker's front desk and the torch-free part of `ablation` only."""

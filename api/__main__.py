@@ -1,7 +1,7 @@
 """`python -m api`: the HTTP server as a process, at ABLATION_HOST and ABLATION_PORT.
 
-Port 0 is a free one. A supervisor that has to know the port binds the socket itself and passes it on as ABLATION_FD:
-so the address is known before the server runs, and stays open while a server that died is started again.
+Port 0 takes a free one. A supervisor that must know the port binds the socket itself and passes it as ABLATION_FD, so
+that the address is known before the server runs, and stays open while a server that died is restarted.
 """
 
 import os
@@ -18,7 +18,9 @@ SHUTDOWN_S = 3  # how long open requests may take to end
 
 def main() -> None:
     """Serve until SIGINT or SIGTERM."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while uvicorn doesn't listen: before its start, after it
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130)
+    )  # while uvicorn has no handler: before its start and after its end
     import uvicorn
 
     from ablation.errors import ServiceError
@@ -35,16 +37,16 @@ def main() -> None:
     config = uvicorn.Config(
         app,
         timeout_graceful_shutdown=SHUTDOWN_S,
-        access_log=False,  # /metrics counts; a poll a second would drown the log
+        access_log=False,  # /metrics counts requests; polls would fill the log
     )
     uvicorn.Server(config).run([listener])
 
 
 def open_listener(address: "Address") -> socket.socket:
-    """The socket that is given, or one of its own, whose address goes to the log.
+    """The socket passed by a supervisor, or a new one, whose address is logged.
 
     Raises:
-        ServiceError: it can't be had; the message names the setting to change.
+        ServiceError: the address can't be used; the message names the setting to change.
     """
     from ablation.errors import ServiceError
     from worker.server_socket import listen, url_of

@@ -1,4 +1,4 @@
-"""The HTTP application: addresses, errors, limits and metrics around one desk. `python -m api` runs it."""
+"""The HTTP application: routes, errors, limits and metrics. `python -m api` runs it."""
 
 import time
 from typing import Any
@@ -23,15 +23,15 @@ HEAD is answered at every address that has GET: its status and headers, without 
 
 
 def make_app(settings: Settings) -> FastAPI:
-    """The application on these settings; connects to Redis at the first request."""
+    """Make the application with these settings; it connects to Redis at the first request."""
     options: dict[str, Any] = {
         "title": "weight-ablation",
         "version": "1",
         "description": DESCRIPTION,
-        "redirect_slashes": False,  # one address for one thing
-        "separate_input_output_schemas": False,  # a spec that comes back may be sent again
+        "redirect_slashes": False,  # one address per resource
+        "separate_input_output_schemas": False,  # a spec in an answer has the schema of a request
     }
-    app = FastAPIOffline("/docs", None, **options)  # Swagger UI out of a package; no ReDoc
+    app = FastAPIOffline("/docs", None, **options)  # Swagger UI from a package; no ReDoc
     app.state.desk = make_desk(settings)
     app.state.registry = registry = CollectorRegistry()
     app.include_router(routes)
@@ -44,9 +44,9 @@ def make_app(settings: Settings) -> FastAPI:
 
 
 class AnswerHead:
-    """Answer HEAD as GET up to the headers; what makes the body is stopped before it begins, also a stream of events.
+    """Answer HEAD like GET up to the headers; no body is generated, not even a stream of events.
 
-    Inside, a HEAD is a GET, also for who counts.
+    Inside the application, and in the metrics, a HEAD is a GET.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -64,16 +64,16 @@ class AnswerHead:
 
         try:
             await self.app({**scope, "method": "GET"}, receive, send_headers)
-        except* _Enough:  # out of a stream it comes in a group
+        except* _Enough:  # streams raise it in a group
             pass
 
 
 class _Enough(Exception):
-    """The headers have been sent."""
+    """Raised once the headers have been sent."""
 
 
 class CountRequests:
-    """Count and time every request by route, not by path: the ids of jobs would make a series each."""
+    """Count and time requests by route and not by path, since every job id would be a series of its own."""
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         self.app = app
@@ -103,5 +103,5 @@ class CountRequests:
         try:
             await self.app(scope, receive, send_and_count)
         finally:
-            if not answered:  # what goes wrong in here is answered further out
+            if not answered:  # an exception in here is answered by an outer layer
                 count(500)

@@ -1,8 +1,8 @@
-"""How is the body of a request read? Up to a limit, as JSON only, by the one parser that survives everything.
+"""Reading the body of a request: up to a limit, as JSON only.
 
 In: what a client sends. Out: the bytes, then a `JobSpec`; or 413, 415, 400 with the position, 422 with the field.
-`LimitBody` stands before every address, also those that want no body. The framework's own limit answers in plain text
-and lets handlers run first; its JSON parser answers deep nesting and lone surrogates with less than a reason.
+`LimitBody` applies to every address, also to those without a body. The framework's own limit answers in plain text
+and lets handlers run first; its JSON parser fails without a reason on deep nesting and lone surrogates.
 """
 
 from email.message import Message as Headers
@@ -20,7 +20,7 @@ MAX_BODY_BYTES = 8 << 20
 
 
 class LimitBody:
-    """Read the whole body before the application runs; where it is too large, answer 413 as soon as that is known.
+    """Read the whole body before the application runs; answer 413 as soon as it is known to be too large.
 
     The connection stays open: the server reads and drops the rest, so that a client that sends before it listens still
     gets its answer.
@@ -50,7 +50,7 @@ class LimitBody:
 
 
 async def _read_limited(request: Request) -> bytes | None:
-    """The body; None where it is too large."""
+    """The whole body; None where it is too large."""
     if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
         return None
     body = bytearray()
@@ -62,10 +62,10 @@ async def _read_limited(request: Request) -> bytes | None:
 
 
 async def read_json(request: Request) -> bytes:
-    """The body, where it says that it is JSON (or says nothing).
+    """The body, if its content type is JSON or absent.
 
     Raises:
-        HTTPException: 415, it says that it is something else.
+        HTTPException: 415, the content type is another.
     """
     given = request.headers.get("content-type", "application/json")
     headers = Headers()
@@ -81,11 +81,11 @@ async def read_json(request: Request) -> bytes:
 
 
 def read_spec(body: Annotated[bytes, Depends(read_json)]) -> JobSpec:
-    """The job spec in the body. In a thread: large ones take a while.
+    """The job spec in the body, parsed in a thread, since large ones take a while.
 
     Raises:
-        HTTPException: 400, it is not JSON; the message says where.
-        SpecError: it is not a job spec; the first thing that is wrong.
+        HTTPException: 400, the body is not JSON; the message says where.
+        SpecError: the body is not a job spec; the error names the first fault.
     """
     try:
         return JobSpec.model_validate_json(body)

@@ -1,4 +1,4 @@
-"""What a route works with: the settings, the job store, the queue. Made once per process, handed to every handler."""
+"""What route handlers share: the settings, the job store, the queue. Made once per process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from worker.store import JobRecord, JobStore, connect
 
 @dataclass(frozen=True)
 class Desk:
-    """Everything that the handlers share; the hasty store doesn't wait for a Redis that is away."""
+    """Everything that route handlers share; the hasty store doesn't wait while Redis is away."""
 
     settings: Settings
     store: JobStore
@@ -30,13 +30,13 @@ class Desk:
 
 
 def make_desk(settings: Settings) -> Desk:
-    """The desk of one process; connects at the first request, not now."""
+    """Make the desk of one process; it connects at the first request."""
     store, hasty_store = JobStore(connect(settings)), JobStore(connect(settings, n_retries=1))
     return Desk(settings, store, hasty_store, make_celery(settings))
 
 
 async def get_desk(request: Request) -> Desk:
-    """The desk that the app was made with."""
+    """The desk that the application was made with."""
     desk: Desk = request.app.state.desk
     return desk
 
@@ -47,7 +47,7 @@ async def get_store(desk: Annotated[Desk, Depends(get_desk)]) -> JobStore:
 
 
 def get_job(job_id: Annotated[str, Path(max_length=100)], store: Annotated[JobStore, Depends(get_store)]) -> JobRecord:
-    """The job that the path names; 404 where there is none, 410 where it has expired."""
+    """The job that the path names; 404 if there is none, 410 if it has expired."""
     job = store.get(job_id)
     if job is None:
         raise not_found(f"job {job_id!r}", "GET /v1/jobs")
@@ -57,7 +57,7 @@ def get_job(job_id: Annotated[str, Path(max_length=100)], store: Annotated[JobSt
 
 
 def get_registered(desk: Annotated[Desk, Depends(get_desk)]) -> Registered | None:
-    """What workers have published beside what is built in; None where Redis is away."""
+    """Registered models and data sets, as workers have published them; None while Redis is away."""
     try:
         return desk.hasty_store.registered()
     except AWAY:
@@ -65,9 +65,9 @@ def get_registered(desk: Annotated[Desk, Depends(get_desk)]) -> Registered | Non
 
 
 def get_planner(desk: Annotated[Desk, Depends(get_desk)]) -> Callable[[JobSpec], Plan | None]:
-    """The function that plans a spec with this service's settings; None: a worker has to open its data first.
+    """A function that plans a spec with this service's settings; it returns None if a worker must open the data first.
 
-    Without Redis it plans what is built in, at the pace of the cost table.
+    While Redis is away it plans built-in models and data, at the pace of the cost table.
     """
 
     def plan(spec: JobSpec) -> Plan | None:
@@ -79,7 +79,7 @@ def get_planner(desk: Annotated[Desk, Depends(get_desk)]) -> Callable[[JobSpec],
 
 
 def get_machine(desk: Desk) -> dict[str, float]:
-    """The workers' pace and memory; nothing where Redis is away: the estimate is coarser then."""
+    """The workers' pace and memory; empty while Redis is away, which makes the estimate coarser."""
     try:
         return desk.hasty_store.machine()
     except AWAY:
@@ -87,12 +87,12 @@ def get_machine(desk: Desk) -> dict[str, float]:
 
 
 async def refuse_unknown_parameters(request: Request) -> None:
-    """Let no query parameter pass that the address does not have: it would be a misspelt one without effect.
+    """Refuse query parameters that the address does not have; a misspelt one would be ignored.
 
     Raises:
-        SpecError: there is one; the message names those that the address has.
+        SpecError: an unknown parameter; the message names those that the address has.
     """
-    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]  # of its handler
+    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]  # those of the handler
     for name, given in request.query_params.items():
         if name not in known:
             allowed = f"only the parameters {', '.join(known)}" if known else "no parameters"

@@ -1,4 +1,4 @@
-"""What does OpenAPI say beside what the types of the routes say? Problems, headers, media types, examples.
+"""The parts of the OpenAPI document that the routes' types don't give: problems, headers, media types, examples.
 
 Out: values for `responses=` of a route, and the finished document. The examples are in `examples.py`.
 """
@@ -25,12 +25,12 @@ ATTACHMENT = {
 
 
 def says(examples: str, *headers: dict[str, Any], kind: str = "application/json", **more: Any) -> dict[str, Any]:
-    """One answer: a body like one of these examples (their names), and the headers that come with it."""
+    """Describe one answer: the names of examples of its body, and its headers."""
     return {**_content(kind, examples), **_headers(*headers), **more}
 
 
 def problems(*statuses: int) -> Responses:
-    """The problems that an address may answer with."""
+    """Describe the problems that an address may answer with."""
     return {status: _problem(status) for status in statuses}
 
 
@@ -41,7 +41,7 @@ def _problem(status: int) -> dict[str, Any]:
 
 
 def _content(kind: str, examples: str, **more: Any) -> dict[str, Any]:
-    # By name: the framework would drop every null of an example that stands here.
+    # Examples are referred to by name, since the framework drops every null of an example that stands here.
     named = {name: {"$ref": f"#/components/examples/{name}"} for name in examples.split()}
     return {"content": {kind: {**more, "examples": named}}}
 
@@ -54,7 +54,7 @@ _CSV = _content("text/csv", "csv", schema={"type": "string"})["content"]
 _PARQUET = {"application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}}}
 _NO_RESULTS: Responses = {202: says("pending", RETRY_AFTER, VARY, model=Pending), **problems(404, 409, 410, 503)}
 
-# By address: every answer that it may give, beside those of `EVERYWHERE`.
+# Every answer of each address, beside those of `EVERYWHERE`.
 EVERYWHERE = problems(405, 413, 422, 500)
 EVERYWHERE[405] |= {"description": "to any method that the address has not", **_headers(ALLOW)}
 POST_JOB = {202: says("job", LOCATION, RETRY_AFTER), **problems(400, 415, 429, 503)}
@@ -96,13 +96,13 @@ HEALTHZ: Responses = {200: says("alive")}
 READYZ = {200: says("ready"), **problems(503)}
 METRICS: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-# The job spec in the body of a request; said by hand, since `body.read_spec` reads it behind the framework's back.
+# The job spec in the body of a request; written by hand, since `body.read_spec` bypasses the framework.
 _SPEC = _content("application/json", "spec", schema={"$ref": "#/components/schemas/JobSpec"})
 SPEC_BODY: dict[str, Any] = {"requestBody": {"required": True, **_SPEC}}
 
 
 def finish_document(app: FastAPI) -> None:
-    """Complete `app`'s document: the examples and the schema of problems."""
+    """Complete `app`'s document with the examples and the schema of problems."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:

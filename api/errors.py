@@ -1,6 +1,6 @@
-"""How what goes wrong is told: RFC 9457 problem documents, for every error, with what was given and what is allowed.
+"""Errors as RFC 9457 problem documents, with the value given and what is allowed.
 
-In: exceptions that a route raised. Out: `application/problem+json`, never with a traceback or a path of this host.
+In: exceptions raised by a route. Out: `application/problem+json`, never with a traceback or a path of this host.
 """
 
 import http
@@ -22,23 +22,23 @@ from worker.store import TableGone, TooManyJobs
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_S = 5  # how soon to come back when a part of the service is away
-QUOTA_RETRY_S = 30  # and when there are as many jobs as there may be
+RETRY_S = 5  # Retry-After while a part of the service is away
+QUOTA_RETRY_S = 30  # Retry-After when the limit of jobs is reached
 METHODS = ("DELETE", "GET", "POST")
 
-# What to do next where a message has nothing better to say: where the names are that may be given.
+# What to do next, for messages that have no better advice: where the allowed names are listed.
 HINTS = {
     "model.name": "GET /v1/models lists them.",
     "layer": "GET /v1/models/NAME/layers lists those of a model.",
     "data.name": "GET /v1/datasets lists them.",
 }
 
-# Redis can't be reached right now.
+# Exceptions that mean that Redis can't be reached.
 AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 
 
 def make_problem(request: Request, status: int, detail: str, **more: Any) -> JSONResponse:
-    """One problem document; `more` are its extension members."""
+    """Make one problem document; `more` are its extension members."""
     headers = more.pop("headers", None)
     title = http.HTTPStatus(status).phrase
     body = {
@@ -53,28 +53,28 @@ def make_problem(request: Request, status: int, detail: str, **more: Any) -> JSO
 
 
 def gone(what: str) -> HTTPException:
-    """The error for something that was here once."""
+    """Make the error for something that has expired."""
     return HTTPException(410, f"{what} has expired or was deleted; send its spec again to have it computed again.")
 
 
 def not_found(what: str, where: str, next_step: str = "") -> HTTPException:
-    """The error for something that there is not; `where` lists what there is."""
+    """Make the error for something that doesn't exist; `where` lists what exists."""
     return HTTPException(404, f"There is no {what}; {where} lists those there are. {next_step}".rstrip())
 
 
 def conflict(what: str) -> HTTPException:
-    """The error for something that can't be done in the job's state."""
+    """Make the error for something that can't be done in the job's state."""
     return HTTPException(409, what)
 
 
 def unavailable(request: Request, why: str, **more: Any) -> JSONResponse:
-    """The answer while a part of the service is missing."""
+    """Make the answer while a part of the service is away."""
     detail = f"{why} Ask again in {RETRY_S} seconds."
     return make_problem(request, 503, detail, headers={"Retry-After": str(RETRY_S)}, **more)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Tell every error of `app` as a problem document."""
+    """Answer every error of `app` with a problem document."""
     app.add_exception_handler(SpecError, _answer_spec_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(StarletteHTTPException, _answer_http_error)
@@ -108,20 +108,20 @@ def _answer_validation_error(request: Request, error: Exception) -> JSONResponse
 
 def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    if error.status_code == 204:  # no error, and no body
+    if error.status_code == 204:  # not an error, and without a body
         return Response(status_code=204)
     detail, headers = str(error.detail), error.headers
     if error.status_code == 405:
         allowed = _allowed_methods(request)
         detail = f"{request.method} is not possible here; allowed: {allowed}."
         headers = {"Allow": allowed}
-    elif detail == "Not Found":  # by the framework, not by a route of ours
+    elif detail == "Not Found":  # raised by the framework, not by a route
         detail = f"There is no address {shorten(request.url.path)!r}; GET /docs shows those there are."
     return make_problem(request, error.status_code, detail, headers=headers)
 
 
 def _allowed_methods(request: Request) -> str:
-    """Every method that this address has; the framework names those of the first route that has it."""
+    """Every method of this address; the framework names only those of the first matching route."""
     scopes = ({**request.scope, "method": method} for method in METHODS)
     routes = request.app.router.routes
     found = [one["method"] for one in scopes if any(route.matches(one)[0] == Match.FULL for route in routes)]
@@ -142,7 +142,7 @@ def _answer_unavailable(request: Request, error: Exception) -> JSONResponse:
 
 
 def _answer_refusal(request: Request, error: Exception) -> JSONResponse:
-    """Redis is there and does not do it: it is full, or its disk is; else the fault is ours."""
+    """Answer an error of Redis: 503 if it or its disk is full, else a fault of the service."""
     if isinstance(error, redis.exceptions.OutOfMemoryError) or str(error).startswith("MISCONF"):
         log.error("Redis takes nothing in: %s", error)
         return unavailable(request, "The store has no room: nothing was changed. Delete jobs that are over.")
@@ -151,11 +151,11 @@ def _answer_refusal(request: Request, error: Exception) -> JSONResponse:
 
 def _answer_fault(request: Request, error: Exception) -> JSONResponse:
     detail = "This is a fault of the service, not of the request; its log has the details."
-    return make_problem(request, 500, detail, headers={"Connection": "close"})  # the server cuts it after a fault
+    return make_problem(request, 500, detail, headers={"Connection": "close"})  # the server closes it after a fault
 
 
 def _plain(given: object) -> object:
-    """The wrong value, or what says it where it can't be JSON."""
+    """The wrong value, or its text where it can't be JSON."""
     try:
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError):

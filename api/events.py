@@ -1,8 +1,8 @@
-"""What happens to a job, as it happens: server-sent events, as long as somebody listens.
+"""Server-sent events of a job, for as long as a client listens.
 
 In: a job's id, and the id of the last event that the client has. Out: events `status`, `progress` and at last `done`.
-The id of an event says all that was told up to it (`status:shards done`, and `:done` at the end), so a stream can be
-taken up again at any API process, and tells what has changed since. Nothing of it is kept.
+The id of an event encodes everything reported up to it (`status:shards done`, and `:done` at the end), so any API
+process can resume a stream and report what has changed since. Nothing is stored for it.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ POLL_S = 0.5
 
 
 class Told(NamedTuple):
-    """What a client knows."""
+    """What a client has been told."""
 
     status: str = ""
     n_done: str = ""
@@ -32,21 +32,21 @@ class Told(NamedTuple):
 
     @property
     def event_id(self) -> str:
-        """This as the id of an event."""
+        """Encode this as the id of an event."""
         return f"{self.status}:{self.n_done}" + ":done" * self.is_over
 
 
 def read_event_id(event_id: str) -> Told:
-    """What the client of this id knows; nothing where the id is not one of ours."""
+    """Decode what a client with this id has been told; nothing for an id in another format."""
     found = re.fullmatch(r"([a-z]+):([0-9.e+-]*)(:done)?", event_id)
     return Told(found[1], found[2], bool(found[3])) if found else Told()
 
 
 def read_last_event(last_event_id: Annotated[str, Header(alias="Last-Event-ID")] = "") -> Told:
-    """What the client knows, by its `Last-Event-ID`.
+    """What the client has been told, by its `Last-Event-ID`.
 
     Raises:
-        HTTPException: 204, it knows all; that keeps browsers from coming again.
+        HTTPException: 204, it has been told everything; browsers then stop connecting again.
     """
     told = read_event_id(last_event_id)
     if told.is_over:
@@ -55,9 +55,9 @@ def read_last_event(last_event_id: Annotated[str, Header(alias="Last-Event-ID")]
 
 
 async def watch_job(store: JobStore, job_id: str, told: Told) -> AsyncIterator[ServerSentEvent]:
-    """Every event after `told`, until the job is over or deleted. Waits without a thread.
+    """Yield every event after `told`, until the job is over or deleted. It waits without a thread.
 
-    While Redis is away nothing is told, and the stream stays open: browsers don't come back after an error.
+    While Redis is away the stream stays open and silent, because browsers don't reconnect after an error.
     """
     while True:
         with suppress(*AWAY):
@@ -73,7 +73,7 @@ async def watch_job(store: JobStore, job_id: str, told: Told) -> AsyncIterator[S
 
 
 def _untold(job: JobRecord, told: Told) -> Iterator[tuple[str, Told]]:
-    """The events that bring a client up to date, and what it knows after each."""
+    """Yield the events that bring a client up to date, each with what it has been told then."""
     if job.status != told.status:
         told = told._replace(status=job.status.value)
         yield "status", told

@@ -1,6 +1,6 @@
-"""What do requests and answers look like? One job from its spec to its rows, for the OpenAPI document.
+"""Examples of requests and answers for the OpenAPI document: one job from its spec to its rows.
 
-Plain data, as it goes over the wire. The tests check each example against its schema.
+Plain data, as it is sent. The tests check each example against its schema.
 """
 
 import http

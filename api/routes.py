@@ -1,8 +1,8 @@
-"""Every address of the service, one thin handler each: read the request, ask the store or the catalog, answer.
+"""Every route of the service, one thin handler each: read the request, ask the store or the catalog, answer.
 
-Handlers are plain functions, run in threads: every one of them is a few round trips to Redis, and the streamed files
-do their work in blocks, so a poll is answered in milliseconds whatever else is going on. Streams of events alone are
-asynchronous: they wait for long. What OpenAPI says of each address is in `document.py`.
+Handlers are plain functions that run in threads: each makes a few round trips to Redis, and files are streamed in
+blocks, so a poll is answered in milliseconds under any load. Only streams of events, which wait for long, are
+asynchronous. What OpenAPI says of each address is in `document.py`.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -64,12 +64,12 @@ PARQUET = "application/vnd.apache.parquet"
 
 @routes.post("/v1/jobs", status_code=202, tags=["jobs"], responses=document.POST_JOB, openapi_extra=document.SPEC_BODY)
 def post_job(
-    spec: SpecDep, plan_of: PlannerDep, desk: DeskDep, response: Response, idempotency_key: IdempotencyKey = None
+    spec: SpecDep, make_plan: PlannerDep, desk: DeskDep, response: Response, idempotency_key: IdempotencyKey = None
 ) -> JobView:
-    """Ask for the utilities of some weights; the answer says where they will be."""
+    """Create a job that computes the utilities of some weights."""
     job = desk.store.posted(idempotency_key) if idempotency_key else None
     if job is None:
-        job = _create(desk, spec, plan_of(spec), idempotency_key)
+        job = _create(desk, spec, make_plan(spec), idempotency_key)
     if job.spec != spec:
         next_step = "Send this spec with a key of its own."
         raise SpecError("Idempotency-Key", idempotency_key, "the spec that it came with first, for 24 hours", next_step)
@@ -86,7 +86,7 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
 ) -> JobPage:
-    """The jobs there are, newest first."""
+    """List the jobs, newest first."""
     jobs, next_cursor = store.list(status, limit, cursor)
     return JobPage(data=[job_view(job) for job in jobs], next_cursor=next_cursor)
 
@@ -95,7 +95,7 @@ def list_jobs(
 def get_job(
     job: JobDep, response: Response, if_none_match: Annotated[tuple[str, ...], Header(alias="If-None-Match")] = ()
 ) -> JobView | Response:
-    """How a job is doing."""
+    """State and progress of a job."""
     view = job_view(job)
     response.headers["ETag"] = etag = make_etag(view)
     if job.status not in TERMINAL:
@@ -105,7 +105,7 @@ def get_job(
 
 @routes.post("/v1/jobs/{job_id}/cancel", tags=["jobs"], responses=document.CANCEL_JOB)
 def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobView:
-    """Stop a job; what runs stops within one batch. 202 when this call did it, 200 when it was so already."""
+    """Cancel a job; a running shard stops within one batch. 202 if this call cancels it, 200 if another has."""
     after, is_new = store.cancel(job.id)
     response.status_code = 202 if is_new else 200
     if after in (State.SUCCEEDED, State.FAILED):
@@ -117,7 +117,7 @@ def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobView:
 
 @routes.delete("/v1/jobs/{job_id}", status_code=204, tags=["jobs"], responses=document.DELETE_JOB)
 def delete_job(job: JobDep, store: StoreDep) -> Response:
-    """Forget a job that is over, with its results."""
+    """Delete a job that is over, with its results."""
     after = store.delete(job.id)
     if after not in (None, State.EXPIRED):
         raise conflict(f"Job {job.id} is {after}; cancel it first, or wait until it is over.")
@@ -132,7 +132,7 @@ def get_results(
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
 ) -> Response:
-    """The poll endpoint: 202 and the progress until the job is done, then its rows."""
+    """The rows of a job's table; 202 with the progress until the job is done."""
     if choose_type(accept, ("application/json", "text/csv")) == "text/csv":
         answer = get_csv(job, store)
     else:
@@ -166,15 +166,15 @@ def get_parquet(job: JobDep, store: StoreDep) -> Response:
 async def get_events(
     job: JobDep, store: StoreDep, told: Annotated[Told, Depends(read_last_event)]
 ) -> AsyncIterator[ServerSentEvent]:
-    """What happens to a job, as it happens: `status`, `progress`, and at last `done`."""
+    """Server-sent events of a job: `status`, `progress`, and finally `done`."""
     async for event in watch_job(store, job.id, told):
         yield event
 
 
 @routes.post("/v1/plans", tags=["catalog"], responses=document.POST_PLAN, openapi_extra=document.SPEC_BODY)
-def post_plan(spec: SpecDep, plan_of: PlannerDep) -> PlanView:
-    """How a job would be cut and what it would cost; nothing is queued."""
-    plan = plan_of(spec)
+def post_plan(spec: SpecDep, make_plan: PlannerDep) -> PlanView:
+    """Plan a job and estimate its cost; nothing is queued."""
+    plan = make_plan(spec)
     if plan is None:
         next_step = "Only a worker can count its examples: POST /v1/jobs, the job has its plan once one has looked."
         raise SpecError("data.name", spec.data.name, "a built-in data set", next_step)
@@ -183,7 +183,7 @@ def post_plan(spec: SpecDep, plan_of: PlannerDep) -> PlanView:
 
 @routes.get("/v1/models", tags=["catalog"], responses=document.LIST_MODELS)
 def list_models(registered: RegisteredDep) -> ModelPage:
-    """Every model that may be asked for."""
+    """List the models that a job may name."""
     known = registered or NOTHING
     models = [linked_model(model_facts(name, known)) for name in model_names(known)]
     return ModelPage(data=models, is_complete=registered is not None)
@@ -191,7 +191,7 @@ def list_models(registered: RegisteredDep) -> ModelPage:
 
 @routes.get("/v1/models/{name}/layers", tags=["catalog"], responses=document.LIST_LAYERS)
 def list_layers(name: str, store: StoreDep) -> LayerPage:
-    """Every layer of a model, with the path that it takes."""
+    """List the layers of a model, with the path that each takes."""
     registered = NOTHING if name in model_names() else store.registered()
     names = model_names(registered)
     if name not in names:
@@ -201,7 +201,7 @@ def list_layers(name: str, store: StoreDep) -> LayerPage:
 
 @routes.get("/v1/datasets", tags=["catalog"], responses=document.LIST_DATASETS)
 def list_datasets(registered: RegisteredDep) -> DatasetPage:
-    """Every data set that may be asked for."""
+    """List the data sets that a job may name."""
     known = registered or NOTHING
     data_sets = [dataset_facts(name, known) for name in dataset_names(known)]
     return DatasetPage(data=data_sets, is_complete=registered is not None)
@@ -209,13 +209,13 @@ def list_datasets(registered: RegisteredDep) -> DatasetPage:
 
 @routes.get("/healthz", tags=["health"], responses=document.HEALTHZ)
 def healthz() -> Health:
-    """This process is alive."""
+    """Liveness: this process is running."""
     return Health()
 
 
 @routes.get("/readyz", tags=["health"], responses=document.READYZ, response_model=Health)
 def readyz(request: Request, desk: DeskDep) -> Health | Response:
-    """Jobs will be worked on: Redis answers and a worker has been seen."""
+    """Readiness: Redis answers, and a worker has reported."""
     try:
         n_workers = desk.store.n_workers()
     except AWAY:
@@ -229,25 +229,25 @@ def readyz(request: Request, desk: DeskDep) -> Health | Response:
 
 @routes.get("/metrics", tags=["health"], response_class=Response, responses=document.METRICS)
 def metrics(request: Request) -> Response:
-    """Numbers for Prometheus."""
+    """Metrics for Prometheus."""
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _create(desk: Desk, spec: JobSpec, plan: Plan | None, idempotency_key: str | None) -> JobRecord:
-    """A new job, sent to the workers; or the one that another request with this key has made just now."""
+    """Create a job and send it to the workers, or return the one that another request with this key has created."""
     job = desk.store.create(spec, plan, max_jobs=desk.settings.max_jobs, idempotency_key=idempotency_key)
     if job is None:
         assert idempotency_key is not None
         posted = desk.store.posted(idempotency_key)
         assert posted is not None  # it was there a moment ago
         return posted
-    with suppress(KombuError):  # Redis went away just now: the sweeper sends what waits without a message
+    with suppress(KombuError):  # Redis went away: the sweeper sends shards that have no message
         enqueue_shards(desk.celery, len(plan.shards) if plan else 1)
     return job
 
 
 def _unfinished(job: JobRecord) -> Response | None:
-    """What to answer while there is no table: come back later, or never."""
+    """Answer while there is no table: 202, or an error if there will be none."""
     if job.status == State.SUCCEEDED:
         return None
     if job.status in TERMINAL or job.status == State.CANCELLING:
@@ -270,17 +270,17 @@ def _rows(job: JobRecord, store: JobStore, offset: int, limit: int) -> Response:
 def _stream(
     job: JobRecord, store: JobStore, encode: Callable[[Blocks], Iterator[bytes]], media_type: str, name: str
 ) -> Response:
-    """A file, encoded block by block as it is read from Redis."""
-    store.n_rows(job.id)  # while there is still time to say that it is gone
+    """Stream a file, encoded block by block as it is read from Redis."""
+    store.n_rows(job.id)  # raises before the headers are sent, if the table is gone
     blocks = (decode_block(block) for block in store.table_blocks(job.id))
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return _File(encode(blocks), media_type=media_type, headers=headers)
 
 
 class _File(StreamingResponse):
-    """A stream whose blocks are let go of when it ends, also when the client has gone away.
+    """A streamed response that releases its blocks when it ends, also when the client disconnects.
 
-    Else they stay until the garbage collector comes by: the response is part of a cycle.
+    Otherwise they stay until the next garbage collection, because the response is part of a cycle.
     """
 
     def __init__(self, pieces: Iterator[bytes], **options: Any) -> None:
@@ -296,7 +296,7 @@ class _File(StreamingResponse):
 
 
 def _plain(column: np.ndarray) -> list[Any]:
-    """A column as JSON numbers; what is not a number is null."""
+    """A column as JSON numbers, with null for NaN."""
     if not np.issubdtype(column.dtype, np.floating):
         return column.tolist()
     numbers = column.astype(object)

@@ -1,7 +1,7 @@
-"""What goes over the wire: the answers of every route as plain records. What comes in is `ablation.spec.JobSpec`.
+"""Answers of every route as plain records. The request's record is `ablation.spec.JobSpec`.
 
-In: the worker's and the catalog's records. Out: their public form; what the command line tells too is in
-`ablation.views`, and a finished job's summary in `summary.py`.
+In: the worker's and the catalog's records. Out: their public fields. Records that the command line prints, too, are in
+`ablation.views`, a finished job's summary is in `summary.py`.
 """
 
 from datetime import datetime
@@ -16,7 +16,7 @@ from api.summary import Summary
 from worker.states import State
 from worker.store import JobRecord
 
-MAX_POLL_S = 30  # nobody should have to wait longer than this for news that is there
+MAX_POLL_S = 30  # longest interval between polls
 
 
 EtaSeconds = Annotated[
@@ -29,14 +29,14 @@ EtaSeconds = Annotated[
 
 
 class Progress(BaseModel):
-    """How many shards are done, of how many; the fractions in flight count."""
+    """How many shards are done, including fractions of running ones, and how many there are."""
 
     done: float
     total: int
 
 
 class Urls(BaseModel):
-    """Where the job's parts are."""
+    """Addresses of the job's resources."""
 
     self: str
     cancel: str
@@ -55,7 +55,7 @@ class JobError(BaseModel):
 
 
 class JobView(BaseModel):
-    """One job, in whatever state it is."""
+    """One job in its present state."""
 
     id: str
     status: State
@@ -71,7 +71,7 @@ class JobView(BaseModel):
 
 
 class JobPage(BaseModel):
-    """Some jobs, newest first, and where the next page starts."""
+    """A page of jobs, newest first, and the cursor of the next page."""
 
     data: list[JobView]
     next_cursor: str | None
@@ -87,7 +87,7 @@ class Pending(BaseModel):
 
 
 class News(Pending):
-    """What an event says of a job; `error` is there once it has failed."""
+    """The data of an event; `error` is set once the job has failed."""
 
     error: JobError | None
 
@@ -107,13 +107,13 @@ IsComplete = Annotated[
 
 
 class LinkedModel(ModelView):
-    """One model that may be asked for, and where its layers are."""
+    """One model that a job may name, and the address of its layers."""
 
     layers_url: str
 
 
 class ModelPage(BaseModel):
-    """Every model that may be asked for."""
+    """Every model that a job may name."""
 
     data: list[LinkedModel]
     next_cursor: None = None
@@ -128,7 +128,7 @@ class LayerPage(BaseModel):
 
 
 class DatasetPage(BaseModel):
-    """Every data set that may be asked for."""
+    """Every data set that a job may name."""
 
     data: list[DatasetFacts]
     next_cursor: None = None
@@ -136,17 +136,17 @@ class DatasetPage(BaseModel):
 
 
 class Health(BaseModel):
-    """The service is well, and what that stands on."""
+    """The service is healthy, and what was checked."""
 
     status: Literal["ok"] = "ok"
     checks: dict[str, str] = {}
 
 
 class Problem(BaseModel):
-    """What went wrong (RFC 9457).
+    """A problem document (RFC 9457).
 
-    `field`, `given`, `allowed` and `next_step` are there where a part of the request is to blame, `checks` where a
-    part of the service is.
+    `field`, `given`, `allowed` and `next_step` are set where a part of the request is wrong, `checks` where a
+    part of the service is away.
     """
 
     type: str = "about:blank"
@@ -162,7 +162,7 @@ class Problem(BaseModel):
 
 
 def job_view(job: JobRecord) -> JobView:
-    """The public form of a job."""
+    """The public view of a job."""
     url = f"/v1/jobs/{job.id}"
     return JobView(
         id=job.id,
@@ -187,17 +187,17 @@ def job_view(job: JobRecord) -> JobView:
 
 
 def pending(job: JobRecord) -> Pending:
-    """What there is to say of a job that has no results yet."""
+    """The answer for a job that has no results yet."""
     return Pending(id=job.id, status=job.status, progress=_progress(job), eta_seconds=eta_s(job))
 
 
 def news(job: JobRecord) -> News:
-    """What an event says of a job."""
+    """The data of an event about a job."""
     return News(**pending(job).model_dump(), error=_error(job))
 
 
 def linked_model(facts: ModelFacts) -> LinkedModel:
-    """A model, and where its layers are."""
+    """The public view of a model, with the address of its layers."""
     return LinkedModel(**model_view(facts).model_dump(), layers_url=f"/v1/models/{facts.name}/layers")
 
 
@@ -210,9 +210,9 @@ def _progress(job: JobRecord) -> Progress:
 
 
 def eta_s(job: JobRecord) -> float | None:
-    """Seconds that are left, by the job's own pace; None where there is none to go by.
+    """Remaining seconds by the job's own pace; None until that is measured.
 
-    It changes with the progress alone, not with the clock: what has not been heard of is not guessed.
+    It changes with the progress and not with the clock.
     """
     if job.status != State.RUNNING or job.shards_per_s is None:
         return None
@@ -220,7 +220,7 @@ def eta_s(job: JobRecord) -> float | None:
 
 
 def retry_after_s(job: JobRecord) -> int:
-    """When to ask again: a tenth of the time that is left, from one second to half a minute; at first by the plan."""
+    """Seconds until the next poll: a tenth of the remaining time (at first the plan's estimate), from 1 to 30 s."""
     left_s = eta_s(job)
     if left_s is None and job.plan and job.status in (State.QUEUED, State.RUNNING):
         left_s = job.plan.estimate.seconds

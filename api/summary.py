@@ -1,7 +1,7 @@
-"""What does the summary of a finished job say? The schema of what `ablation.statistics.make_summary` makes.
+"""The schema of a finished job's summary, which `ablation.statistics.make_summary` makes.
 
 Not here: how the numbers are computed; the docstrings of `ablation/statistics.py` and `ablation/proof.py` say that.
-Nothing more and nothing less than these members is in a summary; null stands for a number that does not exist.
+A summary has exactly these members; null stands for a number that does not exist.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ class _Exactly(BaseModel):
 
 
 class SplitSummary(_Exactly):
-    """One split: the intact model on it, and its utilities as a whole."""
+    """One split: the intact model's loss and accuracy, and statistics of the utilities."""
 
     n_examples: int
     loss: float = Field(description="mean cross-entropy of the intact model, in nats")
@@ -48,7 +48,7 @@ class Correlations(_Exactly):
 
 
 class Agreement(Correlations):
-    """Utilities on train with those on test, and how much of an agreement sampling noise allows."""
+    """Correlation of the utilities on train and test, and the highest that sampling noise allows."""
 
     ceiling: float | None = Field(description="the largest Pearson's r that the noise allows")
     ratio: float | None = Field(description="pearson / ceiling")
@@ -83,6 +83,6 @@ class Summary(_Exactly):
     proof: Proof | None = Field(description="null: `verify` was 0")
     not_finite: int = Field(description="sites that were not run, since their replacement is not a finite number")
     seconds: float = Field(description="from the first shard's start to the table")
-    train_test: Agreement = Field(  # type: ignore[assignment]  # it may be missing, but never null
+    train_test: Agreement = Field(  # type: ignore[assignment]  # it may be absent, but never null
         default=None, description="there if both splits were asked for", json_schema_extra=_without_default
     )

@@ -159,7 +159,7 @@ def time_brute(model: nn.Module, parameter: str, inputs: Tensor) -> dict[str, fl
 
 
 def flops_per_s() -> float:
-    """Of a large float32 matrix product here."""
+    """Floating-point operations per second of a large float32 matrix product on this machine."""
     a = torch.randn(2048, 2048)
     seconds: dict[str, float] = {}
     torch.mm(a, a)

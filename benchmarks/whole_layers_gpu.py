@@ -43,7 +43,7 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 def make_examples(n: int, device: str) -> tuple[Tensor, Tensor]:
-    """As those of `make_head`, but drawn on the device."""
+    """Draw examples as `make_head` does, but on the device."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.rand(n, INPUTS, generator=generator, device=device)
     x *= torch.rand(n, INPUTS, generator=generator, device=device) < 0.2

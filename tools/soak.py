@@ -172,7 +172,7 @@ class Service(ABC):
 
     @abstractmethod
     def redis_url(self) -> str:
-        """Of its Redis, the same all the time."""
+        """URL of the service's Redis, which doesn't change."""
 
     @abstractmethod
     def pids(self, role: str) -> list[int]:
@@ -243,7 +243,7 @@ class Served(Service):
         return (self.home / "serve.log").read_text(errors="replace")
 
     def redis_url(self) -> str:
-        """As its children have it."""
+        """URL of the embedded Redis, from a child's environment."""
         return str(psutil.Process(self.pids("api")[0]).environ()["REDIS_URL"])
 
     def pids(self, role: str) -> list[int]:
@@ -290,7 +290,7 @@ class Parts(Service):
         return self.servers[0].url
 
     def pids(self, role: str) -> list[int]:
-        """Those that run."""
+        """Process ids of this role's running processes."""
         if role == "redis":
             return [server.pid for server in self.servers if server.is_alive()]
         named = [process for name, process in self.processes.items() if name.startswith(role)]

@@ -1,1 +1,1 @@
-"""The engine room: `settings` to `redis_server` are the torch-free front desk, `runner` to `tasks` the back room."""
+"""The workers: `settings` to `redis_server` are the torch-free front desk, `runner` to `tasks` the back room."""

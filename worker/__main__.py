@@ -11,7 +11,9 @@ ARGUMENTS = ["--pool=prefork", "--concurrency=1", "--without-gossip", "--without
 
 def main() -> None:
     """Run a worker in this process."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until Celery listens: no import shows its traceback
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130)
+    )  # until Celery installs its handlers, so that Ctrl-C shows no traceback
     from celery.exceptions import CPendingDeprecationWarning
     from celery.platforms import SecurityWarning
     from redis.exceptions import RedisError
@@ -21,8 +23,10 @@ def main() -> None:
     from worker.inventory import describe
     from worker.settings import make_writable, warn_of_unknown_variables
 
-    warnings.simplefilter("ignore", SecurityWarning)  # of root, as in a container: it is about pickle, and we take JSON
-    warnings.simplefilter("ignore", CPendingDeprecationWarning)  # at every new connection, of a default that we want
+    warnings.simplefilter("ignore", SecurityWarning)  # running as root, as in a container: only JSON is accepted
+    warnings.simplefilter(
+        "ignore", CPendingDeprecationWarning
+    )  # raised at every new connection; the default is intended
     warn_of_unknown_variables(os.environ)
     try:
         from worker.tasks import app, exit_code, settings  # reads the settings

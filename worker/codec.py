@@ -1,8 +1,8 @@
-"""How do partials and tables travel through Redis?
+"""How are partials and tables encoded for Redis?
 
 In: `PartialSums`, `ImportanceTable`. Out: bytes (Arrow IPC streams: the numbers as they are in memory,
-so nothing is rounded), and back. Tables come in blocks of rows, so that the API never holds a whole one, and of their
-columns only what is kept (`table.Rows`); the others are made again when they are read.
+so nothing is rounded), and back. Tables are split into blocks of rows, so that the API never holds a whole one. Only
+the stored columns are encoded (`table.Rows`); the others are computed when they are read.
 """
 
 import json
@@ -17,7 +17,7 @@ from ablation.export import ROWS_AT_A_TIME
 from ablation.partial import TOTALS, PartialSums, held
 from ablation.table import Columns, ImportanceTable, Rows, cut_rows
 
-MAX_CHUNK_BYTES = (16 << 20) - 4096  # nothing larger goes over the wire at once; with Redis' own header, 16 MiB
+MAX_CHUNK_BYTES = (16 << 20) - 4096  # largest value sent to Redis; 16 MiB with its header
 _HEADER_BYTES = 64 << 10  # room for Arrow's own header and padding in a block
 
 
@@ -37,19 +37,19 @@ def _decode(payload: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def encode_partial(partial: PartialSums) -> bytes:
-    """One partial as bytes."""
+    """Encode one partial as bytes."""
     return _encode(held(partial), {name: getattr(partial, name) for name in TOTALS})
 
 
 def decode_partial(payload: bytes) -> PartialSums:
-    """The partial that `encode_partial` was given, to the bit."""
+    """Decode a partial; it equals the encoded one to the bit."""
     columns, totals = _decode(payload)
     fields: dict[str, Any] = {**totals, **columns}
     return PartialSums(**fields)
 
 
 def encode_json(value: Any) -> str:
-    """Plain JSON, which knows neither NaN nor infinity: null stands for them."""
+    """Encode as JSON, with null for NaN and infinity, which JSON doesn't have."""
     return json.dumps(_finite(value), allow_nan=False)
 
 
@@ -62,20 +62,20 @@ def _finite(value: Any) -> Any:
 
 
 def split_chunks(payload: bytes) -> Iterator[bytes]:
-    """`payload` in pieces of at most `MAX_CHUNK_BYTES`."""
+    """Split `payload` into chunks of at most `MAX_CHUNK_BYTES`."""
     for start in range(0, len(payload), MAX_CHUNK_BYTES):
         yield payload[start : start + MAX_CHUNK_BYTES]
 
 
 def rows_per_block(columns: Columns) -> int:
-    """How many rows fit into one block: whole pieces of a file, which so has the same bytes as one made at once."""
+    """Rows per block: a multiple of the rows that files are written in, so that bytes don't depend on the blocks."""
     row_bytes = sum(values.dtype.itemsize for values in columns.values())
     n_rows = max(1, (MAX_CHUNK_BYTES - _HEADER_BYTES) // row_bytes)
     return n_rows - n_rows % ROWS_AT_A_TIME or n_rows
 
 
 def encode_blocks(table: ImportanceTable) -> Iterator[bytes]:
-    """The table's rows as blocks of at most `MAX_CHUNK_BYTES`, in order."""
+    """Encode the table's rows as blocks of at most `MAX_CHUNK_BYTES`, in order."""
     columns = table.columns
     step = rows_per_block(columns.kept if isinstance(columns, Rows) else columns)
     for start in range(0, max(1, len(table)), step):
@@ -88,6 +88,6 @@ def encode_blocks(table: ImportanceTable) -> Iterator[bytes]:
 
 
 def decode_block(block: bytes) -> Columns:
-    """The columns of one block."""
+    """Decode the columns of one block."""
     kept, about = _decode(block)
     return Rows(kept, tuple(about["shape"]), about["first"]) if about else kept

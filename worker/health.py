@@ -1,7 +1,7 @@
 """`python -m worker.health`: does a worker run on this host? Exit status 0 or 1, for a container's health check.
 
-A worker says that it is alive at every sweep, also while it computes. Celery's own ping would have to know the worker's
-name, which is drawn at every start.
+A worker reports that it is alive at every sweep, also while it computes. Celery's own ping would need the worker's
+name, which is chosen at random at every start.
 """
 
 import socket
@@ -14,11 +14,11 @@ from worker import keys
 from worker.settings import load_settings
 from worker.store import JobStore, connect
 
-SILENT_S = 30.0  # a worker that is waiting for Redis to come back is no reason to restart it
+SILENT_S = 30.0  # long enough for Redis to restart: a worker that waits for it is healthy
 
 
 def has_worker(store: JobStore, host: str) -> bool:
-    """Whether a worker on `host` has been heard of lately."""
+    """Whether a worker on `host` has reported lately."""
     seen = store.client.zrangebyscore(keys.WORKERS, store.now() - SILENT_S, "+inf")
     return any(worker.decode().startswith(f"{host}:") for worker in seen)
 

@@ -1,7 +1,7 @@
-"""What does a worker find where it starts? Versions, folders and what is in them, what the operator has registered.
+"""What does a worker find at its start? Versions, folders with their contents, and registered models and data sets.
 
-In: settings; what is registered. Out: lines for the log that say what a job may name, and nothing else. Torch-free: a
-worker's parent process says `describe`, its child the rest, since it takes torch to describe a registered model.
+In: settings, and what is registered. Out: log lines that list what a job may name, and nothing else. Torch-free: a
+worker's parent process logs `describe`, its child the rest, because describing a registered model takes torch.
 """
 
 import os
@@ -15,11 +15,11 @@ from ablation.inputs.catalog import Registered, find_below
 from worker.settings import Settings, hide_password
 from worker.store import connect
 
-MAX_NAMES = 20  # of a folder full of files, the first ones say enough
+MAX_NAMES = 20  # names that are listed per folder
 
 
 def describe(settings: Settings) -> str:
-    """What a worker on these settings finds, line by line."""
+    """Describe what a worker with these settings finds, line by line."""
     packages = [f"{name} {version(name)}" for name in ("weight-ablation", "torch", "torchvision")]
     with connect(settings) as client:
         redis = client.info("server")["redis_version"]
@@ -33,31 +33,31 @@ def describe(settings: Settings) -> str:
 
 
 def describe_registered(offered: Registered) -> str:
-    """What of the operator's own a job may name."""
+    """Describe the registered models and data sets that a job may name."""
     return say(
         f"registered models: {join(sorted(offered.models))}", f"registered data sets: {join(sorted(offered.datasets))}"
     )
 
 
 def say(*lines: str) -> str:
-    """Lines as a worker says them."""
+    """Write lines to the log, marked as the worker's."""
     return "\n".join(f"worker: {line}" for line in lines)
 
 
 def subfolders(folder: Path) -> Iterable[Path]:
-    """Where data sets are; deeper ones may be named too, but most of those are classes."""
+    """Names of the subfolders, where data sets are; deeper folders may be named too, but most of them are classes."""
     return (path for path in folder.iterdir() if path.is_dir())
 
 
 def files_below(folder: Path) -> Iterable[Path]:
-    """Where checkpoints are."""
+    """Names of the files below the folder, at any depth."""
     return (path for path in folder.rglob("*") if path.is_file())
 
 
 def list_folder(folder: Path, find: Callable[[Path], Iterable[Path]]) -> str:
-    """What is in a folder that a job may name, or why nobody can tell."""
+    """List what a job may name in a folder, or the reason why it can't be read."""
     try:
-        os.scandir(folder).close()  # `rglob` would find nothing where it may not look
+        os.scandir(folder).close()  # raises where `rglob` would silently find nothing
         names = (str(path.relative_to(folder)) for path in find(folder))
         return join(sorted(name for name in names if is_shown(folder, name)))
     except OSError as error:
@@ -65,7 +65,7 @@ def list_folder(folder: Path, find: Callable[[Path], Iterable[Path]]) -> str:
 
 
 def is_shown(folder: Path, name: str) -> bool:
-    """Whether a job may name it: no link leads out of the folder. What is hidden is left out."""
+    """Whether a job may name the path: it isn't hidden, and no link leads out of the folder."""
     try:
         find_below(folder, name, "name", "")
     except SpecError:
@@ -74,6 +74,6 @@ def is_shown(folder: Path, name: str) -> bool:
 
 
 def join(names: Sequence[str]) -> str:
-    """Names with commas between them: the first of many, `none` of none."""
+    """Join names with commas: the first of many, `none` if there are none."""
     more = [f"and {len(names) - MAX_NAMES:,} more"] if len(names) > MAX_NAMES else []
     return ", ".join([*names[:MAX_NAMES], *more]) or "none"

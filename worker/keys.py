@@ -1,31 +1,31 @@
-"""Which keys are there in Redis? All of them, on this page.
+"""Every key in Redis.
 
 Times are Unix seconds by Redis' own clock (`TIME`), so that workers on several machines agree.
 """
 
-# Celery's queues are Redis lists of these names. Finalizing has its own: it never waits behind other jobs' shards.
+# Celery's queues are Redis lists of these names. Merges have one of their own, so they never wait behind shards.
 SHARD_QUEUE = "ablation:queue:shards"
 FINALIZE_QUEUE = "ablation:queue:finalize"
 
 SEQUENCE = "ablation:sequence"  # counter: one number a job, in the order of creation
 JOBS = "ablation:jobs"  # zset: job id by sequence number, expired ones left out
 FINISHED = "ablation:finished"  # zset: job id by the time it came to an end (of expired ones: expired)
-TURNS = "ablation:turns"  # zset: jobs with shards that wait, by the time they joined the line; the first has its turn
-REFUSED = "ablation:refused"  # zset: jobs that a worker found that it must not work on, by the time of the first
+TURNS = "ablation:turns"  # zset: jobs with waiting shards, by the time they joined; the first has its turn
+REFUSED = "ablation:refused"  # zset: jobs that a worker has refused, by the time of the first refusal
 WORKERS = "ablation:workers"  # zset: worker by the time it was last seen
 SWEEP_LOCK = "ablation:sweep-lock"  # string: the worker that sweeps right now
 
-MODELS = "ablation:models"  # hash: facts of registered models by name, as the worker that started last found them
+MODELS = "ablation:models"  # hash: facts of registered models by name, from the worker that started last
 DATASETS = "ablation:datasets"  # set: names of registered data sets, likewise
 MACHINE = "ablation:machine"  # hash: pace (how fast a thread of that worker's machine is), memory_bytes
 
-# Stand for the planning and for the merge wherever a shard id is expected: they are leased and retried like shards.
+# Ids of the planning and of the merge where a shard id is expected: both are leased and retried like shards.
 PLAN = "@plan"
 FINALIZE = "@finalize"
 
 
 def in_words(shard_id: str) -> str:
-    """What a message calls a shard, or what stands for one."""
+    """Name of a shard, the planning or the merge in a message."""
     return {PLAN: "the planning", FINALIZE: "the merge"}.get(shard_id, f"shard {shard_id}")
 
 
@@ -42,16 +42,16 @@ def posted(idempotency_key: str) -> str:
 def job(job_id: str) -> str:
     """Hash: status, seq, created_at, started_at, finished_at, n_shards, n_cut, spec, plan, error.
 
-    Who may work on it: package (the version that took it in), found (what the first worker opened, as JSON).
+    For the workers: package (the version that accepted the job), found (what the first worker opened, as JSON).
 
-    And what its pace is measured by: first_done (the shards that were done when any part of one was), first_done_at,
-    last_done_at. And turn_began: since when it has its turn.
+    For the pace: first_done (the shards that were done at the first progress), first_done_at,
+    last_done_at. For the turns: turn_began (when the job's turn began).
     """
     return f"ablation:job:{job_id}"
 
 
 def waiting(job_id: str) -> str:
-    """Zset: shards nobody works on, by the time they were last sent to the queue."""
+    """Zset: shards that no worker holds, by the time they were last sent to the queue."""
     return f"ablation:job:{job_id}:waiting"
 
 
@@ -71,7 +71,7 @@ def fractions(job_id: str) -> str:
 
 
 def attempts(job_id: str) -> str:
-    """Hash: shard -> how often it failed; "lost " and the shard -> how often its worker was gone as a whole."""
+    """Hash: shard -> how often it failed; "lost " and the shard -> how often its whole worker was gone."""
     return f"ablation:job:{job_id}:attempts"
 
 
@@ -101,5 +101,5 @@ def table(job_id: str) -> str:
 
 
 def draft(job_id: str, shard_id: str, owner: str) -> str:
-    """List: a partial (or table) on its way in; renamed when complete, else gone after a while."""
+    """List: a partial or table that is being written; renamed when complete, else it expires."""
     return f"ablation:job:{job_id}:draft:{shard_id}:{owner}"

@@ -1,7 +1,7 @@
 """How does a child process die with its parent, even when the parent is killed? By Linux' parent-death signal.
 
 The signal fires when the *thread* that started the child ends, so children are started from a main thread.
-Elsewhere than on Linux nothing happens: a killed parent leaves its children behind; stopping in good order still works.
+On other systems nothing happens: a killed parent leaves its children behind, but a graceful stop works.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  
 
 
 def tether(death_signal: signal.Signals, parent_pid: int) -> None:
-    """Run in the child: it gets `death_signal` when its parent (`parent_pid`) dies, also if it already has."""
+    """Send this process `death_signal` when its parent (`parent_pid`) dies, or now if it is dead. Run in the child."""
     if _LIBC is None:
         return
     _LIBC.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)

@@ -1,4 +1,4 @@
-"""How is a job of the service cut? The same way by whoever asks: the API, or a worker where only it can open the data.
+"""How is a job of the service planned? By the API, or by a worker where only a worker can open the data.
 
 In: a spec, settings, what is registered. Out: a plan that fits into Redis. Torch-free.
 """
@@ -21,12 +21,12 @@ def plan_job(
     machine: Mapping[str, float] | None = None,
     n_halved: int = 0,
 ) -> Plan | None:
-    """The plan of a job here; None where a worker has to open its data first, to bring the `counts`.
+    """Plan a job with these settings; None where a worker must open its data first, for the `counts`.
 
     `machine`: the workers' `pace` and `memory_bytes`, as far as they are known. `n_halved` as in `make_plan`.
 
     Raises:
-        SpecError: it asks for something that there is not, or for more than Redis may hold.
+        SpecError: the spec names something that doesn't exist, or the job needs more than Redis may hold.
     """
     options = {"threads": settings.threads, "shard_s": settings.shard_s, "n_halved": n_halved, **(machine or {})}
     plan = plan_spec(spec, settings.folders, registered, counts=counts, **options)

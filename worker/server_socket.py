@@ -12,19 +12,19 @@ BACKLOG = 2048  # requests that may wait for a server that is being started
 
 
 def listen(host: str, port: int, host_setting: str, port_setting: str) -> socket.socket:
-    """A listening socket; port 0 is a free one. Of the addresses of a name, one of IPv4 goes first.
+    """Open a listening socket; port 0 takes a free one. Of several addresses of a name, an IPv4 address is preferred.
 
     Raises:
-        ServiceError: the address can't be had; the message names the setting to change.
+        ServiceError: the address can't be used; the message names the setting to change.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:  # the second, of a name that no host could have
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a possible host name
         raise _not_here(host_setting, host, error) from None
     family, *_, address = min(found, key=lambda each: each[0] != socket.AF_INET)
     try:
         listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-        # Made anew it knows that it is TCP, without which asyncio leaves Nagle's algorithm on: 40 ms an answer.
+        # A new object has the protocol TCP set; else asyncio leaves Nagle's algorithm on, which costs 40 ms an answer.
         return socket.socket(fileno=listener.detach())
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
@@ -44,7 +44,7 @@ def _not_here(host_setting: str, host: str, error: Exception) -> ServiceError:
 
 
 def url_of(listener: socket.socket) -> str:
-    """The address of what listens there, for a client on this machine."""
+    """URL of a listening socket, for a client on this machine."""
     host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # every address: this machine's own is one of them
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # all addresses, so the loopback address, too
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

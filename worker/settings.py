@@ -1,6 +1,6 @@
-"""How is this installation set up? Every setting, read from the environment once.
+"""Every setting of an installation, read from the environment once.
 
-In: environment variables, `ABLATION_` plus the field's name (and plain `REDIS_URL`); an empty one is an unset one.
+In: environment variables, `ABLATION_` plus the field's name (and plain `REDIS_URL`); an empty one counts as unset.
 Out: a frozen `Settings`, handed down, and the `Address` of the API.
 Not here: the job spec (what a user asks) and the plan (what the spec makes of it).
 """
@@ -26,20 +26,20 @@ from ablation.spec import allowed_by
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
 
 PREFIX = "ABLATION_"
-BEATS = 3  # of a lease, so that one that comes late or is lost does no harm
-MAX_SWEEP_S = 5.0  # a worker says that it is alive at every sweep, and counts as gone after 10 s of silence
-HOUR_S, DAY_S, CENTURY_DAYS = 3600.0, 86400.0, 36500.0  # whoever asks for more has mistaken the unit
-# Not settings of a process: what `ablation submit` and compose read, and the other name of REDIS_URL.
+BEATS = 3  # fewest beats within a lease, so that a late or lost one does no harm
+MAX_SWEEP_S = 5.0  # a worker reports at every sweep, and counts as gone after 10 s of silence
+HOUR_S, DAY_S, CENTURY_DAYS = 3600.0, 86400.0, 36500.0  # a larger value is taken for a wrong unit
+# Variables that are no settings: those that `ablation submit` and compose read, and the other name of REDIS_URL.
 OTHER_VARIABLES = ("ABLATION_SERVER", "ABLATION_REDIS_MAXMEMORY", "ABLATION_REDIS_URL")
 
 
 def count_cpus() -> int:
-    """How many processors this process may run on."""
+    """Number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _below_home(name: str) -> Callable[[dict[str, Any]], Path]:
-    """The default of a folder, once home is known."""
+    """Default of a folder, once `home` is known."""
     return lambda chosen: chosen["home"] / name
 
 
@@ -54,9 +54,13 @@ class Settings(BaseSettings):
         description="redis://host:6379/0 or unix:///path; empty: `ablation serve` starts its own",
     )
     redis_password_file: Path | None = Field(
-        default=None, description="the password of redis_url, where it is kept in a file (a container's secret)"
+        default=None, description="a file with the password of redis_url (a container's secret)"
     )
-    home: Path = Field(default=Path("~/.ablation"), validate_default=True, description="everything below is kept here")
+    home: Path = Field(
+        default=Path("~/.ablation"),
+        validate_default=True,
+        description="folder of data, checkpoints, cache, Redis' files and logs",
+    )
     data_dir: Path = Field(default_factory=_below_home("data"), description="data sets; default: data/ below home")
     checkpoint_dir: Path = Field(
         default_factory=_below_home("checkpoints"), description="checkpoint files; default: checkpoints/ below home"
@@ -80,22 +84,22 @@ class Settings(BaseSettings):
         default=30, gt=0, le=DAY_S, description="a waiting shard without a message for this long is sent again"
     )
     turn_s: float = Field(
-        default=10, ge=0, le=DAY_S, description="a job lets the others go first after this many seconds"
+        default=10, ge=0, le=DAY_S, description="a job's turn lasts this many seconds; then other jobs go first"
     )
     max_attempts: int = Field(
         default=5, ge=1, le=1000, description="a shard that fails or ends its process this often fails its job"
     )
     max_losses: int = Field(
-        default=12, ge=1, le=1000, description="and one whose whole worker is gone this often, for whatever reason"
+        default=12, ge=1, le=1000, description="a shard whose whole worker is gone this often fails its job"
     )
     result_days: float = Field(default=7, gt=0, le=CENTURY_DAYS, description="results are kept this long")
     tombstone_days: float = Field(
-        default=30, gt=0, le=CENTURY_DAYS, description="and what is left of the job this much longer"
+        default=30, gt=0, le=CENTURY_DAYS, description="the record of an expired job is kept this much longer"
     )
-    max_jobs: int = Field(default=10_000, ge=1, description="jobs that may be queued or at work at once")
-    max_redis_bytes: int = Field(default=4 << 30, gt=0, description="what one job may hold in Redis")
+    max_jobs: int = Field(default=10_000, ge=1, description="jobs that may be queued or running at once")
+    max_redis_bytes: int = Field(default=4 << 30, gt=0, description="bytes that one job may hold in Redis")
     memory_bytes: int | None = Field(
-        default=None, gt=0, description="what a job may take of the worker's memory; default: all that the machine has"
+        default=None, gt=0, description="bytes of memory that a job may take on a worker; default: all of the machine's"
     )
     device: str | None = Field(
         default=None, description="torch device of the worker: cpu, cuda, cuda:1; default: CUDA if there, else CPU"
@@ -121,7 +125,7 @@ class Settings(BaseSettings):
     @field_validator("beat_s")
     @classmethod
     def _several_beats_a_lease(cls, beat_s: float, info: ValidationInfo) -> float:
-        lease_s = info.data.get("lease_s", beat_s * BEATS)  # absent if it is wrong itself
+        lease_s = info.data.get("lease_s", beat_s * BEATS)  # absent if it is invalid
         if beat_s > lease_s / BEATS:
             raise ValueError(f"at most a third of ABLATION_LEASE_S, which is {lease_s:g}")
         return beat_s
@@ -138,24 +142,24 @@ class Settings(BaseSettings):
 
     @property
     def folders(self) -> Folders:
-        """The folders that a job may read from."""
+        """Folders that a job may read from."""
         return Folders(self.data_dir, self.checkpoint_dir, self.cache_dir, self.cache_bytes)
 
 
 class Address(BaseSettings):
-    """Where the API listens."""
+    """Address that the API listens on."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
     host: str = Field(default="127.0.0.1", description="the address that the API listens on")
-    port: int = Field(default=8000, ge=0, le=65535, description="and its port; 0: any free one")
+    port: int = Field(default=8000, ge=0, le=65535, description="the port that the API listens on; 0: any free one")
     fd: int | None = Field(
-        default=None, ge=0, description="a listening socket that the API is given, by its number, instead of both"
+        default=None, ge=0, description="file descriptor of a listening socket, instead of host and port"
     )
 
 
 def load_settings(home: Path | None = None) -> Settings:
-    """The settings of this process's environment, the password in place; `home` goes before ABLATION_HOME.
+    """Read the settings from this process's environment, with the password inserted; `home` overrides ABLATION_HOME.
 
     Raises:
         ServiceError: a variable is not what it may be, or the password can't be read.
@@ -167,7 +171,7 @@ def load_settings(home: Path | None = None) -> Settings:
 
 
 def read_environment(kind: type[AnySettings], **given: Any) -> AnySettings:
-    """Settings of this kind from the environment; `given` goes before it.
+    """Read settings of this kind from the environment; `given` overrides it.
 
     Raises:
         ServiceError: a variable is not what it may be; the message names it.
@@ -185,14 +189,16 @@ def read_environment(kind: type[AnySettings], **given: Any) -> AnySettings:
 
 
 def variable_of(field: str) -> str:
-    """The environment variable of a setting."""
+    """Name of a setting's environment variable."""
     return "REDIS_URL" if field == "redis_url" else f"{PREFIX}{field}".upper()
 
 
 def warn_of_unknown_variables(names: Iterable[str]) -> None:
-    """Say of each ABLATION_* variable that nobody reads that it has no effect: most often it is misspelt."""
+    """Warn of each ABLATION_* variable that is not a setting, most often because it is misspelt."""
     known = [*OTHER_VARIABLES, *(variable_of(field) for kind in (Settings, Address) for field in kind.model_fields)]
-    endings = [name.removeprefix(PREFIX) for name in known]  # what they have in common makes none of them near
+    endings = [
+        name.removeprefix(PREFIX) for name in known
+    ]  # without the common prefix, which would make all names similar
     for name in sorted(names):
         if name.startswith(PREFIX) and name not in known:
             near = get_close_matches(name.removeprefix(PREFIX), endings, n=1)
@@ -201,7 +207,7 @@ def warn_of_unknown_variables(names: Iterable[str]) -> None:
 
 
 def make_writable(folder: Path, name: str) -> None:
-    """Make a folder and check that files can be made in it.
+    """Make a folder and check that files can be created in it.
 
     Raises:
         ServiceError: they can't; it names the option or variable that chose the folder.
@@ -217,16 +223,16 @@ def make_writable(folder: Path, name: str) -> None:
 
 
 def hide_password(url: str) -> str:
-    """A Redis URL as it may be shown: without user, password and options."""
+    """Redis URL as it may be shown: without user, password and options."""
     scheme, separator, rest = url.partition("://")
     place, _, options = (rest if separator else url).partition("?")
-    if "@" in options:  # of a URL as wrong as this nobody knows where the password ends
+    if "@" in options:  # in a URL as malformed as this the end of the password is not known
         place = "..."
     return (scheme + separator if separator else "") + place.rpartition("@")[2]
 
 
 def _user_first(url: str) -> str:
-    """User and password moved from the options, where Celery fails on them, to before the host."""
+    """Move user and password from the options, where Celery fails on them, to before the host."""
     place, _, text = url.partition("?")
     options = dict(parse_qsl(text))
     user, password = (quote(options.pop(name, ""), safe="") for name in ("username", "password"))
@@ -236,7 +242,7 @@ def _user_first(url: str) -> str:
 
 
 def add_password(redis_url: str, file: Path) -> str:
-    """`redis://host` with the password in `file`: `redis://:password@host`.
+    """Insert the password in `file` into a URL: `redis://host` becomes `redis://:password@host`.
 
     Raises:
         ServiceError: the file can't be read.

@@ -1,18 +1,18 @@
-"""In which states can a job be, and which moves are there?
+"""The states of a job, and the moves between them.
 
-Out: `State`, `MOVES`, `TERMINAL`. The store makes every move a compare-and-set by this one table.
+The store makes every move a compare-and-set by the table `MOVES`.
 """
 
 from enum import StrEnum
 
 
 class State(StrEnum):
-    """Where a job is."""
+    """The state of a job."""
 
     QUEUED = "queued"  # stored and cut into shards; no worker has begun one
     RUNNING = "running"  # a worker has begun a shard, and not all of them are done
     FINALIZING = "finalizing"  # every shard is done; a worker merges, proves and writes the table
-    SUCCEEDED = "succeeded"  # the table is there
+    SUCCEEDED = "succeeded"  # the table is stored and can be read
     FAILED = "failed"  # it can't be computed; `error` says why
     CANCELLING = "cancelling"  # asked to stop; a worker is still in mid-shard
     CANCELLED = "cancelled"  # stopped before it was done; nothing of it is kept

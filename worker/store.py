@@ -1,7 +1,7 @@
-"""What is known of every job, and who works on what? The one door to Redis for the API and the workers.
+"""The job store: the only access to Redis for the API and the workers.
 
 In: specs, plans, partials, tables. Out: `JobRecord`s and the bytes back. Every change is a script of `scripts.py`.
-Not here: what a shard computes (`ablation/`), when to look after lost ones (`sweeper.py`), messages (`queue.py`).
+Not here: what a shard computes (`ablation/`), when lost shards are recovered (`sweeper.py`), messages (`queue.py`).
 """
 
 import json
@@ -31,13 +31,13 @@ from worker.settings import Settings
 from worker.states import TERMINAL, State
 
 PACKAGE = version("weight-ablation")
-DRAFT_S = 3600  # what a dead worker had half written goes away after this
-SEEN_S = 10.0  # a worker counts as gone after this long a silence
-IDEMPOTENCY_S = 24 * 3600  # so long a repeated request with the same key gets the first answer again
+DRAFT_S = 3600  # an unfinished draft of a dead worker expires after this
+SEEN_S = 10.0  # a worker that hasn't reported for this long counts as gone
+IDEMPOTENCY_S = 24 * 3600  # how long a repeated request with the same key gets the first answer
 
 
 class TooManyJobs(ServiceError):
-    """As many jobs as there may be are not over yet."""
+    """The limit of jobs that are queued or running is reached."""
 
 
 class TableGone(ServiceError):
@@ -45,14 +45,14 @@ class TableGone(ServiceError):
 
 
 class Progress(Record):
-    """How far a job is, in shards; `done` counts the fractions of those in flight."""
+    """Progress of a job in shards; `done` includes the fractions of shards that are running."""
 
     done: float
     total: int
 
 
 class JobRecord(Record):
-    """One job as it is right now."""
+    """One job in its present state."""
 
     id: str
     status: State
@@ -78,7 +78,7 @@ Page = tuple[list[JobRecord], str | None]  # jobs, and the cursor of the next pa
 
 
 def connect(settings: Settings, n_retries: int = 5) -> Redis:
-    """A client for the store; with so many retries it outlives a restart of Redis that takes a second or two.
+    """Make a Redis client; its retries outlast a restart of Redis that takes a second or two.
 
     Raises:
         ServiceError: no Redis is configured.
@@ -90,7 +90,7 @@ def connect(settings: Settings, n_retries: int = 5) -> Redis:
         )
     return Redis.from_url(
         settings.redis_url,
-        # Not the default errors: among them is the one that connecting times out with, and is tried again for within.
+        # Not the default errors: they include the timeout of connecting, which is retried on its own.
         retry=Retry(ExponentialBackoff(cap=1, base=0.05), n_retries, (ConnectionError, TimeoutError)),
         retry_on_error=[BusyLoadingError, ConnectionError, TimeoutError],
         socket_connect_timeout=2,
@@ -99,10 +99,10 @@ def connect(settings: Settings, n_retries: int = 5) -> Redis:
 
 
 class JobStore:
-    """Jobs in Redis. `client` must give bytes (`decode_responses=False`, the default)."""
+    """Jobs in Redis. `client` must return bytes (`decode_responses=False`, the default)."""
 
     def __init__(self, client: Redis) -> None:
-        self.client: Any = client  # redis-py types its answers for two worlds at once, which helps nobody
+        self.client: Any = client  # redis-py types every answer as sync or async
         self._scripts: dict[str, Any] = {}
 
     def _run(self, script: str, job_id: str, *arguments: str | bytes | float) -> Any:
@@ -113,17 +113,17 @@ class JobStore:
             self._scripts[script] = self.client.register_script(script)
         return self._scripts[script]
 
-    # The counter: what the API and the command line need
+    # For the API and the command line
 
     def create(
         self, spec: JobSpec, plan: Plan | None, *, max_jobs: float = math.inf, idempotency_key: str | None = None
     ) -> JobRecord | None:
-        """A new job in state `queued`; its shards are still to be sent to the queue (without a plan: the planning).
+        """Create a job in state `queued`; the caller sends its shards to the queue (without a plan: the planning).
 
-        None where `idempotency_key` has made a job already (`posted`): of many calls at once, one makes it.
+        Returns None where `idempotency_key` has created a job already (`posted`); one of many calls at once creates it.
 
         Raises:
-            TooManyJobs: `max_jobs` jobs are not over yet.
+            TooManyJobs: `max_jobs` jobs are queued or running.
         """
         job_id = secrets.token_hex(8)
         texts = [spec.model_dump_json(), plan.model_dump_json() if plan else ""]
@@ -138,12 +138,12 @@ class JobStore:
         return self.get(job_id) if outcome == b"made" else None
 
     def posted(self, idempotency_key: str) -> JobRecord | None:
-        """The job that this key made, as it was then: the first answer again. None if there is none (any more)."""
+        """The job that this key created, as first answered; None if there is none (any more)."""
         known = self.client.hgetall(keys.posted(idempotency_key))
         job = self.get(known[b"id"].decode()) if known else None
         if job is None:
             return None
-        first_plan = self.client.hget(keys.job(job.id), "first_plan")  # there if it was cut anew
+        first_plan = self.client.hget(keys.job(job.id), "first_plan")  # present if the job was planned again
         plan = Plan.model_validate_json(first_plan) if first_plan else job.plan
         plan = plan if known[b"planned"] == b"1" else None
         return JobRecord(
@@ -156,14 +156,14 @@ class JobStore:
         )
 
     def get(self, job_id: str) -> JobRecord | None:
-        """The job, in every state; None if there is none (any more)."""
+        """The job in whatever state; None if there is none (any more)."""
         return self._load([job_id])[0]
 
     def list(self, status: State | None = None, limit: int = 20, cursor: str | None = None) -> Page:
-        """At most `limit` jobs, newest first, and the cursor of the next page (None: that was all).
+        """At most `limit` jobs, newest first, and the cursor of the next page (None after the last).
 
         Raises:
-            SpecError: the cursor is not one of ours.
+            SpecError: the cursor is not one that this method returned.
         """
         if cursor is not None and not (cursor.isascii() and cursor.isdigit()):
             raise SpecError("cursor", cursor, "the next_cursor of an earlier answer", "Leave it out to begin.")
@@ -180,7 +180,7 @@ class JobStore:
         return Cancellation(_state(state), bool(moved))
 
     def delete(self, job_id: str) -> State | None:
-        """The state after dropping what is kept: `expired`, or the state that forbade it; None if unknown."""
+        """Drop a job's results and return its state: `expired`, or the one that forbids it; None for an unknown job."""
         return _state(self._run(scripts.EXPIRE, job_id))
 
     def table_blocks(self, job_id: str) -> Iterator[bytes]:
@@ -193,7 +193,7 @@ class JobStore:
             yield self._block(job_id, i)
 
     def table_about(self, job_id: str) -> dict[str, Any]:
-        """What the job was and what it found as a whole."""
+        """The table's `about`: the job, and its results as a whole."""
         return json.loads(self._result(job_id, "about"))
 
     def summary(self, job_id: str) -> dict[str, Any]:
@@ -223,14 +223,14 @@ class JobStore:
         )
 
     def machine(self) -> dict[str, float]:
-        """Of the worker that has started last: its `pace` and its `memory_bytes`; nothing of what none has said."""
+        """`pace` and `memory_bytes` of the worker that started last, as far as they are known."""
         known = self.client.hgetall(keys.MACHINE)
         return {name.decode(): float(number) for name, number in known.items()}
 
-    # The back room: what workers need
+    # For the workers
 
     def publish(self, registered: Registered, *, pace: float, memory_bytes: int) -> None:
-        """Say which models and data sets are registered here, and what the machine is, instead of what was said."""
+        """Replace the published models, data sets and machine facts by this worker's."""
         with self.client.pipeline() as pipeline:
             pipeline.hset(keys.MACHINE, mapping={"pace": pace, "memory_bytes": memory_bytes})
             pipeline.delete(keys.MODELS, keys.DATASETS)
@@ -241,23 +241,23 @@ class JobStore:
             pipeline.execute()
 
     def next_shard(self, turn_s: float, unfit: Iterable[str] = ()) -> tuple[str, str] | None:
-        """(job, shard) of whose turn it is, but for the `unfit` jobs; None where no shard waits.
+        """(job, shard) next in turn, leaving out the `unfit` jobs; None where no shard waits.
 
-        Jobs take turns of `turn_s`. Nothing is taken yet (`claim`), so another worker may be told the same.
+        Jobs take turns of `turn_s`. Nothing is claimed yet, so another worker may get the same answer.
         """
         found = self._registered(scripts.NEXT)(keys=[keys.TURNS], args=[turn_s, *unfit])
         return found and (found[0].decode(), found[1].decode())
 
     def claim(self, job_id: str, shard_id: str, owner: str) -> bool:
-        """Whether `owner` may work on the shard; refused where it is done, leased or not wanted any more."""
+        """Take the lease of a shard; False where the shard is done, leased or not wanted any more."""
         return bool(self._run(scripts.CLAIM, job_id, shard_id, owner))
 
     def claim_finalize(self, job_id: str, owner: str) -> bool:
-        """Whether `owner` may merge and write the table."""
+        """Take the lease of the merge; False where that is refused."""
         return self.claim(job_id, keys.FINALIZE, owner)
 
     def agree(self, job_id: str, found: Mapping[str, str]) -> dict[str, str]:
-        """What the first worker has found that opened the job; `found` itself where that is this one."""
+        """What the first worker that opened the job found; `found` itself where this worker is the first."""
         return json.loads(self._run(scripts.AGREE, job_id, json.dumps(dict(found))))
 
     def refuse(self, job_id: str, shard_id: str, owner: str, error: Mapping[str, Any]) -> bool:
@@ -265,30 +265,30 @@ class JobStore:
         return bool(self._run(scripts.REFUSE, job_id, owner, json.dumps(error), shard_id))
 
     def is_over(self, job_id: str) -> bool:
-        """Whether the job has come to an end, or is gone."""
+        """Whether the job has ended, or is gone."""
         status = self.client.hget(keys.job(job_id), "status")
         return status is None or status.decode() in TERMINAL
 
     def package_of(self, job_id: str) -> str | None:
-        """The version of this package that took the job in."""
+        """Version of this package that accepted the job."""
         answer = self.client.hget(keys.job(job_id), "package")
         return answer and answer.decode()
 
     def set_plan(self, job_id: str, owner: str, plan: Plan) -> bool:
-        """Cut the job that `owner` has planned; True where its shards are to be sent to the queue."""
+        """Set the plan that `owner` has made; True where the job's shards are to be sent to the queue."""
         shards = [shard.id for shard in plan.shards]
         return bool(self._run(scripts.SET_PLAN, job_id, keys.PLAN, owner, plan.model_dump_json(), *shards))
 
     def cut_again(self, job_id: str, n_cut: int, plan: Plan) -> bool:
-        """Drop all that is done of a job that was cut `n_cut` times, and cut it by this plan; True: send its shards.
+        """Drop what is done of a job that was planned `n_cut` times, and set this plan; True to send its shards.
 
-        Their ids must be others than before: whoever still works on one of those has no part in it any more.
+        The new shards must have new ids, so that workers that still hold old shards can't complete them.
         """
         shards = [shard.id for shard in plan.shards]
         return bool(self._run(scripts.CUT_AGAIN, job_id, n_cut, plan.model_dump_json(), *shards))
 
     def beat(self, job_id: str, shard_id: str, owner: str, fraction: float) -> State | None:
-        """Keep the lease; the job's state, or None where the lease has been taken away."""
+        """Renew the lease; returns the job's state, or None where the lease has been taken away."""
         return _state(self._run(scripts.BEAT, job_id, shard_id, owner, fraction))
 
     def release(self, job_id: str, shard_id: str, owner: str) -> bool:
@@ -303,15 +303,15 @@ class JobStore:
     def retry_stale(
         self, job_id: str, shard_id: str, lease_s: float, max_attempts: int, max_losses: int, error: Mapping[str, Any]
     ) -> bool:
-        """The same where the worker has not been heard of for `lease_s`; nothing happens if it has.
+        """Count a failed attempt as `retry` does, if the lease has had no beat for `lease_s`.
 
-        Where the whole worker is gone it is a loss, of which there may be `max_losses`.
+        Where the whole worker is gone, it counts as a loss, up to `max_losses`.
         """
         text = json.dumps(error)
         return bool(self._run(scripts.RETRY, job_id, shard_id, "", lease_s, max_attempts, max_losses, text))
 
     def complete(self, job_id: str, shard_id: str, owner: str, payload: bytes) -> bool:
-        """Store a partial and mark its shard done; True where it was the last and the merge is to be sent."""
+        """Store a partial and mark its shard done; True where it was the last, and the merge is to be sent."""
         draft, n_chunks = self._write_draft(job_id, shard_id, codec.split_chunks(payload))
         return bool(self._run(scripts.COMPLETE, job_id, shard_id, draft, n_chunks, owner))
 
@@ -335,10 +335,10 @@ class JobStore:
         return bool(self._run(scripts.SAVE_TABLE, job_id, draft, n_blocks, *texts, json.dumps(n_rows), owner))
 
     def fail(self, job_id: str, error: Mapping[str, Any]) -> bool:
-        """Whether the job has failed by this call (it can't once it has ended)."""
+        """Mark the job as failed; True if this call did so (a job that has ended stays as it is)."""
         return bool(self._run(scripts.FAIL, job_id, json.dumps(error)))
 
-    # The sweep
+    # For the sweeper
 
     def now(self) -> float:
         """Redis' own time, in Unix seconds."""
@@ -363,7 +363,7 @@ class JobStore:
             yield from ((job_id, shard_id.decode()) for shard_id, by in held.items() if by.decode() == owner)
 
     def refused_by_all(self, within_s: float, waited_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Jobs that every worker seen `within_s` refused, the first of them `waited_s` ago; and the reason of one."""
+        """Jobs that every worker seen `within_s` has refused, first `waited_s` ago or earlier, each with one reason."""
         alive = set(self.client.zrangebyscore(keys.WORKERS, self.now() - within_s, "+inf"))
         for job_id in map(bytes.decode, self.client.zrangebyscore(keys.REFUSED, "-inf", self.now() - waited_s)):
             refusals = self.client.hgetall(keys.refusals(job_id))
@@ -371,11 +371,11 @@ class JobStore:
                 yield job_id, json.loads(next(iter(refusals.values())))
 
     def resend(self, job_id: str, lost_s: float) -> Sequence[str]:
-        """The shards that have been waiting for more than `lost_s`; they count as sent just now."""
+        """Shards that have been waiting for more than `lost_s`; from now on they count as just sent."""
         return [shard_id.decode() for shard_id in self._run(scripts.RESEND, job_id, lost_s)]
 
     def expire_due(self, result_s: float, tombstone_s: float) -> None:
-        """Make tombstones of what ended more than `result_s` ago, and drop tombstones older than `tombstone_s`."""
+        """Make tombstones of jobs that ended more than `result_s` ago, and drop those older than `tombstone_s`."""
         for job_id in self._finished_before(self.now() - min(result_s, tombstone_s)):
             ended = self.client.zscore(keys.FINISHED, job_id) or 0.0
             is_tombstone = self.client.hget(keys.job(job_id), "status") == State.EXPIRED.encode()
@@ -383,20 +383,20 @@ class JobStore:
                 self._run(scripts.FORGET if is_tombstone else scripts.EXPIRE, job_id)
 
     def note_worker(self, worker: str) -> None:
-        """This worker is alive."""
+        """Record that this worker is alive."""
         now = self.now()
         self.client.zadd(keys.WORKERS, {worker: now})
         self.client.zremrangebyscore(keys.WORKERS, "-inf", now - 24 * 3600)
 
     def drop_worker(self, worker: str) -> None:
-        """This worker has stopped."""
+        """Record that this worker has stopped."""
         self.client.zrem(keys.WORKERS, worker)
 
     def n_workers(self, within_s: float = SEEN_S) -> int:
-        """How many workers were seen within the last seconds."""
+        """Number of workers seen within the last seconds."""
         return self.client.zcount(keys.WORKERS, self.now() - within_s, "+inf")
 
-    # Within
+    # Private
 
     def _finished_before(self, time: float) -> Iterator[str]:
         yield from (job_id.decode() for job_id in self.client.zrangebyscore(keys.FINISHED, "-inf", time))
@@ -413,7 +413,7 @@ class JobStore:
     def _write_draft(self, job_id: str, shard_id: str, chunks: Iterable[bytes]) -> tuple[str, int]:
         draft, n_chunks = keys.draft(job_id, shard_id, secrets.token_hex(4)), 0
         for n_chunks, chunk in enumerate(chunks, 1):  # noqa: B007  # counts
-            with self.client.pipeline() as pipeline:  # both or none: what is half written goes away by itself
+            with self.client.pipeline() as pipeline:  # both or none: an unfinished draft expires
                 pipeline.rpush(draft, chunk).expire(draft, DRAFT_S).execute()
         return draft, n_chunks
 
@@ -464,13 +464,13 @@ def _make_record(job_id: str, raw: list[bytes], n_done: int, fractions: list[byt
     )
 
 
-@lru_cache(maxsize=16)  # whoever polls a job of thousands of shards asks for the same plan again and again
+@lru_cache(maxsize=16)  # polls of a job of thousands of shards parse the same plan
 def _read_plan(text: bytes) -> Plan:
     return Plan.model_validate_json(text)
 
 
 def _pace(fields: Mapping[str, bytes], done: float) -> float | None:
-    """Shards a second, from when anything was done for the first time: reading model and data is before that."""
+    """Shards per second since the first progress, which leaves out the loading of model and data."""
     if "first_done" not in fields:
         return None
     n_shards = done - float(fields["first_done"])

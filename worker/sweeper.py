@@ -1,4 +1,4 @@
-"""Who picks up what a dead worker, a broken connection or a restart of Redis has left lying?
+"""Recovery after a dead worker, a broken connection or a restart of Redis.
 
 In: a store, Celery, settings. Out: shards of stale leases sent again (or their job failed, after too many attempts),
 lost messages sent again, jobs cancelled that nobody works on any more, old results dropped. Runs in the parent process
@@ -19,14 +19,14 @@ from worker.settings import Settings
 from worker.states import State
 from worker.store import SEEN_S, JobStore
 
-LOCK_S = 5.0  # a sweeper that was killed holds the others up for this long
+LOCK_S = 5.0  # a sweeper that was killed delays the others for this long
 DAY_S = 24 * 3600.0
 
 log = logging.getLogger(__name__)
 
 
 def sweep(store: JobStore, celery: Celery, settings: Settings, *, with_leases: bool = True) -> None:
-    """Put everything right that needs it, once; without looking at the leases, where nobody could keep one."""
+    """Recover once whatever needs it; leases are left out while no worker could renew one."""
     if with_leases:
         retry_stale_shards(store, celery, settings)
     for job_id in store.jobs_in(State.CANCELLING):
@@ -39,7 +39,7 @@ def sweep(store: JobStore, celery: Celery, settings: Settings, *, with_leases: b
 
 
 def retry_stale_shards(store: JobStore, celery: Celery, settings: Settings) -> None:
-    """Send shards again whose worker has not been heard of for `lease_s`; fail their job after too many attempts."""
+    """Send shards again whose lease has had no beat for `lease_s`; fail their job after too many attempts."""
     for job_id, shard_id in [*store.stale_leases(settings.lease_s)]:
         caps = settings.max_attempts, settings.max_losses
         if store.retry_stale(job_id, shard_id, settings.lease_s, *caps, make_lost_error(shard_id)):
@@ -50,8 +50,8 @@ def retry_stale_shards(store: JobStore, celery: Celery, settings: Settings) -> N
 def resend_lost_shards(store: JobStore, celery: Celery, settings: Settings) -> None:
     """Send shards again that wait although no message does.
 
-    Only while the queue is empty: then whatever waits longer than it takes a worker to begin has no message. A message
-    too many is refused by `claim`.
+    Only while the queue is empty: then a shard that waits longer than a worker takes to begin has no message. A surplus
+    message is refused by `claim`.
     """
     waiting = {State.QUEUED: keys.SHARD_QUEUE, State.RUNNING: keys.SHARD_QUEUE, State.FINALIZING: keys.FINALIZE_QUEUE}
     empty = [state for state, queue in waiting.items() if not store.client.llen(queue)]
@@ -62,7 +62,7 @@ def resend_lost_shards(store: JobStore, celery: Celery, settings: Settings) -> N
 
 
 def make_lost_error(shard_id: str) -> dict[str, str]:
-    """Why a job fails whose shard lost its worker each time."""
+    """Describe the failure of a job whose shard lost its worker each time."""
     return {
         "type": "worker-lost",
         "title": "A part of the job could not be finished.",
@@ -72,7 +72,7 @@ def make_lost_error(shard_id: str) -> dict[str, str]:
 
 
 class Sweeper(threading.Thread):
-    """Sweeps every `sweep_s` until `stopping` is set, and says meanwhile that a worker that `is_ready` is alive."""
+    """Sweeps every `sweep_s` until `stopping` is set, and records that the worker is alive once it `is_ready`."""
 
     def __init__(
         self,
@@ -86,17 +86,17 @@ class Sweeper(threading.Thread):
         super().__init__(name="sweeper", daemon=True)
         self.store, self.celery, self.settings, self.worker, self.stopping = store, celery, settings, worker, stopping
         self.is_ready = is_ready
-        self.blind_until = 0.0  # by time.monotonic(): until then a stale lease proves nothing
+        self.blind_until = 0.0  # by time.monotonic(): until then stale leases are ignored
 
     def run(self) -> None:
-        """Sweep, wait, and so on; a Redis that is away is waited for."""
+        """Sweep at every interval; wait for Redis while it is away."""
         while not self.stopping.is_set():
             self.attempt(self.sweep_alone)
             self.stopping.wait(self.settings.sweep_s)
         self.attempt(lambda: self.store.drop_worker(self.worker))
 
     def attempt(self, step: Callable[[], None]) -> None:
-        """Do this; where it fails, the next sweep does it again."""
+        """Run one part of a sweep; if it fails, the next sweep runs it again."""
         try:
             step()
         except (RedisError, OSError) as error:
@@ -106,7 +106,7 @@ class Sweeper(threading.Thread):
             log.exception("sweep: failed; trying again")
 
     def sweep_alone(self) -> None:
-        """Say that this worker is alive, and sweep unless another one is at it."""
+        """Record that this worker is alive, and sweep unless another worker does so right now."""
         started = time.monotonic()
         if self.is_ready():
             self.store.note_worker(self.worker)
@@ -121,12 +121,12 @@ class Sweeper(threading.Thread):
             release_quietly(lock)
 
     def note_outage(self) -> None:
-        """Redis was away just now: whoever holds a lease has the time of one to come back."""
+        """Give every holder of a lease the time of one to come back, since Redis was away."""
         self.blind_until = time.monotonic() + self.settings.lease_s
 
 
 def release_quietly(lock: object) -> None:
-    """Release a lock that may have run out meanwhile."""
+    """Release a lock that may have expired meanwhile."""
     try:
         lock.release()  # type: ignore[attr-defined]
     except LockError:

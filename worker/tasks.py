@@ -1,6 +1,6 @@
-"""Celery's side of a worker: which function runs for which task name, and what happens when it starts and stops.
+"""The Celery side of a worker: the function for each task name, and what happens at start and stop.
 
-The parent process receives messages and computes nothing: it imports neither torch nor Numba (no fork survives those),
+The parent process receives messages and computes nothing: it imports neither torch nor Numba (neither survives a fork),
 sweeps, and on SIGTERM or SIGINT puts its shards back. The child computes, and dies with its parent.
 """
 
@@ -30,8 +30,8 @@ from worker.settings import load_settings
 from worker.store import JobStore, connect
 from worker.sweeper import Sweeper, make_lost_error
 
-PATIENCE = 600  # a second each: so long a shard waits for a Redis that is away before its work is thrown away
-GRACE_S = 4.0  # a shard in flight has this long to notice that it is not wanted; then the process ends anyway
+PATIENCE = 600  # tries, a second apart, to hand in a shard while Redis is away, before its work is dropped
+GRACE_S = 4.0  # time for a running shard to notice a stop; then the process ends anyway
 
 log = logging.getLogger(__name__)
 settings = load_settings()
@@ -39,46 +39,46 @@ app = make_celery(settings)
 PARENT_PID = os.getpid()  # this and the next are made before the fork: parent and child agree on them
 OWNER = f"{socket.gethostname()}:{PARENT_PID}:{secrets.token_hex(4)}"
 stopping = threading.Event()
-loaded = multiprocessing.Event()  # set by the child: a worker counts as seen once it could begin a shard at once
-refused = multiprocessing.Event()  # set by the child: a setting is wrong, so that no job could ever be worked on here
+loaded = multiprocessing.Event()  # set by the child: the worker could begin a shard at once
+refused = multiprocessing.Event()  # set by the child: a setting is wrong, so this worker can't work on any job
 
 
 @cache
 def child_store() -> JobStore:
-    """The child's own connection: one must not be shared across a fork."""
+    """Make the child's own store, since a connection must not be shared across a fork."""
     return JobStore(connect(settings, n_retries=PATIENCE))
 
 
 class Request(celery.worker.request.Request):
-    """A message that this worker has taken."""
+    """A message that this worker has received."""
 
     def acknowledge(self) -> None:
-        """Say that it is done with; where that fails, connect anew.
+        """Acknowledge the message; where that fails, open a new connection.
 
-        Celery would log the failure and count the message as still being worked on: no other would ever be asked for.
+        Celery would log the failure and count the message as still running, and never ask for another.
         """
-        self._connection_errors = ()  # those that it would swallow
+        self._connection_errors = ()  # errors that Celery would swallow
         super().acknowledge()
 
 
 @app.task(name=RUN_SHARD, Request=Request)
 def run_shard() -> None:
-    """Compute the shard whose turn it is, or cut the job that has none yet."""
+    """Compute the shard in turn, or plan its job if it has no plan yet."""
     runner.run_next(child_store(), app, settings, OWNER)
 
 
 @app.task(name=FINALIZE, Request=Request)
 def finalize(job_id: str) -> None:
-    """Merge, prove, store the table."""
+    """Merge the partials, run the proof, and store the table."""
     runner.finalize(child_store(), app, settings, OWNER, job_id)
 
 
 @worker_process_init.connect
 def start_child(**_: Any) -> None:
-    """Tie the child to its parent, and load torch now rather than in the first job."""
+    """Let the child die with its parent, and load torch now rather than in the first job."""
     tether(signal.SIGKILL, PARENT_PID)
-    # A supervisor tells the whole group. The parent puts the shard back and lets the child come to the end of a batch;
-    # a child that died of the signal would be one that crashed: two tracebacks in the log. (SIGINT: Celery does it.)
+    # A supervisor signals the whole group. The parent puts the shard back and lets the child finish its batch; a child
+    # that died of the signal would count as crashed, with two tracebacks in the log. (Celery does so for SIGINT.)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     import ablation.run
     import ablation.statistics  # noqa: F401
@@ -92,18 +92,18 @@ def start_child(**_: Any) -> None:
         refused.set()
         os.kill(PARENT_PID, signal.SIGTERM)
         return
-    # Not by way of Celery, which calls everything that is printed a warning.
+    # Not through Celery, which logs everything printed as a warning.
     print(f"worker: device {device}, {settings.threads} threads", file=sys.__stdout__, flush=True)
     offered = runner.find_registered()
     print(inventory.describe_registered(offered), file=sys.__stdout__, flush=True)
     machine = {"pace": measure_pace(), "memory_bytes": settings.memory_bytes or find_memory()}
-    while not begin(offered, machine):  # without Redis there is nothing to do
+    while not begin(offered, machine):  # wait for Redis
         time.sleep(1)
     loaded.set()
 
 
 def begin(offered: Registered, machine: dict[str, Any]) -> bool:
-    """Publish what is here, and that this worker could begin; False where Redis is away."""
+    """Publish what is registered here, and report this worker as ready; False where Redis is away."""
     store = JobStore(connect(settings))
     try:
         store.publish(offered, **machine)
@@ -116,7 +116,7 @@ def begin(offered: Registered, machine: dict[str, Any]) -> bool:
 
 
 def give_up_orphans(store: JobStore) -> None:
-    """Let wait what the child before this one was at when it died; that was an attempt."""
+    """Put back the shards of a former child that died, each as a failed attempt."""
     for job_id, shard_id in [*store.leases_of(OWNER)]:
         if store.retry(job_id, shard_id, OWNER, settings.max_attempts, make_lost_error(shard_id)):
             log.warning("job %s, shard %s: its process died; sent again", job_id, shard_id)
@@ -125,13 +125,13 @@ def give_up_orphans(store: JobStore) -> None:
 
 @worker_ready.connect
 def start_parent(**_: Any) -> None:
-    """Begin to sweep."""
+    """Start the sweeper."""
     Sweeper(JobStore(connect(settings)), app, settings, OWNER, stopping, loaded.is_set).start()
 
 
 @worker_shutting_down.connect
 def stop_parent(**_: Any) -> None:
-    """Stop sweeping and put back what the child works on, from threads: this is a signal handler."""
+    """Stop the sweeper and put back the child's shards, in threads, because this runs in a signal handler."""
     stopping.set()
     for thread in (threading.Thread(target=leave), threading.Timer(GRACE_S, os._exit, [exit_code()])):
         thread.daemon = True
@@ -139,23 +139,23 @@ def stop_parent(**_: Any) -> None:
 
 
 def exit_code() -> int:
-    """What the worker ends with when it is told to stop: by others, or by its own child."""
+    """Exit code of the worker when it is told to stop by a signal, or by its own child."""
     return int(refused.is_set())
 
 
 def leave() -> None:
-    """Take the child's leases away, until it has stopped: it does so within one batch."""
+    """Take the child's leases away until it has stopped, which it does within one batch."""
     store = JobStore(connect(settings))
     while True:
         try:
             put_back(store)
-        except Exception as error:  # the sweeper of another worker finds the leases stale
+        except Exception as error:  # the sweeper of another worker will find stale leases
             log.warning("stopping: could not put the shard back (%s)", error)
         time.sleep(0.2)
 
 
 def put_back(store: JobStore) -> None:
-    """Release every lease of this worker and send its shards to the others."""
+    """Release every lease of this worker and send their shards again."""
     for job_id, shard_id in [*store.leases_of(OWNER)]:
         if store.release(job_id, shard_id, OWNER):
             enqueue(app, job_id, shard_id)

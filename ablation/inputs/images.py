@@ -1,8 +1,8 @@
-"""Which pictures a folder of class folders holds, and which class each is of. Torch-free.
+"""The picture files in a folder of class folders, and their classes. Torch-free.
 
 In: the folder of a data set. Out: lists of files in a fixed order, or their numbers. The pictures themselves are not
-opened here. What a picture file is and how classes are numbered are torchvision's rules (`ImageFolder`, `ImageNet`);
-tests hold them together. torchvision's own digest of the ImageNet devkit, `meta.bin`, is not read: it takes torch.
+opened here. Which files are pictures and how classes are numbered follow torchvision (`ImageFolder`, `ImageNet`);
+tests compare the two. torchvision's own digest of the ImageNet devkit, `meta.bin`, is not read: it takes torch.
 """
 
 import os
@@ -19,7 +19,7 @@ from ablation.errors import SpecError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# Below the root, the folder of a split; of several, the first that is there.
+# Folder of a split below the root: the first of these that exists.
 SPLIT_FOLDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "imagefolder": {"train": ("train",), "test": ("test", "val")},
     "imagenet": {"train": ("train",), "test": ("val",)},
@@ -33,11 +33,11 @@ _ARCHIVES = {
 }
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{1,9})\.JPEG")
 
-RACY_NS = 2_000_000_000  # a folder may change again without a new time of change; two seconds is FAT's step
+RACY_NS = 2_000_000_000  # a folder may change within this time without a new timestamp; FAT's resolution is two seconds
 
 
 def find_images(name: str, root: Path, split: str, n_classes: int | None = None) -> dict[str, list[str]]:
-    """The picture files of one split: class -> paths; classes and paths in the loader's order.
+    """Find the picture files of one split: class -> paths; classes and paths in the loader's order.
 
     Classes are numbered by sorted folder name, so every split must have the same ones: else a label would mean
     one class in one split and another in the next. ImageNet's are numbered by its devkit where that is beside the
@@ -58,10 +58,10 @@ def find_images(name: str, root: Path, split: str, n_classes: int | None = None)
 
 
 def count_images(name: str, root: Path, split: str, n_classes: int | None = None) -> tuple[int, ...]:
-    """How many pictures `find_images` finds in each class; folders that have not changed are not listed again.
+    """Number of pictures that `find_images` finds in each class; folders that have not changed are not listed again.
 
     Raises:
-        SpecError: as `find_images`.
+        SpecError: for the reasons of `find_images`.
     """
     folder, devkit = _split_folder(name, root, split), _find_devkit(name, root, n_classes)
     if flat := _flat_names(name, root, split, folder):
@@ -90,7 +90,7 @@ def _split_folder(name: str, root: Path, split: str) -> Path:
 def _class_folders(
     name: str, root: Path, split: str, folder: Path, n_classes: int | None, devkit: "Devkit | None"
 ) -> dict[str, Path | None]:
-    """Class -> its folder, in the order of the class numbers; None for a class of the devkit that has none."""
+    """Map each class to its folder, in the order of the class numbers; None for a class of the devkit without one."""
     present = _class_names(root, folder)
     if devkit:
         if odd := sorted(set(present) - set(devkit.classes)):
@@ -137,7 +137,7 @@ def _image_paths(folder: Path) -> Iterator[str]:
 
 
 def _count(folder: str) -> int:
-    """As many as `_image_paths` has; each folder is kept for itself, since its time says nothing of those inside it."""
+    """Number of paths that `_image_paths` finds; cached per folder, since its time doesn't cover the folders inside."""
     changed_ns = os.stat(folder).st_mtime_ns
     settled = time.time_ns() - changed_ns > RACY_NS
     n, inside = (_list if settled else _list.__wrapped__)(folder, changed_ns)
@@ -146,7 +146,7 @@ def _count(folder: str) -> int:
 
 @lru_cache(maxsize=16384)
 def _list(folder: str, changed_ns: int) -> tuple[int, tuple[str, ...]]:
-    """The number of pictures directly in a folder, and the folders in it."""
+    """Number of pictures directly in a folder, and the folders in it."""
     _, inside, names = next(os.walk(folder, followlinks=True), (folder, [], []))
     n = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
     return n, tuple(os.path.join(folder, name) for name in inside)
@@ -156,14 +156,14 @@ def _list(folder: str, changed_ns: int) -> tuple[int, tuple[str, ...]]:
 
 
 class Devkit(NamedTuple):
-    """What ImageNet's devkit says of the classes: their WordNet ids in the order of their numbers."""
+    """The classes of ImageNet's devkit: their WordNet ids in the order of their numbers."""
 
     classes: tuple[str, ...]
     validation: tuple[str, ...]  # the class of validation picture 1, 2, ...
 
 
 def _find_devkit(name: str, root: Path, n_classes: int | None) -> Devkit | None:
-    """The devkit in a data set's folder, unpacked or not; None where there is none."""
+    """Find the devkit in a data set's folder, unpacked or not; None where there is none."""
     folder, archive = root / DEVKIT, root / f"{DEVKIT}.tar.gz"
     files = [folder / file for file in _DEVKIT_FILES] if folder.is_dir() else [archive] if archive.is_file() else []
     if name != "imagenet" or not files:
@@ -182,8 +182,8 @@ def _find_devkit(name: str, root: Path, n_classes: int | None) -> Devkit | None:
 
 @lru_cache(maxsize=4)
 def _read_devkit(files: tuple[tuple[str, int, int], ...]) -> Devkit:
-    """Classes are the synsets without children, numbered by sorted WordNet id."""
-    from scipy.io import loadmat  # takes a while, and few jobs need it
+    """Read the devkit; classes are the synsets without children, numbered by sorted WordNet id."""
+    from scipy.io import loadmat  # slow to import, and few jobs need it
 
     synsets, truth = _devkit_contents([path for path, _, _ in files])
     table = loadmat(BytesIO(synsets), squeeze_me=True)["synsets"]
@@ -195,19 +195,19 @@ def _read_devkit(files: tuple[tuple[str, int, int], ...]) -> Devkit:
 def _devkit_contents(paths: list[str]) -> list[bytes]:
     if len(paths) > 1:
         return [Path(path).read_bytes() for path in paths]
-    with tarfile.open(paths[0]) as archive:  # read from the archive; nothing is written where it says
+    with tarfile.open(paths[0]) as archive:  # read in memory; nothing is extracted to disk
         return [archive.extractfile(f"{DEVKIT}/{file}").read() for file in _DEVKIT_FILES]  # type: ignore[union-attr]
 
 
 def _flat_names(name: str, root: Path, split: str, folder: Path) -> list[str]:
-    """The validation pictures that lie in val/ itself, where it has no class folders."""
+    """Names of the validation pictures directly in val/, where it has no class folders."""
     if (name, split) != ("imagenet", "test") or _class_names(root, folder):
         return []
     return sorted(file for file in os.listdir(folder) if _VALIDATION.fullmatch(file))
 
 
 def _sort_flat(root: Path, folder: Path, names: list[str], devkit: Devkit | None) -> dict[str, list[str]]:
-    """Class -> paths, by the number in each picture's name, so that it doesn't matter which of them are there."""
+    """Map classes to paths by the number in each picture's name, so that some pictures may be absent."""
     if devkit is None:
         allowed = f"class folders in {folder.name}/, or {DEVKIT}.tar.gz beside it"
         next_step = f"{folder.name}/ has pictures without class folders; only the devkit tells their classes."

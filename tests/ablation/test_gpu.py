@@ -1,4 +1,4 @@
-"""The same comparisons over again on a CUDA device (`make test-gpu`); the code is the one that the CPU tests run."""
+"""Comparisons of the CPU tests, repeated on a CUDA device (`make test-gpu`) by the code that the CPU tests run."""
 
 from typing import Any
 

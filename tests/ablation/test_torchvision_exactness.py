@@ -54,7 +54,7 @@ def test_the_middle_of_squeezenet() -> None:
 
 
 def test_many_weights_of_alexnets_last_convolution_at_once() -> None:
-    """As many as it takes for the ways of `linear_relu.py`, which the tool's three weights a layer don't reach."""
+    """Enough weights for the loops of `linear_relu.py`, which the tool's three weights a layer don't reach."""
     model, inputs = make_live_model("alexnet")
     labels = torch.tensor([3, 977])
     layer = "features.10.weight"

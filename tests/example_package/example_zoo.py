@@ -26,7 +26,7 @@ def stripe_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
 
 
 def batch_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-    """The same with a batch norm that keeps no running statistics, so an example's logits depend on its batch mates."""
+    """A net whose batch norm keeps no running statistics, so an example's logits depend on the rest of its batch."""
     net, transform = stripe_net()
     net.insert(1, nn.BatchNorm2d(5, track_running_stats=False))
     return net, transform
@@ -40,7 +40,7 @@ class Restless(nn.Module):
 
 
 def restless_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-    """The same with noise, so two runs differ."""
+    """A net with noise, so two runs differ."""
     net, transform = stripe_net()
     net.insert(4, Restless())
     return net, transform
@@ -54,7 +54,7 @@ class MinusMean(nn.Module):
 
 
 def mean_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-    """The same with examples that see each other."""
+    """A net whose examples affect each other."""
     net, transform = stripe_net()
     net.insert(4, MinusMean())
     return net, transform
@@ -70,7 +70,7 @@ class Deadly(nn.Module):
 
 
 def deadly_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-    """The same, but no worker outlives it."""
+    """A net that kills its process on large batches."""
     net, transform = stripe_net()
     net.insert(4, Deadly())
     return net, transform
@@ -86,7 +86,7 @@ class Hungry(nn.Module):
 
 
 def hungry_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-    """The same, for small batches only."""
+    """A net that runs out of memory on large batches."""
     net, transform = stripe_net()
     net.insert(4, Hungry())
     return net, transform

@@ -524,7 +524,7 @@ class Service(RuleBasedStateMachine):
     @while_jobs_are(*OPEN)
     @rule(number=numbers, n_steps=st.integers(1, 6), kinds=st.permutations([Waiting, Lease]))
     def work(self, number: int, n_steps: int, kinds: Sequence[type]) -> None:
-        """As workers do that nobody disturbs: take what waits first and bring it, or first take all that waits."""
+        """Act as undisturbed workers: claim and complete one shard after the other, or first claim all."""
         job = self.job(number, *OPEN)
         for _ in range(n_steps):
             shard = next((shard for kind in kinds for shard in job.those(kind)), None)
@@ -544,7 +544,7 @@ class Service(RuleBasedStateMachine):
     @while_shards_are(Lease)
     @rule(owner=owners)
     def leave(self, owner: str | None) -> None:
-        """As a worker does that is told to stop."""
+        """Act as a worker that is told to stop."""
         by = owner or "a"
         held = [(job, shard) for job in self.made for shard in job.places if job.lease(shard, by)]
         assert sorted(self.store.leases_of(by)) == sorted((job.id, shard) for job, shard in held)
@@ -556,7 +556,7 @@ class Service(RuleBasedStateMachine):
     @while_shards_are(Lease)
     @rule()
     def sweep(self) -> None:
-        """As the sweeper does: what has a stale lease waits again, and jobs that all workers have refused fail."""
+        """Act as the sweeper: shards with stale leases wait again, and jobs that all workers have refused fail."""
         leases = [(job, shard, job.lease(shard)) for job in self.made for shard in job.places]
         stale = [(job, shard) for job, shard, lease in leases if lease and lease.hours * HOUR_S > LONG_S]
         found = sorted(self.store.stale_leases(LONG_S))
@@ -729,7 +729,7 @@ def check_places(seen: Seen, job_id: str, state: State | None) -> None:
 
 
 def check_leftovers(seen: Seen, job_id: str, state: State | None) -> None:
-    """Of a job that is over its record and its table are kept; nothing of one that is forgotten."""
+    """Only the record and the table of an ended job are kept, and nothing of a forgotten one."""
     found = {key for key in seen if job_id in key and ":draft:" not in key}
     if state is None:
         assert found == set()

@@ -212,7 +212,7 @@ def test_only_the_parent_acts_on_a_signal_to_all_of_a_worker(get_workers: GetWor
 def test_a_child_that_dies_is_replaced_and_its_shard_run_again(
     store: JobStore, celery: Celery, get_workers: GetWorkers, planned: tuple[JobSpec, Plan], undisturbed: bytes
 ) -> None:
-    """As when the kernel ends the process that takes most memory."""
+    """The child dies as it does when the kernel ends the process that takes most memory."""
     (worker,) = get_workers(1)
     job = submit(store, celery, *planned)
     wait_until_in_mid_shard(store, job)

@@ -245,7 +245,7 @@ def test_a_devkit_means_nothing_to_other_data_sets(tmp_path: Path, jpeg: bytes) 
 
 
 def settle(root: Path) -> None:
-    """As if every folder had been left alone for an hour."""
+    """Make every folder look unchanged for an hour."""
     for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
         os.utime(folder, ns=(0, folder.stat().st_mtime_ns - 3600 * 10**9))
 

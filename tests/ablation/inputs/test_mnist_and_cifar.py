@@ -126,7 +126,7 @@ class UncheckedCIFAR100(torchvision.datasets.CIFAR100):
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
-    """The same pictures, mode and size included, and the same labels, of the same types, in the same order."""
+    """Pictures, with mode and size, and labels, with their types, are equal and in equal order."""
     assert len(ours) == len(theirs) > 0
     for (picture, label), (their_picture, their_label) in zip(ours, theirs, strict=True):
         assert (picture.mode, picture.size, picture.tobytes()) == (

@@ -94,7 +94,7 @@ def test_touched_by_any_number_but_zero() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 88.5, 200.0, 3e38])
 @pytest.mark.parametrize("place", [2, 5, 299], ids=["other", "label", "last"])
 def test_what_is_not_finite_shows(value: float, place: int) -> None:
-    """Such pairs go the other way: a difference of two losses in float64."""
+    """Pairs beyond the series take a difference of two losses in float64."""
     logits = torch.linspace(-2, 3, 300, dtype=torch.float64)[None]
     intact = make_intact(logits, torch.tensor([5]))
     dz = torch.full((1, 300), 1e-3)

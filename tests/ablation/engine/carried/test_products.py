@@ -384,7 +384,7 @@ def test_constants(name: str, value: float) -> None:
 
 
 def test_many_lanes_take_the_way_of_active_columns() -> None:
-    """As many ablations at once as it takes for products to be put off until a ReLU says what is needed of them."""
+    """Enough ablations at once for products to be deferred until a ReLU says which of their entries are needed."""
     model = make(
         4,
         lambda: nn.Sequential(

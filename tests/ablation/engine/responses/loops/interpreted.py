@@ -102,7 +102,7 @@ def by_loops(given: Given, runs: Runs) -> tuple[dict[str, np.ndarray], np.ndarra
 
 
 def by_triton(given: Given, runs: Runs) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The same by `triton_rows.py`."""
+    """Sums by `triton_rows.py`."""
     columns, steps, y, batch = on_device(given)
     sums = {name: values.to(DEVICE) for name, values in make_sums(given, runs.per_class).items()}
     bounds = torch.zeros(len(steps), dtype=torch.float64, device=DEVICE)
