@@ -1,15 +1,15 @@
-"""Activations kept between jobs: what a batch is when it reaches the target, for every job on the same prefix.
+"""Activations kept between jobs: the target's input for a batch, shared by all jobs with the same prefix.
 
 In: an address made of everything that the numbers depend on (the model's weights, the batch itself, the parameter, the
 precision, versions), and a record of tensors. Out: the record, or None. One file per batch, below a folder.
 
-A file is written whole under another name, then renamed: two workers that want the same write the same bytes twice, and
-neither waits. It begins with the hash of the rest, so a damaged one is no record. Beyond the size limit the files that
-were used longest ago go first. Nothing here is ever needed: without it, or with its folder emptied in mid-job, the
-numbers are computed again.
+A file is written under another name, then renamed, so two workers may write the same record and neither waits. It
+begins with the hash of the rest, by which a damaged file is recognised. Beyond the size limit the least recently used
+files are removed. The cache is never needed: without it, or if its folder is emptied in mid-job, the numbers are
+computed again.
 
-Shards of one job that need the same examples also leave each other notes: where the record of a batch is, so that it
-is found without reading the batch again (`Notes`). Of another job they say nothing: a file may have changed since.
+Shards of one job that need the same examples also leave each other notes of where the record of a batch is, so that it
+is found without reading the batch again (`Notes`). Notes are not used by other jobs, since a file may have changed.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ _HASH_BYTES = 32
 
 
 class Known(Tensor):
-    """Stands for a batch of inputs that nobody has to look at: as many examples, and the address of their record."""
+    """Placeholder for a batch of inputs that need not be read: number of examples, and address of their record."""
 
     address: str
 
 
 def make_known(address: str, n_examples: int) -> Known:
-    """What stands for a batch whose record is `held`."""
+    """Make the placeholder of a batch whose record is `held`."""
     known = torch.empty(n_examples, 0).as_subclass(Known)
     known.address = address
     return known
@@ -44,22 +44,24 @@ def make_known(address: str, n_examples: int) -> Known:
 
 @dataclass(frozen=True)
 class Activations:
-    """One job's view of the cache: `about` is the address of all that its batches have in common."""
+    """One job's view of the cache; `about` hashes everything that its batches have in common."""
 
     folder: Path
     limit_bytes: int
     about: str
-    n_examples: int  # of the whole job: what can't be kept of all of them is not worth keeping of the first
-    held: dict[str, Any] = field(default_factory=dict)  # the record that is wanted next, so that it can't be gone
+    n_examples: int  # of the whole job: unless all of them fit, none are kept
+    held: dict[str, Any] = field(
+        default_factory=dict
+    )  # the record that is needed next, so that it can't be removed meanwhile
 
     def address(self, inputs: Tensor) -> str:
-        """Where the record of one batch belongs."""
+        """Address of the record of one batch."""
         if isinstance(inputs, Known):
             return inputs.address
         return hash_of([self.about, str(inputs.dtype), str(tuple(inputs.shape)), inputs])
 
     def get(self, address: str) -> Any:
-        """The record; None where there is none. Marks it as used."""
+        """The record, or None; marks it as used."""
         if address in self.held:
             return self.held[address]
         path = self._path(address)
@@ -73,7 +75,7 @@ class Activations:
             return None
         try:
             return torch.load(io.BytesIO(data[_HASH_BYTES:]), weights_only=True)
-        except pickle.UnpicklingError:  # a module gave something with a class of its own: every job computes it
+        except pickle.UnpicklingError:  # a module's output has a class of its own: it isn't kept
             return None
 
     def has(self, address: str) -> bool:
@@ -86,7 +88,7 @@ class Activations:
             self._path(address).unlink(missing_ok=True)
 
     def hold(self, address: str) -> bool:
-        """Keep this record, and no other, at hand; False where there is none."""
+        """Keep this record, and no other, in memory; False where there is none."""
         self.held.clear()
         record = self.get(address)
         if record is not None:
@@ -94,9 +96,9 @@ class Activations:
         return record is not None
 
     def put(self, address: str, record: Any, n_examples: int) -> None:
-        """Keep a record of tensors in plain lists, tuples and dicts, of a batch of so many examples.
+        """Store a record of tensors in plain lists, tuples and dicts, of a batch of `n_examples`.
 
-        Without room for it, don't. Never an error.
+        Does nothing where there is no room for it, and never raises.
         """
         buffer = io.BytesIO()
         torch.save(record, buffer)
@@ -112,7 +114,7 @@ class Activations:
                 file.write(hashlib.blake2b(payload, digest_size=_HASH_BYTES).digest())
                 file.write(payload)
             unfinished.replace(path)
-        except OSError:  # a full disk, a folder that can't be written: the job goes on without
+        except OSError:  # a full disk or a read-only folder: the job goes on without the record
             with suppress(OSError):
                 unfinished.unlink()
 
@@ -120,7 +122,7 @@ class Activations:
         return self.folder / address[:2] / address
 
     def _make_room(self, n_bytes: int) -> None:
-        """Remove what was used longest ago until `n_bytes` more fit; other workers may be doing the same."""
+        """Remove the least recently used files until `n_bytes` more fit; other workers may be doing the same."""
         found = []
         for path in self.folder.glob("*/*"):
             try:
@@ -138,34 +140,34 @@ class Activations:
 
 @dataclass(frozen=True)
 class Notes:
-    """What the shards of one job know of one interval of examples, batch by batch: where the records are.
+    """Notes that the shards of one job share about an interval of examples: the address of each batch's record.
 
-    Workers that begin at once fill the cache together without asking each other: each begins at another place (`start`)
-    and goes on to whatever is missing.
+    Workers that begin at once fill the cache together without communicating: each begins at another place (`start`) and
+    continues with what is missing.
     """
 
     activations: Activations
     about: str  # the job, and the split
-    batches: tuple[tuple[int, int], ...]  # first and one past the last position of each
+    batches: tuple[tuple[int, int], ...]  # first position and one past the last, per batch
 
     def put(self, batch: int, address: str, labels: Tensor) -> None:
-        """Note where the record of a batch is; its labels belong to it."""
+        """Note the address of a batch's record, and its labels."""
         self.activations.put(self._address(batch), (address, labels.cpu()), len(labels))
 
     def get(self, batch: int) -> tuple[str, Tensor] | None:
-        """Address and labels of a batch that somebody has noted."""
+        """Address and labels of a batch that has been noted."""
         return self.activations.get(self._address(batch))
 
     def has(self, batch: int) -> bool:
-        """Whether somebody has noted this batch."""
+        """Whether this batch has been noted."""
         return self.activations.has(self._address(batch))
 
     def missing(self) -> list[int]:
-        """The batches that nobody has noted yet."""
+        """The batches that have not been noted yet."""
         return [batch for batch in range(len(self.batches)) if not self.has(batch)]
 
     def drop(self) -> None:
-        """Forget what was noted: the job is over."""
+        """Remove the notes when the job is over."""
         for batch in range(len(self.batches)):
             self.activations.drop(self._address(batch))
 
@@ -174,9 +176,9 @@ class Notes:
 
 
 def find_start(shard: int, n_batches: int) -> int:
-    """Where the shard of this number begins to fill: 0, 1/2, 1/4, 3/4, 1/8 ... of the way (van der Corput's sequence).
+    """Position where the shard of this number begins to fill: 0, 1/2, 1/4, 3/4, 1/8 ... (van der Corput's sequence).
 
-    However many shards run at once, the first of them lie evenly, and each has as long a way to the next.
+    However many shards run at once, their positions are spaced evenly.
     """
     place, step = 0.0, 0.5
     while shard:
@@ -186,9 +188,9 @@ def find_start(shard: int, n_batches: int) -> int:
 
 
 def find_next(missing: list[int], batch: int) -> int:
-    """The batch to fill next: this one if it is missing, else the middle of the longest run that is.
+    """The batch to fill next: this one if it is missing, else the middle of the longest missing stretch.
 
-    The middle, because somebody may be working on the run from its beginning.
+    The middle, because another worker may be filling the stretch from its beginning.
     """
     if batch in missing:
         return batch
@@ -199,7 +201,7 @@ def find_next(missing: list[int], batch: int) -> int:
 
 
 def hash_of(parts: Iterable[str | Tensor]) -> str:
-    """One hash of texts and of tensors' numbers."""
+    """Hash of texts and of tensors' numbers."""
     whole = hashlib.blake2b(digest_size=_HASH_BYTES)
     for part in parts:
         if isinstance(part, Tensor):

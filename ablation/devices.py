@@ -1,4 +1,4 @@
-"""Where is it computed? A device that torch finds here, and what a person calls it."""
+"""Devices to compute on: those that torch finds on this machine, and their description."""
 
 import ctypes
 import platform
@@ -13,10 +13,10 @@ from ablation.errors import SpecError
 
 
 def find_device(device: str | torch.device | None, *, field: str = "device") -> torch.device:
-    """The device of this name; default: CUDA if there is one, else the CPU. `field` is who named it.
+    """Find the device of this name; None: CUDA if there is one, else the CPU. `field` names the setting in errors.
 
     Raises:
-        SpecError: torch does not find it here; the message has torch's reason.
+        SpecError: torch does not find the device; the message has torch's reason.
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,10 +30,10 @@ def find_device(device: str | torch.device | None, *, field: str = "device") -> 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Inside, memory that is freed stays with the process, to be used again; afterwards it goes back to the system.
+    """Context in which freed memory stays with the process for reuse; afterwards it returns to the system.
 
-    The C library gives large pieces back at once, and the system clears every page that it hands out again: on a CPU
-    that took more time than the arithmetic (seen: 2 to 4 times in all). Only glibc can be told not to.
+    The C library returns large blocks at once, and the system clears every page that it hands out again; on a CPU that
+    took more time than the arithmetic (2 to 4 times as long in all). Only glibc has a setting for it.
     """
     mallopt, trim = _glibc()
     if mallopt is None:
@@ -49,7 +49,7 @@ def freed_memory_kept() -> Iterator[None]:
         trim(0)
 
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # constants of malloc.h
 
 
 def _glibc() -> tuple[Any, Any]:
@@ -60,16 +60,16 @@ def _glibc() -> tuple[Any, Any]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the machine: that is the error, or its cause."""
+    """Whether the error, or its cause, is that the device or the machine ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch on a CPU
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's error on a CPU
         return True
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def describe_device(where: torch.device) -> str:
-    """What a device is: its name, and how much memory it has."""
+    """Describe a device by its name and its memory."""
     if where.type != "cuda":
         return f"{where} ({_cpu_name()})"
     found = torch.cuda.get_device_properties(where)

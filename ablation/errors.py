@@ -1,14 +1,14 @@
-"""What can go wrong, as types: each error names what was given, what is allowed and what to do next.
+"""The exceptions of this package; each message has the value given, what is allowed, and what to do next.
 
 AblationError
-├── SpecError         what was asked is not possible; `.field` says which part of the job spec
+├── SpecError         the spec is not possible; `.field` names the part of it that is wrong
 ├── ModelError        the model can't be measured exactly (or at all); the message says why
 ├── DataError         a data set or an example can't be used; the message says which
 │   └── ExampleError  one example can't be used; `.position` says which
 ├── CheckpointError   a checkpoint file can't be loaded into the model
 ├── ProofError        the job's own check against the reference failed; both numbers are in the message
 ├── OutOfMemory       memory ran out, and no smaller batch would help
-├── Unfit             this worker must not go on with what another began: its model, data or versions are others
+├── Unfit             this worker's model, data or versions differ from those that the job was begun with
 ├── Cancelled         the job was cancelled while it ran; not a fault
 └── ServiceError      a part of the service is missing or unreachable (Redis, a server), or set up wrongly (a folder)
 """
@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-LONGEST_SHOWN = 200  # characters of what was given that a message repeats
+LONGEST_SHOWN = 200  # longest value that a message repeats, in characters
 
 
 class AblationError(Exception):
@@ -26,7 +26,7 @@ class AblationError(Exception):
 
 
 class SpecError(AblationError, ValueError):
-    """What was asked is not possible.
+    """The spec is not possible.
 
     `field` is the dotted place in the job spec (``"sites.count"``), so that the API can name it.
     """
@@ -44,7 +44,7 @@ class SpecError(AblationError, ValueError):
 
 @contextmanager
 def as_given(given: Mapping[str, object]) -> Iterator[None]:
-    """Let errors about these fields show what was given there, where the code inside knows it in another form only."""
+    """Make errors about these fields show the values given, where the code inside has converted ones."""
     try:
         yield
     except SpecError as error:
@@ -62,7 +62,7 @@ class DataError(AblationError):
 
 
 class ExampleError(DataError):
-    """One example can't be used: `what` is the rest of a sentence, `position` counts in a batch or in a split."""
+    """One example can't be used. `what` completes a sentence; `position` counts within a batch or a split."""
 
     def __init__(self, position: int, what: str) -> None:
         self.position = position
@@ -86,7 +86,7 @@ class OutOfMemory(AblationError):
 
 
 class Unfit(AblationError):
-    """This worker must not go on with what another began: its model, data or versions are others."""
+    """This worker's model, data or versions differ from those that a job was begun with."""
 
 
 class Cancelled(AblationError):
@@ -98,13 +98,13 @@ class ServiceError(AblationError):
 
 
 def say_given(given: object) -> str:
-    """What was given, as a message shows it: text in quotes, everything else as JSON, which a job spec is."""
+    """Format a given value for a message: text in quotes, everything else as JSON."""
     short = shorten(given)
     return repr(short) if isinstance(given, str) else _as_json(short)
 
 
 def shorten(given: object) -> object:
-    """What was given; where it is too long to be shown again, the beginning of it as text."""
+    """Return the given value, or the beginning of its text if that is too long for a message."""
     text = given if isinstance(given, str) else _as_json(given)
     return given if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 

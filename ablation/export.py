@@ -1,4 +1,4 @@
-"""How do rows leave as a file? CSV and Parquet, streamed in constant memory, and files written whole or not at all.
+"""Tables as CSV and Parquet, streamed in constant memory, and files that are written whole or not at all.
 
 In: a table, or its columns block by block. Out: bytes, the same for the same numbers.
 Torch-free: the API streams tables.
@@ -42,8 +42,8 @@ def csv_rows(columns: Columns) -> bytes:
     return bytes(sink.getvalue())
 
 
-# Arrow's own conversions begin with a look for pandas' types, which imports pandas: a second and 60 MB in the middle of
-# somebody's request. So these say what is in the buffers.
+# Arrow's own conversions import pandas to check for its types, which takes a second and 60 MB in the middle of a
+# request. So the arrays are built from buffers.
 
 
 def _numbers(values: Num[np.ndarray, " rows"], known: pa.Buffer | None = None) -> pa.Array:
@@ -61,10 +61,11 @@ def _strings(values: Sequence[str]) -> pa.StringArray:
 
 
 def _spell(values: Float64[np.ndarray, " rows"]) -> pa.StringArray:
-    """Every number as `repr` writes it; NaN as null.
+    """Write every number as `repr` does, and NaN as null.
 
-    Arrow writes the right digits, but spells some sizes otherwise than Python: 1 and 1e-7 for 1.0 and 1e-07, 0.00001
-    for 1e-05, 1e+10 for 10000000000.0. The edges below are exact: a float prints as 1e-9 or more if and only if it is.
+    Arrow writes the same digits, but formats some magnitudes differently from Python: 1 and 1e-7 for 1.0 and 1e-07,
+    0.00001 for 1e-05, 1e+10 for 10000000000.0. The limits below are exact: a float prints as 1e-9 or more if and only
+    if it is.
     """
     size = np.abs(values)
     text = pc.cast(_numbers(values, _bits(~np.isnan(values))), pa.string())
@@ -86,7 +87,7 @@ def _respell(
 
 
 def csv_chunks(blocks: Iterable[Columns]) -> Iterator[bytes]:
-    """The whole CSV of blocks of rows, header first, piece by piece. Where blocks begin changes no byte."""
+    """Yield the CSV of blocks of rows, header first. The bytes don't depend on where blocks begin."""
     header_is_out = False
     for block in blocks:
         if not header_is_out:
@@ -103,7 +104,7 @@ def write_csv(table: ImportanceTable, stream: BinaryIO) -> None:
 
 
 def parquet_chunks(blocks: Iterable[Columns]) -> Iterator[bytes]:
-    """A Parquet file (zstd) of blocks of rows, piece by piece. NaN stays NaN, so every number keeps its bits."""
+    """Yield a Parquet file (zstd) of blocks of rows. NaN stays NaN, so every number keeps its bits."""
     sink, writer = _Sink(), None
     for block in blocks:
         for rows in _cut(block):
@@ -128,22 +129,22 @@ def _cut(block: Columns) -> Iterator[dict[str, np.ndarray]]:
 
 
 class _Sink(io.RawIOBase):
-    """A file that only keeps what was not taken yet."""
+    """A file object that buffers what is written until it is taken."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
 
     def writable(self) -> bool:
-        """Yes."""
+        """Return True, as a file open for writing does."""
         return True
 
     def write(self, piece: Any) -> int:
-        """Keep a copy: Arrow uses its buffer again."""
+        """Keep a copy, since Arrow reuses its buffer."""
         self._pieces.append(bytes(piece))
         return len(self._pieces[-1])
 
     def take(self) -> bytes:
-        """What was written since the last call."""
+        """Return the bytes written since the last call."""
         pieces, self._pieces = self._pieces, []
         return b"".join(pieces)
 

@@ -1,4 +1,4 @@
-"""What is this machine: how fast, against the one that the cost table (`cost.py`) was measured on, and how large?
+"""The speed of this machine, relative to the one that the cost table (`cost.py`) was measured on, and its memory.
 
 In: nothing. Out: its pace, and its memory in bytes. Torch-free.
 """
@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-TABLE_S = 0.0130  # what the products took there
+TABLE_S = 0.0130  # seconds of the products on that machine
 
-# Where Linux says what a container may take: "max", or a number beyond any machine, for as much as there is.
+# Linux's files with a container's memory limit; "max", or a number beyond any machine, means no limit.
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def measure_pace() -> float:
-    """One thread of this machine as a multiple of one there.
+    """Speed of one thread, as a multiple of one thread of that machine.
 
-    By two matrix products, float32 and float64: the best of a few, some hundredths of a second in all.
+    Measured by two matrix products, float32 and float64, as the best of a few; takes some hundredths of a second.
     """
     with threadpool_limits(1):
         best_s = sum(_best_product_s(size, dtype) for size, dtype in ((768, np.float32), (512, np.float64)))
@@ -37,7 +37,7 @@ def _best_product_s(size: int, dtype: type) -> float:
 
 
 def find_memory() -> int:
-    """Bytes of memory that a process may take: what the machine has, or what its container is given of it."""
+    """Bytes of memory that a process may take: all of the machine's, or its container's limit."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in MEMORY_LIMITS:
         try:

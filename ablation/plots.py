@@ -1,6 +1,6 @@
-"""What does importance look like beside magnitude, and train beside test?
+"""Figures of a table: utility against magnitude, and train against test.
 
-In: an `ImportanceTable`. Out: a matplotlib `Figure` that belongs to nobody (no pyplot, no global state, no screen).
+In: an `ImportanceTable`. Out: a matplotlib `Figure`, without pyplot, global state or a screen.
 
 Utilities span many decades on both sides of 0, and many are exactly 0: symmetric-log axes show them all. Where there
 are more sites than can be told apart, the largest are drawn and a random part of the others, and the title says how
@@ -18,8 +18,8 @@ from ablation.statistics import compare_magnitude, compare_splits
 from ablation.table import ImportanceTable
 
 MAX_POINTS = 20_000
-N_LARGEST = 100  # of them, so that the tails are whole
-MAX_DECADES = 5  # on each side of 0; what is smaller still lies on the linear part in the middle
+N_LARGEST = 100  # always drawn, so that the tails are complete
+MAX_DECADES = 5  # on each side of 0; smaller values are on the linear part in the middle
 SMALLEST_SCALE = 1e-30  # nats; matplotlib's own arithmetic fails near the end of float64's range
 BLUE, ORANGE, PURPLE, GREY = "#2b6cb0", "#c05621", "#6b46c1", "#8a8a8a"
 
@@ -93,14 +93,14 @@ def _scatter(
     color: str,
     label: str,
 ) -> None:
-    """The chosen rows of one kind; the legend counts all sites of that kind. None of the kind: nothing at all."""
+    """Draw the chosen rows of one kind, if there are any; the legend counts all sites of that kind."""
     if kind.any():
         shown = rows[kind[rows]]
         axes.scatter(x[shown], y[shown], s=7, alpha=0.5, color=color, linewidths=0, label=f"{label}: {kind.sum():,}")
 
 
 def _scale(axes: Axes, which: str, utility: Float64[np.ndarray, " sites"]) -> None:
-    """A symmetric-log axis that holds every utility: logarithmic down to a decade below nearly all that are not 0."""
+    """Set a symmetric-log axis that holds every utility: logarithmic down to a decade below nearly all nonzero ones."""
     size = np.abs(utility[np.isfinite(utility) & (utility != 0)])
     largest = max(size.max(), SMALLEST_SCALE) if len(size) else 1e-9
     smallest = max(np.quantile(size, 0.05), largest * 10.0**-MAX_DECADES) if len(size) else largest
@@ -110,7 +110,7 @@ def _scale(axes: Axes, which: str, utility: Float64[np.ndarray, " sites"]) -> No
 
 
 def _legend(axes: Axes) -> None:
-    """Below the axes, so that it hides nothing."""
+    """Place the legend below the axes, where it hides nothing."""
     legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=9, markerscale=2, frameon=False)
     for handle in filter(None, legend.legend_handles):
         handle.set_alpha(1)

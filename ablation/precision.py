@@ -1,9 +1,9 @@
-"""Float64 from the target parameter on: the part of the network before it runs as users run it.
+"""Float64 from the target parameter on; the network before it runs as users run it.
 
 A network is float32, its target parameter alone is float64. Every call that sees a float64 tensor is run in float64;
 calls that don't, the prefix, stay as they are. So nothing needs to be traced or cut, and any PyTorch model works.
 
-Not here: what is computed with it (`reference.py`, `engine/`).
+Not here: the computations that use it (`reference.py`, `engine/`).
 """
 
 import random
@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_NARROWING = {"float", "to", "type", "type_as", "half", "bfloat16"}  # methods that would throw float64 away again
+_NARROWING = {"float", "to", "type", "type_as", "half", "bfloat16"}  # methods that would convert float64 back
 
 
 class Lifts:
-    """Parameters in float64, each lifted once however often it is asked for, and the way back."""
+    """Parameters in float64, each converted once however often it is requested, and the originals."""
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}
@@ -40,7 +40,7 @@ class Lifts:
         return wide
 
     def narrow(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor in a narrower type: of a lifted parameter, or a view of it, what it was lifted from."""
+        """Convert to a narrower type; a lifted parameter, or a view of it, becomes the original again."""
         own = self._narrow.get(tensor.untyped_storage()._cdata)
         if own is None or own.dtype != dtype or tensor.dtype == dtype:
             return tensor.to(dtype)
@@ -57,7 +57,7 @@ class Float64Spreads(TorchFunctionMode):
     def __torch_function__(
         self, call: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one call, in float64 if one of its tensors is."""
+        """Run one call, in float64 if one of its tensors is float64."""
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not _looks(call):
@@ -76,10 +76,10 @@ class Float64Spreads(TorchFunctionMode):
         return call(*args, **kwargs)
 
     def _look_at(self, tensors: list[Tensor]) -> None:
-        """What subclasses want to know of a call's tensors."""
+        """Hook for subclasses, called with a call's tensors."""
 
     def _widen(self, tensor: Tensor) -> None:
-        """Make a tensor that is about to be written to float64, under all its names; of a view, its base too."""
+        """Convert a tensor that is about to be written to, under all its names; for a view, its base, too."""
         base = tensor if tensor._base is None else tensor._base
         if base.dtype not in _NARROW:
             return
@@ -88,7 +88,7 @@ class Float64Spreads(TorchFunctionMode):
             tensor.data = base.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
-# Methods that look at a tensor's form and not at its numbers; with them, attributes and what is asked of its memory.
+# Methods that read a tensor's metadata and not its numbers, such as attributes and questions about its memory.
 LOOKS = {
     "size", "dim", "numel", "stride", "is_contiguous", "element_size", "is_floating_point", "get_device", "__len__",
 }  # fmt: skip
@@ -103,7 +103,7 @@ def _name(call: Callable[..., Any]) -> str:
 
 
 def _looks(call: Callable[..., Any]) -> bool:
-    """Whether a call looks at a tensor's form and not at its numbers."""
+    """Whether a call reads a tensor's metadata and not its numbers."""
     name = _name(call)
     return (_name(call.__self__) if name == "__get__" and hasattr(call, "__self__") else name) in _FORM
 
@@ -137,7 +137,7 @@ class FromTargetOn(Float64Spreads):
 
 
 def in_own_precision(model: torch.nn.Module) -> AbstractContextManager[object]:
-    """The mode in which a model runs as it is: a float64 one stays float64 even where its code casts to float32."""
+    """Mode that runs a model as it is; a float64 model stays float64 even where its code casts to float32."""
     wide = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     return Float64Spreads() if wide else nullcontext()
 
@@ -154,7 +154,7 @@ def fit(inputs: Any, model: torch.nn.Module) -> Any:
 
 @contextmanager
 def as_found(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The model in eval mode without gradients; afterwards its mode and torch's random state are as they were."""
+    """Context with the model in eval mode without gradients; restores its mode and torch's random state."""
     modes = {module: module.training for module in model.modules()}
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
     try:
@@ -169,20 +169,20 @@ def as_found(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def run_with(
     model: torch.nn.Module, parameter: str, tensor: Tensor, inputs: Tensor, *, mode: FromTargetOn | None = None
 ) -> Any:
-    """The logits of `model` with `parameter` replaced by `tensor` for this one run, float64 from there on."""
+    """Run `model` once with `parameter` replaced by `tensor`, in float64 from there on, and return the logits."""
     with _replaced(model, parameter, tensor), mode or FromTargetOn(tensor):
         return run(model, inputs)
 
 
 def run(model: torch.nn.Module, inputs: Tensor) -> Any:
-    """The model's output for a copy of the inputs (it may write to them): the logits, where it has any."""
+    """Run the model on a copy of the inputs (it may write to them); returns its `.logits`, or else its output."""
     output = model(inputs.clone())
     return getattr(output, "logits", output)
 
 
 @contextmanager
 def _replaced(model: torch.nn.Module, parameter: str, tensor: Tensor) -> Iterator[None]:
-    """Put `tensor` wherever the model holds the parameter, under every name, and put the parameter back."""
+    """Context with `tensor` in every place where the model holds the parameter, under every name."""
     own = model.get_parameter(parameter)
     modules = dict.fromkeys(
         module for module in model.modules() if any(held is own for held in module._parameters.values())
@@ -192,7 +192,7 @@ def _replaced(model: torch.nn.Module, parameter: str, tensor: Tensor) -> Iterato
     try:
         for module, name in places:
             module._parameters[name] = tensor  # type: ignore[assignment]
-        for module, weights in flat.items():  # recurrent modules keep a list of their own
+        for module, weights in flat.items():  # recurrent modules keep lists of their weights
             module._flat_weights = [tensor if weight is own else weight for weight in weights]
         yield
     finally:

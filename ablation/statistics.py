@@ -1,11 +1,11 @@
-"""What does a table say as a whole? Counts, correlations, and how much of them is sampling noise.
+"""Statistics of a table: counts, correlations, and how much of them is sampling noise.
 
-In: an `ImportanceTable`. Out: plain JSON (None where a number does not exist), and the same as lines for people.
-Torch-free, and the table is all it reads.
+In: an `ImportanceTable`. Out: plain JSON (None where a number does not exist), and the same as lines of text.
+Torch-free; it reads nothing but the table.
 
-Utilities of single weights are heavy-tailed, and up to 90 % of them can be *provably* 0. So every correlation is given
-twice, over all sites and over the touched ones alone, and Spearman's (of ranks) stands beside Pearson's (which a few
-large utilities decide).
+Utilities of single weights are heavy-tailed, and up to 90 % of them can be *provably* 0. So every correlation is
+computed twice, over all sites and over the touched ones alone, and Spearman's (of ranks) is reported with Pearson's,
+which a few large utilities decide.
 """
 
 import math
@@ -24,7 +24,7 @@ OTHER_SIZES = (100, 1_000, 10_000, 100_000)  # examples per split, for the ceili
 
 
 def make_summary(table: ImportanceTable) -> dict[str, Any]:
-    """Everything worth knowing of a job beside its rows, as plain JSON."""
+    """Summarise a job as plain JSON."""
     plan, splits = table.about["plan"], list(table.about["baseline"])
     summary = {
         "sites": len(table),
@@ -43,18 +43,18 @@ def make_summary(table: ImportanceTable) -> dict[str, Any]:
 
 
 def _plain(proof: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """JSON has no infinity, which is the error where the reference is exactly 0 and the engine is not (in float32)."""
+    """Replace infinity by None: an error is infinite where the reference is 0 and the engine is not (in float32)."""
     if proof is None:
         return None
     return {key: value if value is None or math.isfinite(value) else None for key, value in proof.items()}
 
 
 def describe_split(table: ImportanceTable, split: str) -> dict[str, Any]:
-    """Baseline, counts and the mean of one split's utilities, over the sites that were run."""
-    baseline, spread = table.about["baseline"][split], measure_spread(table, split)
+    """Baseline, counts and mean utility of one split, over the sites that were run."""
+    baseline, variation = table.about["baseline"][split], measure_variation(table, split)
     utility = table.columns[f"utility_{split}"]
     utility = utility[np.isfinite(utility)]
-    with np.errstate(over="ignore"):  # what is too large for float32 is another loss, too
+    with np.errstate(over="ignore"):  # a loss beyond float32's range counts as changed, too
         after = (baseline["loss"] + utility).astype(np.float32)
     return {
         **baseline,
@@ -62,30 +62,30 @@ def describe_split(table: ImportanceTable, split: str) -> dict[str, Any]:
         "float32_would_call_zero": int((after == np.float32(baseline["loss"])).sum()),
         "negative": int((utility < 0).sum()),
         "mean_utility": float(utility.mean()) if len(utility) else None,
-        "reliability": spread and spread.reliability,
+        "reliability": variation and variation.reliability,
     }
 
 
 def compare_magnitude(table: ImportanceTable, split: str) -> dict[str, float | None]:
-    """Correlations of |utility| with |w|: does a big weight matter?"""
+    """Correlations of |utility| with |w|."""
     touched = table.columns[f"touched_{split}"] > 0
     return _correlations(table.columns["magnitude"], np.abs(table.columns[f"utility_{split}"]), touched)
 
 
 def compare_splits(table: ImportanceTable) -> dict[str, Any]:
-    """Correlations of the utilities on train and test, and the most that sampling noise lets Pearson's be.
+    """Correlations of the utilities on train and test, and the upper limit that sampling noise sets to Pearson's.
 
-    Utilities that agree perfectly in truth would still correlate by no more than
+    Utilities that truly agree would still correlate by no more than
 
         ceiling = sqrt(reliability_train * reliability_test)        (Spearman's correction for attenuation)
 
-    so `ratio` = Pearson's r / ceiling estimates how well they agree in truth. The noise shrinks as 1/N, which gives
-    the ceiling at N examples per split (`ceiling_at`) and the N that a wanted one needs (`examples_for_ceiling`).
+    so `ratio` = Pearson's r / ceiling estimates the true agreement. The noise shrinks as 1/N, which gives the ceiling
+    at N examples per split (`ceiling_at`) and the N that a wanted ceiling needs (`examples_for_ceiling`).
     The ceiling is over all sites; "touched" are sites touched in at least one of the splits.
     """
     touched = (table.columns["touched_train"] > 0) | (table.columns["touched_test"] > 0)
     found = _correlations(table.columns["utility_train"], table.columns["utility_test"], touched)
-    train, test = measure_spread(table, "train"), measure_spread(table, "test")
+    train, test = measure_variation(table, "train"), measure_variation(table, "test")
     ceiling = math.sqrt(train.reliability * test.reliability) if train and test else None
     return {
         **found,
@@ -99,8 +99,8 @@ def compare_splits(table: ImportanceTable) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How much the utilities of one split differ between sites, and how much of that is sampling noise.
+class Variation:
+    """Variance of one split's utilities over the sites, and the part of it that is sampling noise.
 
     `variance` = var(utility) over sites and `noise` = mean(stderr^2), both in any one unit: only their ratio is used.
     """
@@ -111,18 +111,18 @@ class Spread:
 
     @property
     def reliability(self) -> float:
-        """1 - noise / variance: the share of the variance that other examples would show too, 0 to 1."""
+        """Share of the variance that other examples would show, too: 1 - noise / variance, from 0 to 1."""
         return min(1.0, max(0.0, 1 - self.noise / self.variance))
 
     @property
     def noise_per_example(self) -> float:
-        """s^2 / var_true: the noise of one example's delta in units of the true variance; at N examples, 1/N of it."""
+        """Noise of one example's delta in units of the true variance, s^2 / var_true; N examples have 1/N of it."""
         true = self.variance - self.noise
         return self.noise * self.n_examples / true if true > 0 else math.inf
 
 
-def measure_spread(table: ImportanceTable, split: str) -> Spread | None:
-    """The spread of one split; None where it has none (constant or too few) or the standard error is not known."""
+def measure_variation(table: ImportanceTable, split: str) -> Variation | None:
+    """Measure one split; None where the utilities are constant or too few, or the standard error is not known."""
     utility, stderr = table.columns[f"utility_{split}"], table.columns[f"stderr_{split}"]
     known = np.isfinite(utility) & np.isfinite(stderr)
     utility, stderr = utility[known], stderr[known]
@@ -130,17 +130,17 @@ def measure_spread(table: ImportanceTable, split: str) -> Spread | None:
         return None
     unit = np.abs(utility).max()  # so that squares of small numbers don't underflow
     variance, noise = np.var(utility / unit, ddof=1), np.mean((stderr / unit) ** 2)
-    return Spread(float(variance), float(noise), table.about["baseline"][split]["n_examples"])
+    return Variation(float(variance), float(noise), table.about["baseline"][split]["n_examples"])
 
 
-def ceiling_at(n_examples: int, train: Spread, test: Spread) -> float:
-    """The ceiling if both splits had `n_examples`: reliability = var_true / (var_true + s^2/N)."""
+def ceiling_at(n_examples: int, train: Variation, test: Variation) -> float:
+    """Noise ceiling if both splits had `n_examples`: reliability = var_true / (var_true + s^2/N)."""
     shares = (1 + split.noise_per_example / n_examples for split in (train, test))
     return 1 / math.sqrt(math.prod(shares))
 
 
-def examples_for(ceiling: float, train: Spread, test: Spread) -> int | None:
-    """The fewest examples per split that give the wanted ceiling; None where no true variance was seen.
+def examples_for(ceiling: float, train: Variation, test: Variation) -> int | None:
+    """Fewest examples per split that give the wanted ceiling; None where the true variance is 0.
 
     With a, b the noise per example of the splits: (1 + a/N) (1 + b/N) = 1/ceiling^2, solved for N.
     """
@@ -153,7 +153,7 @@ def examples_for(ceiling: float, train: Spread, test: Spread) -> int | None:
 def _correlations(
     a: Float64[np.ndarray, " sites"], b: Float64[np.ndarray, " sites"], touched: Bool[np.ndarray, " sites"]
 ) -> dict[str, float | None]:
-    """Over the sites that were run, and over those of them that were touched."""
+    """Correlations over the sites that were run, and over the touched ones among them."""
     run = np.isfinite(a) & np.isfinite(b)
     ranked = Ranked(a, b)
     found: dict[str, float | None] = {}
@@ -164,10 +164,10 @@ def _correlations(
 
 
 class Ranked:
-    """Two columns, sorted once; then Spearman's correlation of any part of their rows is a matter of picking.
+    """Two columns, sorted once, from which Spearman's correlation of any subset of their rows is computed.
 
-    Both are put into the order of `a` first: there the ranks of `a` need no place to be looked up in. So a part costs
-    a few passes and no sort (two parts of 16.7 million rows on one core: 8 s, by scipy's `rankdata` 16 s).
+    Both are brought into the order of `a`, so a subset costs a few passes and no sort (two subsets of 16.7 million rows
+    on one core: 8 s, by scipy's `rankdata` 16 s).
     """
 
     def __init__(self, a: Float64[np.ndarray, " sites"], b: Float64[np.ndarray, " sites"]) -> None:
@@ -177,7 +177,7 @@ class Ranked:
         self.by_b = np.argsort(self.b)
 
     def spearman(self, rows: Bool[np.ndarray, " sites"]) -> float | None:
-        """Pearson's r of the ranks of these rows among themselves."""
+        """Spearman's correlation: Pearson's r of the ranks of these rows among themselves."""
         rows = rows.take(self.by_a)
         ranks = np.zeros(len(rows))
         ranks[rows] = ranks_of_sorted(_take(self.a, rows))
@@ -190,9 +190,9 @@ def _take(values: np.ndarray, rows: Bool[np.ndarray, " sites"]) -> np.ndarray:
 
 
 def ranks_of_sorted(values: Float64[np.ndarray, " sites"]) -> Float64[np.ndarray, " sites"]:
-    """Ranks from 1 on of values that rise; equal ones share the mean of theirs."""
+    """Ranks from 1 on of ascending values; equal values share their mean rank."""
     ranks = np.arange(1.0, len(values) + 1)
-    ties = np.flatnonzero(values[1:] == values[:-1])  # this one is equal to the next
+    ties = np.flatnonzero(values[1:] == values[:-1])  # indices of values equal to the next one
     if len(ties):
         is_first, is_last = np.diff(ties, prepend=-2) > 1, np.diff(ties, append=len(values) + 1) > 1
         first, last = ties[is_first], ties[is_last] + 1
@@ -213,13 +213,13 @@ def pearson(a: Float64[np.ndarray, " sites"], b: Float64[np.ndarray, " sites"]) 
 
 
 def _centred(values: Float64[np.ndarray, " sites"]) -> Float64[np.ndarray, " sites"]:
-    """Less its mean, in units of the largest: no square underflows, and a constant gives exact zeros."""
+    """Subtract the mean and divide by the largest: no square underflows, and a constant gives exact zeros."""
     scaled = values / (np.abs(values).max() or 1.0)
     return scaled - scaled.mean()
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The summary as pairs of label and value, for people."""
+    """The summary as pairs of label and value, for display."""
     n = summary["sites"]
     lines = [
         ("sites", f"{n:,} of the {summary['weights_in_layer']:,} weights of {summary['parameter']}"),
@@ -267,7 +267,7 @@ def _say_share(count: int, n: int) -> str:
 
 
 def _say_proof(proof: Mapping[str, Any] | None) -> str:
-    """The largest arithmetic error against the reference, with what is allowed."""
+    """Describe the largest arithmetic error against the reference, and its bound."""
     if proof is None:
         return "not checked (verify = 0)"
     error, bound = proof["arithmetic_error"], proof["arithmetic_bound"]

@@ -116,7 +116,7 @@ def make_table(
     not_finite: Bool[np.ndarray, " sites"] | None,
     about: Mapping[str, Any],
 ) -> ImportanceTable:
-    """Make the table: one row per site, with its place, its weight, and the effect of its ablation on each split's loss.
+    """Make the table: one row per site, with its place, weight, and the effect of its ablation on each split's loss.
 
     For N examples with loss deltas d_n (ablated minus intact, in nats), S = sum d_n and S2 = sum d_n^2:
 

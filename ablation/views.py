@@ -1,7 +1,7 @@
-"""What is told of a model, a layer and a plan: the same objects by `--json` and over HTTP.
+"""Public views of models, layers and plans: the same objects with `--json` and over HTTP.
 
-In: facts and plans. Out: plain records, without what only machines need (a plan's shards, which may be many).
-A data set is told by its facts as they are.
+In: facts and plans. Out: plain records, without a plan's shards, which may be many. The facts of a data set are shown
+as they are.
 """
 
 from pydantic import BaseModel, Field
@@ -12,7 +12,7 @@ from ablation.spec import Precision
 
 
 class ModelView(BaseModel):
-    """One model that may be asked for."""
+    """One model that a job may name."""
 
     name: str
     weights: tuple[str, ...]
@@ -55,18 +55,18 @@ class PlanView(BaseModel):
 
 
 def model_view(facts: ModelFacts) -> ModelView:
-    """What is told of a model."""
+    """The public view of a model."""
     same = {name: getattr(facts, name) for name in ModelView.model_fields if name != "n_layers"}
     return ModelView(n_layers=len(facts.layers), **same)
 
 
 def layer_view(layer: LayerFacts) -> LayerView:
-    """What is told of a layer."""
+    """The public view of a layer."""
     same = {name: getattr(layer, name) for name in LayerView.model_fields if name != "whole_layer_path"}
     return LayerView(whole_layer_path=possible_paths(layer, is_whole=True)[0], **same)
 
 
 def plan_view(plan: Plan) -> PlanView:
-    """What is told of a plan."""
+    """The public view of a plan."""
     same = {name: getattr(plan, name) for name in PlanView.model_fields if name != "n_shards"}
     return PlanView(n_shards=len(plan.shards), **same)

@@ -248,8 +248,8 @@ def errors_of(delta: np.ndarray, truth: np.ndarray, precision: str, loss: float)
 
 def rounding_of(delta: np.ndarray, truth: np.ndarray) -> float:
     """Model rounding: the utility in units of max(mean |delta|, 0.1 of its rms over sites)."""
-    spread = np.abs(truth).mean(axis=1)
-    scale = np.maximum(spread, 0.1 * np.sqrt((spread**2).mean()))
+    size = np.abs(truth).mean(axis=1)
+    scale = np.maximum(size, 0.1 * np.sqrt((size**2).mean()))
     return float(_ratio(np.abs((delta - truth).mean(axis=1)), scale).max())
 
 

@@ -1,4 +1,4 @@
-"""`python -m ablation.cli` is `ablation`."""
+"""`python -m ablation.cli` runs `ablation`."""
 
 from ablation.cli import main
 

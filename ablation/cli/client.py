@@ -1,6 +1,6 @@
-"""Talking to a server: post a job, poll it, download its files.
+"""HTTP client: post a job, poll it, download its files.
 
-In: a base URL and a spec. Out: plain JSON and files. Problem documents become our errors again.
+In: a base URL and a spec. Out: plain JSON and files. Problem documents are raised as this package's errors.
 """
 
 import time
@@ -15,19 +15,19 @@ from ablation.errors import AblationError, ServiceError, SpecError
 from ablation.spec import JobSpec
 
 TIMEOUT_S = 30.0
-POLL_TIMEOUT_S = 5.0  # a dead API leaves its address open: what is sent there waits until it is started again
-MAX_POLL_S = 2.0  # a person watches the bar: ask more often than the server wants, never less than it allows at 429
-AWAY_S = 60.0  # how long a server may be away (it is being restarted) before polling gives up
+POLL_TIMEOUT_S = 5.0  # the socket of a dead API stays open, so requests wait until it is restarted
+MAX_POLL_S = 2.0  # shorter than the server's Retry-After, since a person watches; at 429 the server's is kept
+AWAY_S = 60.0  # how long a server may be away, for instance to restart, before polling gives up
 
 
 class Client:
     """A connection to one server."""
 
     def __init__(self, server: str, *, trust_env: bool = True) -> None:
-        """`trust_env`: go through the proxy that the environment names, if any.
+        """Connect to `server`; `trust_env`: use the proxy that the environment names, if any.
 
         Raises:
-            SpecError: `server` is not the address of one.
+            SpecError: `server` is not the address of a server.
         """
         self.server = server.rstrip("/")
         try:
@@ -45,7 +45,7 @@ class Client:
         self._http.close()
 
     def post(self, spec: JobSpec) -> dict[str, Any]:
-        """Ask for a job; returns it."""
+        """Post a job and return it."""
         return self._ask("POST", "/v1/jobs", json=spec.model_dump(mode="json")).json()
 
     def wait(
@@ -54,7 +54,7 @@ class Client:
         on_poll: Callable[[dict[str, Any]], None],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
-        """Poll until the job is done; returns its results, without rows. `on_poll` gets every answer before that.
+        """Poll until the job is done, and return its results without rows; `on_poll` gets every answer before that.
 
         `meanwhile` is called before every poll, whether the server answers or not.
 
@@ -86,16 +86,16 @@ class Client:
         )
 
     def is_ready(self) -> bool:
-        """Whether the server says that jobs will be worked on."""
+        """Whether the server reports that it is ready for jobs."""
         try:
             return self._http.get("/readyz", timeout=2.0).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
     def _reader(self, url: str) -> Callable[[BinaryIO], None]:
-        """What writes a file of the server to a stream.
+        """Make a function that writes a file of the server to a stream.
 
-        It raises a ServiceError where the file breaks off.
+        That function raises a ServiceError if the file is incomplete.
         """
 
         def read(stream: BinaryIO) -> None:
@@ -123,7 +123,7 @@ class Client:
 
 
 def _check(answer: httpx.Response) -> httpx.Response:
-    """The answer, or our error for its problem document."""
+    """Return the answer, or raise the error of its problem document."""
     if answer.is_success:
         return answer
     answer.read()
@@ -138,5 +138,5 @@ def _check(answer: httpx.Response) -> httpx.Response:
 
 
 def _pause_s(answer: dict[str, Any]) -> float:
-    """How long to wait before the next poll: a tenth of what is left, between a fifth of a second and two."""
+    """Seconds until the next poll: a tenth of the remaining time, from 0.2 to 2."""
     return min(MAX_POLL_S, max(0.2, (answer.get("eta_seconds") or 0.0) / 10))

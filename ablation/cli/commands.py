@@ -1,4 +1,4 @@
-"""Every command of `ablation`, and how they end: one line on stderr and an exit code, whatever happened."""
+"""Every command of `ablation`. Errors end a command with one line on stderr and an exit code."""
 
 import sys
 from typing import Any, NoReturn
@@ -9,7 +9,7 @@ from ablation.cli import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, demo, lis
 from ablation.cli.display import say_error
 from ablation.errors import AblationError, SpecError
 
-# What to do next where a message has nothing better to say: where the names are that may be given.
+# What to do next, for messages that have no better advice: where the allowed names are listed.
 HINTS = {
     "model.name": "`ablation models` lists them.",
     "layer": "`ablation layers MODEL` lists those of a model.",
@@ -18,13 +18,13 @@ HINTS = {
 
 
 class Commands(click.Group):
-    """A group whose commands end with errors as one line; only an error that nobody foresaw shows a traceback."""
+    """A command group that shows errors as one line; only an unexpected error shows a traceback."""
 
     def main(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Run the command that was asked for, and exit."""
+        """Run the command given, and exit."""
         try:
             code = super().main(*arguments, **{**options, "standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as error:  # `ablation` alone is no mistake that needs a red line
+        except click.exceptions.NoArgsIsHelpError as error:  # `ablation` alone shows its help and is not an error
             error.show()
             code = EXIT_BAD_INPUT
         except click.ClickException as error:
@@ -34,7 +34,7 @@ class Commands(click.Group):
         except SpecError as error:
             say_error(f"{error} {'' if error.next_step else HINTS.get(error.field, '')}")
             code = EXIT_BAD_INPUT
-        except (AblationError, OSError) as error:  # OSError: a full disk, a file that may not be written
+        except (AblationError, OSError) as error:  # OSError: a full disk or a read-only file
             say_error(str(error))
             code = EXIT_FAULT
         except click.Abort:
@@ -52,7 +52,7 @@ class Commands(click.Group):
       {EXIT_FAULT}    a fault: the job failed, a service is away, a setting is wrong, a file can't be written
       {EXIT_BAD_INPUT}    bad input: an option, a name or a number that is not possible
       {EXIT_INTERRUPTED}  interrupted by Ctrl-C
-    """,  # \b is click's sign for: don't rewrap
+    """,  # \b tells click not to rewrap
 )
 @click.version_option(package_name="weight-ablation")
 def commands() -> None:

@@ -1,4 +1,4 @@
-"""The command that shows everything: trains the demo model, starts the service, has a job computed, stops it all."""
+"""The command `demo`: train the demo model, start the service, run a job, and stop everything."""
 
 import functools
 import os
@@ -26,9 +26,9 @@ from worker.settings import Settings, make_writable
 @out_option("demo-out")
 @home_option
 def demo(settings: Settings, out: Path) -> None:
-    """Show the whole service at work, on real handwritten digits; needs no network, no GPU, no Redis.
+    """Run the whole service once on real handwritten digits; needs no network, no GPU, no Redis.
 
-    Trains a small AlexNet (the first time), starts Redis, a worker and the API on a free port, asks for the utility of
+    Trains a small AlexNet (the first time), starts Redis, a worker and the API on a free port, computes the utility of
     4,096 weights, downloads the table and stops everything. Only the trained model is kept, in the cache.
     """
     raise_on_signals()
@@ -44,7 +44,7 @@ def demo(settings: Settings, out: Path) -> None:
 
 
 def run_demo(services: Services, out: Path) -> dict[str, object]:
-    """Everything from training to the downloaded files; returns the summary."""
+    """Run everything from training to the downloaded files; returns the summary."""
     services.start()
     click.echo(f"Redis, one worker and the API are starting on {services.url}")
     train(services.settings.cache_dir)
@@ -62,10 +62,10 @@ def run_demo(services: Services, out: Path) -> dict[str, object]:
 
 
 def train(cache: Path) -> None:
-    """Train the demo model unless the cache has it; in a process of its own, since this one does without torch.
+    """Train the demo model unless the cache has it; in a process of its own, since this one doesn't import torch.
 
     Raises:
-        ServiceError: it failed; what it said is above.
+        ServiceError: training failed; its output is above the message.
     """
     process = subprocess.Popen(
         python_command("ablation.inputs.demo", "--cache", str(cache)),

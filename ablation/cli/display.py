@@ -1,7 +1,7 @@
-"""What a person sees: progress, a summary, where the files are.
+"""Output for people: progress, a summary, paths of files.
 
 In: fractions, errors, rows, and the summary that `statistics.make_summary` made. Out: text; progress and errors on
-stderr, results on stdout. In a terminal it may be drawn; in a file everything is plain lines, none of them cut.
+stderr, results on stdout. A terminal may show a bar and tables; a file gets plain lines, none of them cut.
 """
 
 import json
@@ -23,16 +23,16 @@ from rich.text import Text
 from ablation.cli.files import RESULT_FILES
 
 REDRAW_S = 0.1
-LINE_EVERY_S = 5.0  # in a log file, which has no bar
+LINE_EVERY_S = 5.0  # between lines of progress in a log file
 
 Update = Callable[[float, str], None]
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Update]:
-    """A bar to call with (fraction done, what is being done); lines of text where there is no terminal.
+    """Context with a progress bar to call with (fraction done, description); prints lines where there is no terminal.
 
-    It draws only when it is called, and so needs no thread: services are started from this one meanwhile.
+    It draws only when it is called and uses no thread, since services are started from the calling thread meanwhile.
     """
     if not _is_screen(sys.stderr):
         yield _lines(what)
@@ -69,24 +69,24 @@ def _lines(what: str) -> Update:
 
 
 def _is_screen(stream: TextIO) -> bool:
-    """Whether things can be drawn there: a terminal that is more than a list of lines."""
+    """Whether the stream is a terminal that can redraw lines."""
     return stream.isatty() and not Console(file=stream).is_dumb_terminal
 
 
 def say_error(text: str) -> None:
-    """What went wrong, as one line: red in a terminal, unless NO_COLOR is set."""
+    """Print an error as one line: red in a terminal, unless NO_COLOR is set."""
     line = " | ".join(part.strip() for part in f"Error: {text}".splitlines() if part.strip())
     Console(stderr=True).print(Text(line, "red"), soft_wrap=True)
 
 
 def show_poll(answer: dict[str, Any], update: Update) -> None:
-    """One answer to a poll, on the bar."""
+    """Show one answer to a poll on the bar."""
     progress = answer["progress"]
     update(progress["done"] / max(1, progress["total"]), f"job {answer['status']}")
 
 
 def print_results(summary: Mapping[str, Any], folder: Path, as_json: bool) -> None:
-    """What came out: the summary and where the files are; or the summary alone, as JSON."""
+    """Print the summary and the paths of the files; or the summary alone, as JSON."""
     if as_json:
         print_json(summary)
     else:
@@ -95,7 +95,7 @@ def print_results(summary: Mapping[str, Any], folder: Path, as_json: bool) -> No
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """The summary as a person reads it."""
+    """Print the summary as text."""
     from ablation.statistics import summary_lines  # loads SciPy, which most commands do without
 
     lines = summary_lines(summary)
@@ -106,24 +106,24 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 
 def print_files(folder: Path) -> None:
-    """Where the results are."""
+    """Print the paths of the results."""
     click.echo()
     for name in RESULT_FILES:
         click.echo(f"wrote {folder / name}  ({say_bytes((folder / name).stat().st_size)})")
 
 
 def print_json(value: object) -> None:
-    """Facts as JSON, for programs."""
+    """Print as JSON, for programs."""
     click.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the same fields: fitted to a terminal; elsewhere a line each, however long, for grep and awk."""
+    """Print rows with the same fields: fitted to a terminal; elsewhere one line per row, for grep and awk."""
     right = [isinstance(value, int | float) for value in rows[0].values()]
     cells = [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(rows[0], *cells, strict=True)]
     longest_word = max(len(word) for row in cells for word in row[-1].split() or [""])
-    # A terminal too narrow for that wraps whole lines better than columns of a few letters would be.
+    # In a terminal too narrow for that, wrapped lines read better than columns of a few letters.
     if not _is_screen(sys.stdout) or Console().width < sum(widths[:-1]) + 3 * len(widths) + longest_word:
         for line in (rows[0], *cells):
             parts = zip(line, widths, right, strict=True)
@@ -148,12 +148,12 @@ def _cell(value: Any) -> str:
 
 
 def say_number(value: float) -> str:
-    """Three digits, thousands by commas, never an exponent."""
+    """Format a number with three digits, commas between thousands, and no exponent."""
     return f"{Decimal(f'{value:.3g}'):,f}"
 
 
 def say_seconds(seconds: float) -> str:
-    """A duration as people say it."""
+    """Format a duration for people."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{say_number(seconds / size)} {unit}"
@@ -161,9 +161,9 @@ def say_seconds(seconds: float) -> str:
 
 
 def say_bytes(n_bytes: float) -> str:
-    """A size as people say it."""
+    """Format a size for people."""
     for unit in ("B", "kB", "MB"):
-        if n_bytes < 999.5:  # what is above rounds to 1000
+        if n_bytes < 999.5:  # larger values round to 1000
             return f"{say_number(n_bytes)} {unit}"
         n_bytes /= 1000
     return f"{say_number(n_bytes)} GB"

@@ -1,6 +1,6 @@
-"""Which files a job leaves: the table as CSV and Parquet, and its summary. Each is whole or not there.
+"""Files of a job's results: the table as CSV and Parquet, and its summary. Each is written as a whole or not at all.
 
-In: what writes them, and a folder. Not here: the formats (`ablation.export`).
+In: functions that write them, and a folder. Not here: the formats (`ablation.export`).
 """
 
 import contextlib
@@ -19,10 +19,10 @@ Writer = Callable[[BinaryIO], None]
 
 @contextlib.contextmanager
 def results_folder(folder: Path) -> Iterator[None]:
-    """Make the folder before anything is computed for it; if nothing comes of it, it goes again.
+    """Context that makes the folder before anything is computed, and removes it again if it stays empty.
 
     Raises:
-        ServiceError: it can't be made or written to.
+        ServiceError: the folder can't be created or written to.
     """
     was_there = folder.exists()
     make_writable(folder, "--out")
@@ -36,13 +36,13 @@ def results_folder(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         if not was_there:
-            with contextlib.suppress(OSError):  # it holds something by now
+            with contextlib.suppress(OSError):  # it isn't empty
                 folder.rmdir()
         raise
 
 
 def write_results(folder: Path, *, csv: Writer, parquet: Writer, summary: Mapping[str, Any]) -> None:
-    """Write the three files into `folder`, which is made if need be."""
+    """Write the three files into `folder`, which is created if necessary."""
     from ablation.export import write_whole  # loads Arrow, which most commands do without
 
     def write_summary(stream: BinaryIO) -> None:

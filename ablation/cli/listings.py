@@ -1,4 +1,4 @@
-"""The commands that compute nothing: which models, layers and data sets there are, and what a job would cost."""
+"""The commands that list models, layers and data sets, and plan a job without running it."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from worker.settings import Settings
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
-    """List the models that may be asked for by name."""
+    """List the models that a job may name."""
     registered = own_registered()
     views = [model_view(model_facts(name, registered)) for name in model_names(registered)]
     rows = (
@@ -44,9 +44,9 @@ def layers(model: str, as_json: bool) -> None:
     """List the layers of MODEL: kind, shape, number of weights, and how sampled weights and whole layers are computed.
 
     \b
-    direct     one number per example leads on to the classes: thousands of sampled weights a second
-    response   the same for all weights of a unit at once: millions of weights a second
-    finite     finite differences carried forward: hundreds of weights at once behind one run of the rest of the model
+    direct     one number per example reaches the classes: thousands of sampled weights a second
+    response   one function per unit and example for all of its weights: millions of weights a second
+    finite     finite differences carried forward: one run of the rest of the model for hundreds of weights
     """  # \b is click's sign for: don't rewrap
     views = [layer_view(layer) for layer in model_facts(model, own_registered()).layers]
     rows = (
@@ -66,7 +66,7 @@ def layers(model: str, as_json: bool) -> None:
 @click.command()
 @json_option
 def datasets(as_json: bool) -> None:
-    """List the data sets that may be asked for by name; a number that is missing is counted when a job asks for it."""
+    """List the data sets that a job may name; a number that is missing is counted when a job uses the data."""
     registered = own_registered()
     facts = [dataset_facts(name, registered) for name in dataset_names(registered)]
     rows = (
@@ -88,13 +88,13 @@ def datasets(as_json: bool) -> None:
 @home_option
 @json_option
 def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None, as_json: bool) -> None:
-    """Say how a job would be computed and what it would cost; computes nothing."""
+    """Show how a job would be computed and what it would cost; nothing is computed."""
     cut: dict[str, Any] = {"threads": settings.threads, "shard_s": settings.shard_s}
     machine = {"pace": measure_pace(), "memory_bytes": settings.memory_bytes or find_memory()}
     options = {**cut, **machine, "engine": engine, "batch_size": batch_size, "is_shared": False}
     with located(spec, settings.folders) as (spec, folders):
         made = plan_spec(spec, folders, own_registered(), **options)
-        if made is None:  # registered data, which has to be opened
+        if made is None:  # registered data, which must be opened first
             from ablation.job import plan_here
 
             made = plan_here(spec, folders, **options)
@@ -105,7 +105,7 @@ def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None,
 
 
 def own_registered() -> Registered:
-    """What is registered in this Python environment; torch is loaded only if there is something."""
+    """Find what is registered in this Python environment; torch is loaded only if there is something."""
     if not any(registered_names(group) for group in GROUPS):
         return NOTHING
     from ablation.layers import registered_here
@@ -131,7 +131,7 @@ def _print_plan(spec: JobSpec, made: Plan) -> None:
 
 
 def _print(told: Sequence[BaseModel], rows: Iterable[dict[str, Any]], as_json: bool) -> None:
-    """What is told: as JSON, the objects that the API gives; else as rows of a table for people."""
+    """Print the API's objects as JSON, or rows of a table for people."""
     if as_json:
         print_json([one.model_dump(mode="json") for one in told])
     else:

@@ -1,6 +1,6 @@
-"""The options that say what a job is: one decorator turns them into a `JobSpec`, for every command that takes one.
+"""The options of a job spec: a decorator gives them to a command and turns them into a `JobSpec`.
 
-In: what was typed. Out: a checked spec, and folders. Whether the layer or the data exist is not known here.
+In: text from the command line. Out: a checked spec, and folders. Whether the layer and the data exist is checked later.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 class Integer(click.ParamType):
-    """A number; any other text goes to the spec as it is, which says the same of it whichever door it came through."""
+    """A number; other text goes to the spec unchanged, whose error is then the same as over HTTP."""
 
     name = "integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """The number that `value` says, or `value`."""
+        """Convert `value` to a number, or return it unchanged."""
         return int(value) if _is_number(str(value)) else value
 
 
@@ -40,17 +40,17 @@ INTEGER = Integer()
 
 @dataclasses.dataclass
 class WholeNumber(click.ParamType):
-    """A whole number of an option that no spec checks."""
+    """A whole number of an option that is not part of the spec."""
 
     least: int
     most: int | None = None
     name = "integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number that `value` says.
+        """Convert `value` to a number.
 
         Raises:
-            SpecError: it says none, or one that is too small or too large.
+            SpecError: `value` is not a number, or is too small or too large.
         """
         number = INTEGER.convert(value, param, ctx)
         if isinstance(number, int) and number >= self.least and (self.most is None or number <= self.most):
@@ -88,7 +88,7 @@ _RUN_OPTIONS = [
 
 
 def spec_options(command: Command) -> Command:
-    """Give a command the options of a job spec; it is called with `spec`."""
+    """Add the options of a job spec to a command, which is called with `spec`."""
 
     @functools.wraps(command)
     def with_spec(**options: Any) -> Any:
@@ -99,12 +99,12 @@ def spec_options(command: Command) -> Command:
 
 
 def run_options(command: Command) -> Command:
-    """Give a command the options that change how a job is computed here, not what it computes."""
+    """Add the options that change how a job is computed here, not what it computes."""
     return _decorate(command, _RUN_OPTIONS)
 
 
 def home_option(command: Command) -> Command:
-    """Give a command `--home`; it is called with `settings`."""
+    """Add `--home` to a command, which is called with `settings`."""
 
     @functools.wraps(command)
     def with_settings(home: Path | None, **options: Any) -> Any:
@@ -118,7 +118,7 @@ def home_option(command: Command) -> Command:
 
 
 def out_option(default: str) -> Callable[[Command], Command]:
-    """Give a command `--out`, a folder."""
+    """Add `--out`, a folder, to a command."""
     return click.option(
         "--out", type=click.Path(path_type=Path), default=default, show_default=True,
         help="Folder for utility.csv, utility.parquet and summary.json.",
@@ -130,10 +130,10 @@ def read_spec(
     test: str | None, data_seed: int, sites: str, seed: int, value: str, precision: str, verify: int, top1: bool,
     criteria: str | None,
 ) -> JobSpec:  # fmt: skip
-    """The job spec that the options say.
+    """Make the job spec from the options.
 
     Raises:
-        SpecError: an option is not of its form, or the spec is not possible.
+        SpecError: an option has a wrong format, or the spec is not possible.
     """
     splits = {"train": read_split("train", train, data_seed), "test": read_split("test", test, data_seed)}
     of_data = {"name": data, "root": root, **splits}
@@ -153,7 +153,7 @@ def read_spec(
 
 
 def read_split(name: str, text: str | None, seed: int) -> str | dict[str, int] | None:
-    """The part of a split that `text` says: all, N, N/class."""
+    """Parse the part of a split: all, N, or N/class."""
     if text is None or text == "all":
         return text
     number, per_class = text.removesuffix("/class"), text.endswith("/class")
@@ -163,7 +163,7 @@ def read_split(name: str, text: str | None, seed: int) -> str | dict[str, int] |
 
 
 def read_sites(text: str, seed: int) -> str | dict[str, Any]:
-    """The sites that `text` says: all, N, or flat indices with commas between them (`5,` is index 5 alone)."""
+    """Parse the sites: all, N, or flat indices with commas between them (`5,` is index 5 alone)."""
     if text == "all":
         return text
     numbers = [part.strip() for part in text.removesuffix(",").split(",")]
@@ -185,21 +185,21 @@ def read_value(text: str) -> str | dict[str, float]:
 
 
 def read_criteria(text: str | None) -> list[str]:
-    """The names that `text` says, with commas between them."""
+    """Parse names with commas between them."""
     return [name for part in (text or "").split(",") if (name := part.strip())]
 
 
 @contextlib.contextmanager
 def located(spec: JobSpec, folders: Folders) -> Iterator[tuple[JobSpec, Folders]]:
-    """The spec and folders as `locate` has them; errors that are raised meanwhile show what was typed."""
+    """Context with the spec and folders of `locate`; errors raised inside show the text from the command line."""
     with as_given({"data.root": spec.data.root, "model.weights": spec.model.weights}):
         yield locate(spec, folders)
 
 
 def locate(spec: JobSpec, folders: Folders) -> tuple[JobSpec, Folders]:
-    """Take `--root` and `--weights` as paths of this machine, where they are: who runs a job here is the operator.
+    """Take `--root` and `--weights` as paths of this machine, since the user who runs a job here is its operator.
 
-    The spec keeps the last part of the path only, as a server's would: a result says nothing of where its data lay.
+    The spec keeps only the last part of the path, as a server's would, so a result doesn't show where its data was.
     """
     root, data = _below(spec.data.root, folders.data)
     weights, checkpoints = _below(spec.model.weights, folders.checkpoints)
@@ -213,7 +213,7 @@ def locate(spec: JobSpec, folders: Folders) -> tuple[JobSpec, Folders]:
 
 
 def _below(given: str | None, folder: Path) -> tuple[str | None, Path]:
-    """`given` as a name below a folder: below its own parent where it is a path that exists, else below `folder`."""
+    """Split `given` into a name and a folder: its own parent where it is an existing path, else `folder`."""
     if given is None or not (path := Path(given).expanduser().resolve()).exists():
         return given, folder
     return path.name, path.parent

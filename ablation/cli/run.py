@@ -1,4 +1,4 @@
-"""The command that computes a job in this process: no Redis, no server."""
+"""The command `run`: compute a job in this process, without Redis or a server."""
 
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,15 @@ from worker.settings import Settings
 def run(
     spec: JobSpec, settings: Settings, out: Path, device: str | None, engine: str, batch_size: int | None, as_json: bool
 ) -> None:
-    """Compute the utility of weights, here and now.
+    """Compute the utility of weights in this process.
 
     \b
     ablation run --model alexnet --weights IMAGENET1K_V1 --layer classifier.4 \\
         --data imagefolder --root DIR --train 50/class --test all --sites 4096 --out DIR
-    """  # \b is click's sign for: don't rewrap
+    """  # \b tells click not to rewrap
     with located(spec, settings.folders) as (spec, folders), results_folder(out):
         with progress_bar("starting") as update:
-            from ablation.devices import find_device  # torch is loaded while the bar is up
+            from ablation.devices import find_device  # torch is loaded while the bar is shown
             from ablation.export import write_csv, write_parquet
             from ablation.run import run_spec
             from ablation.statistics import make_summary

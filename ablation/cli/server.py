@@ -12,7 +12,7 @@ from ablation.cli.options import WholeNumber, home_option
 from ablation.cli.services import Services, child_environment, python_command
 from worker.settings import Settings, count_cpus, hide_password, warn_of_unknown_variables
 
-TEND_S = 0.2  # how often the supervisor looks after its processes
+TEND_S = 0.2  # interval at which the supervisor checks its processes
 
 EXAMPLE = {
     "model": {"name": "digits_alexnet"},
@@ -31,8 +31,9 @@ EXAMPLE = {
 def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     """Start the whole service and keep it running until Ctrl-C.
 
-    Redis (an embedded one, unless REDIS_URL is set), the API and the workers; what dies is started again. One SIGINT or
-    SIGTERM stops everything within 10 seconds, a second one kills it. What was running goes on after the next start.
+    Starts Redis (an embedded one, unless REDIS_URL is set), the API and the workers, and restarts a process that dies.
+    One SIGINT or SIGTERM stops everything within 10 seconds, a second one kills it. Jobs that were running go on after
+    the next start.
     """
     raise_on_signals()
     warn_of_unknown_variables(os.environ)
@@ -70,13 +71,13 @@ def worker() -> None:
 
 
 def become(module: str, environment: dict[str, str]) -> None:
-    """Run a module of ours instead of this process, so that signals reach it directly."""
+    """Replace this process by a module of this package, so that signals reach it directly."""
     sys.stdout.flush()
     os.execve(sys.executable, python_command(module), {**child_environment(), **environment})
 
 
 def warn_of_threads(workers: int, threads: int) -> None:
-    """Say so if the workers would have more threads than there are processors."""
+    """Warn if the workers have more threads than there are processors."""
     if workers * threads > (n_cpus := count_cpus()):
         click.echo(
             f"Warning: {workers} worker{'s' * (workers > 1)} with {threads} thread{'s' * (threads > 1)} each on "
@@ -86,11 +87,13 @@ def warn_of_threads(workers: int, threads: int) -> None:
 
 
 def raise_on_signals() -> None:
-    """Make SIGTERM do what SIGINT does: end the block that runs, so that what it started is stopped."""
+    """Context in which SIGTERM raises as SIGINT does, so that the block's cleanup runs."""
 
     def stop(number: int, frame: object) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)  # until `Services.stop` listens: nothing may break off its beginning
+            signal.signal(
+                each, signal.SIG_IGN
+            )  # until `Services.stop` handles signals: its beginning must not be interrupted
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -98,7 +101,7 @@ def raise_on_signals() -> None:
 
 
 def directions(services: Services) -> str:
-    """What a person who has just started a server wants to know."""
+    """Print the server's address, and commands to try."""
     url, settings = services.url, services.settings
     body = f"-H 'Content-Type: application/json' -d '{json.dumps(EXAMPLE)}'"
     return f"""

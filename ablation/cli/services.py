@@ -1,8 +1,8 @@
-"""Every process of a server: Redis, the API, workers. Started in order, kept alive, stopped together.
+"""The processes of a server: Redis, the API, workers. They are started in order, restarted, and stopped together.
 
 In: settings, an address, a number of workers. Out: a running server whose address is known before it answers.
-Children get sessions of their own, so a Ctrl-C in the terminal reaches the supervisor alone and things end in order:
-workers and API first (a worker puts its shard back), Redis last. If the supervisor itself is killed, so are they.
+Children have sessions of their own, so a Ctrl-C in the terminal reaches the supervisor alone, which stops workers and
+API first (a worker puts its shard back), and Redis last. If the supervisor itself is killed, so are they.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from worker.redis_server import RedisServer, start_redis
 from worker.server_socket import listen, url_of
 from worker.settings import Settings, make_writable
 
-READY_S = 120.0  # a cold import of torch on a slow disk is the longest part of this
-STOP_S = 5.0  # who is still there after this is killed; with the 5 s that Redis may take, all is over within 10 s
+READY_S = 120.0  # mostly a cold import of torch on a slow disk
+STOP_S = 5.0  # then a process is killed; with the 5 s that Redis may take, all ends within 10 s
 SAME_SIGNAL_S = 0.5  # `timeout` and others send a signal to a process and to its group: that is one signal, not two
-STEADY_S = 60.0  # who lived this long starts again at once when it dies
-MAX_BACK_OFF_S = 4.0  # a shard waits no longer than 15 s for a worker, also where this one was killed again and again
+STEADY_S = 60.0  # a process that ran this long is restarted at once when it dies
+MAX_BACK_OFF_S = 4.0  # a shard must not wait more than 15 s for a worker, even one that is killed repeatedly
 MAX_LOG_BYTES = 10_000_000
-# Threads that wait for work sleep; those that spin take the processors from the other workers.
+# Idle OpenMP threads sleep, since spinning ones take the processors from other workers.
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
 @dataclass
 class Child:
-    """One process that is started again when it dies."""
+    """A process that is restarted when it dies."""
 
     name: str
     module: str
@@ -51,10 +51,10 @@ class Child:
     start_at: float = 0.0
     n_starts: int = 0
     n_early_deaths: int = 0
-    said_from: int = 0  # where in the log the words of this life begin
+    said_from: int = 0  # position in the log where the output of this run begins
 
     def start(self) -> None:
-        """Start it, with its output at the end of its log."""
+        """Start the process, and append its output to its log."""
         self.started_at = time.monotonic()
         self.n_starts += 1
         with self.log.open("ab") as log:
@@ -67,20 +67,20 @@ class Child:
                 stderr=subprocess.STDOUT,
                 pass_fds=self.fds,
                 start_new_session=True,
-                # SIGKILL: our Redis goes at the same moment, and a gentle end would wait for it.
+                # SIGKILL: the embedded Redis ends at the same moment, and a graceful stop would wait for it.
                 preexec_fn=functools.partial(tether, signal.SIGKILL, os.getpid()),
             )
 
     def send(self, number: int) -> None:
-        """Tell its whole process group; fine if there is nobody left."""
+        """Signal the whole process group, if it still exists."""
         if self.process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
     def refusal(self, code: int) -> str:
-        """The error that it named if it would not even begin; empty if to start it again may help.
+        """The error with which the process refused to start; empty if a restart may help.
 
-        What it has been told doesn't change. Later in its life other things go wrong, such as a Redis that is away.
+        Its settings don't change, so such an error is final. Later errors, such as an unreachable Redis, are not.
         """
         if code != 1 or self.n_starts > 1 or time.monotonic() - self.started_at > STEADY_S:
             return ""
@@ -88,7 +88,7 @@ class Child:
         return next((line.removeprefix("Error: ") for line in said if line.startswith("Error: ")), "")
 
     def note_death(self) -> float:
-        """When it may start again: at once the first time, later and later if it keeps dying."""
+        """Set when the process may be restarted: at once the first time, with growing delays if it keeps dying."""
         lived = time.monotonic() - self.started_at
         self.n_early_deaths = 0 if lived > STEADY_S else self.n_early_deaths + 1
         self.process = None
@@ -113,23 +113,23 @@ class Services:
 
     @property
     def home(self) -> Path:
-        """Where everything is kept."""
+        """The home folder."""
         return self.settings.home
 
     @property
     def url(self) -> str:
-        """The address of the API."""
+        """URL of the API."""
         assert self.listener is not None
         return url_of(self.listener)
 
     def start(self) -> None:
-        """Take the address, start Redis, then the API and the workers side by side."""
+        """Bind the address, start Redis, then the API and the workers in parallel."""
         settings = self.settings
         make_writable(self.home, "--home")
         make_writable(self.home / "logs", "--home")
         make_writable(settings.cache_dir, "ABLATION_CACHE_DIR")
         for name, folder in (("DATA", settings.data_dir), ("CHECKPOINT", settings.checkpoint_dir)):
-            if not folder.is_dir():  # one that is there may be read only
+            if not folder.is_dir():  # an existing one may be read-only
                 make_writable(folder, f"ABLATION_{name}_DIR")
         self.listener = listen(self.host, self.port, "--host", "--port")
         environment = self._environment()
@@ -142,10 +142,10 @@ class Services:
             child.start()
 
     def tend(self) -> None:
-        """Start again what died; call this every now and then, from the thread that called `start`.
+        """Restart processes that died; call this regularly, from the thread that called `start`.
 
         Raises:
-            ServiceError: a process won't run with these settings; the message is its own.
+            ServiceError: a process refuses these settings; the message is its own.
         """
         if self.redis and not self.redis.is_alive():
             self.say(f"Redis ended; starting it again (log: {self.home / 'redis' / 'redis.log'})")
@@ -157,17 +157,17 @@ class Services:
                 if time.monotonic() >= child.start_at:
                     child.start()
             elif (code := child.process.poll()) is not None:
-                child.send(signal.SIGKILL)  # what it may have left of its own
+                child.send(signal.SIGKILL)  # processes that it may have left behind
                 if refusal := child.refusal(code):
                     raise ServiceError(f"{child.name} can't run: {refusal} (log: {child.log})")
                 wait = child.note_death()
                 self.say(f"{child.name} ended with code {code}; starting it again in {wait:g} s (log: {child.log})")
 
     def wait_ready(self) -> None:
-        """Return when jobs will be worked on.
+        """Wait until the server is ready for jobs.
 
         Raises:
-            ServiceError: it takes too long (the message shows the end of the logs), or a process won't run.
+            ServiceError: it takes too long (the message shows the end of the logs), or a process refuses to start.
         """
         deadline = time.monotonic() + READY_S
         with Client(self.url, trust_env=False) as client:
@@ -178,7 +178,7 @@ class Services:
                 time.sleep(0.1)
 
     def stop(self) -> None:
-        """Stop everything that was started, workers and API first, Redis last; a second signal kills."""
+        """Stop all processes, workers and API first, Redis last; a second signal kills them."""
         self.stopping_at = time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._kill_now)
@@ -210,7 +210,7 @@ class Services:
         return Child(name, module, environment, self.home / "logs" / f"{name}.log", fds)
 
     def _start_redis(self) -> str:
-        """The URL of our own Redis; after a restart the same, since the others know it."""
+        """Start the embedded Redis and return its URL, which stays the same after a restart."""
         before, data_dir = self.redis, self.home / "redis"
         self.redis = start_redis(before.socket.parent if before else data_dir, data_dir)
         if before:
@@ -219,7 +219,7 @@ class Services:
 
     def _environment(self) -> dict[str, str]:
         settings, ours = self.settings, child_environment()
-        ours.pop("ABLATION_REDIS_PASSWORD_FILE", None)  # the password is in the URL by now
+        ours.pop("ABLATION_REDIS_PASSWORD_FILE", None)  # the URL has the password
         return {
             **PATIENT_THREADS,
             **ours,
@@ -236,10 +236,10 @@ class Services:
 
 
 def bound_log(log: Path) -> None:
-    """Keep a log that has grown long as `NAME.log.1`, over the one before, and begin it anew.
+    """Move a log that has grown too long to `NAME.log.1`, replacing the one before, and empty it.
 
-    Copied and cut rather than renamed, because its writer goes on with the file it was given. Everyone writes at the
-    end, wherever that is; only a line that is written between copy and cut is lost.
+    The log is copied and truncated rather than renamed, because its writer keeps the file open.All writers append;
+    only a line written between copy and truncation is lost.
     """
     with contextlib.suppress(FileNotFoundError):
         if log.stat().st_size > MAX_LOG_BYTES:
@@ -248,12 +248,12 @@ def bound_log(log: Path) -> None:
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of ours; -P, so that a folder `api` where the user is isn't taken for it."""
+    """Command that runs a module of this package; -P ignores a folder `api` in the working directory."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment, with our packages on the path even where they are not installed."""
+    """This process's environment, with this package on the path even where it is not installed."""
     root = str(Path(ablation.__file__).parents[1])
     others = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{others}" if others else root, "PYTHONUNBUFFERED": "1"}

@@ -1,4 +1,4 @@
-"""The command that has a job computed by a server: post, poll, download."""
+"""The command `submit`: post a job to a server, poll it, and download the results."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""Which models, layers and data sets there are, and their facts: names, shapes, counts, the path each layer takes.
+"""The models, layers and data sets that a job may name, and their facts: names, shapes, counts, the path of each layer.
 
-In: names and a `DataSpec`. Out: frozen facts and counts. Data itself is not read here: folders are listed, no more.
+In: names and a `DataSpec`. Out: frozen facts and counts. Folders are listed, but data is not read.
 Torch-free: the API checks a spec against these facts at once, whether or not a worker is up.
-The facts of the built-in models are a generated file, `facts.jsonl` (`make facts`), one model a line. What an operator
-has registered beside them is handed in as `Registered`.
+The facts of the built-in models are a generated file, `facts.jsonl` (`make facts`), one model per line. Registered
+models and data sets are passed in as `Registered`.
 """
 
 import json
@@ -33,7 +33,7 @@ COSTS = (
     "values_after",
     "values_spread",
     "widest_spread",
-)  # of a layer, in the table's order
+)  # fields of a layer, in the order of a line of the file
 
 
 class LayerFacts(Record):
@@ -53,7 +53,7 @@ class LayerFacts(Record):
 
     @property
     def name(self) -> str:
-        """What users type: the module's name where this is its weight, else the parameter's full name."""
+        """Name that users give: the module's name if this is its weight, else the parameter's full name."""
         return self.parameter.removesuffix(".weight")
 
     @property
@@ -66,7 +66,7 @@ class LayerFacts(Record):
 
 
 class ModelFacts(Record):
-    """What can be known of a model without running it."""
+    """Facts of a model that are known without running it."""
 
     name: str
     weights: tuple[str, ...] = Field(default=(), strict=False, description="names of torchvision's weights enum")
@@ -81,7 +81,7 @@ class ModelFacts(Record):
 
 
 class DatasetFacts(Record):
-    """What can be known of a data set without reading it."""
+    """Facts of a data set that are known without reading it."""
 
     name: str
     needs_root: bool
@@ -91,7 +91,7 @@ class DatasetFacts(Record):
 
 
 def find_layer(facts: ModelFacts, layer: str) -> LayerFacts:
-    """The layer called `layer`: a module's name (its weight) or a parameter's full name.
+    """Find the layer called `layer`: a module's name (its weight) or a parameter's full name.
 
     Raises:
         SpecError: there is no such layer; the message names the nearest ones.
@@ -115,7 +115,7 @@ def _some(names: list[str]) -> str:
 
 
 class SplitCounts(Record):
-    """How many examples a split of a data set has, in all and per class (where that is known)."""
+    """Number of examples of a split, in all and per class (where that is known)."""
 
     n_examples: int
     n_per_class: tuple[int, ...] | None = Field(default=None, strict=False)
@@ -135,7 +135,7 @@ def _facts_of(name: str, n_per_class: dict[str, tuple[int, ...]], *, needs_root:
     )
 
 
-# What was published; what is in an operator's files is counted there.
+# Counts of the published data; files of an operator are counted.
 _DATASETS = {
     facts.name: facts
     for facts in (
@@ -161,7 +161,7 @@ _DATASETS = {
 
 
 class FactsTable(Mapping[str, ModelFacts]):
-    """Facts by name, from lines that are read only when they are asked for."""
+    """Facts by name, from lines that are parsed at the first access."""
 
     def __init__(self, lines: Mapping[str, str]) -> None:
         self.lines = lines
@@ -187,7 +187,7 @@ def _built_in() -> FactsTable:
 
 @dataclass(frozen=True)
 class Registered:
-    """What an operator has registered beside what is built in; of two with one name, the built-in one counts."""
+    """Registered models and data sets; a built-in one of the same name takes precedence."""
 
     models: Mapping[str, ModelFacts] = field(default_factory=dict)
     datasets: tuple[str, ...] = ()
@@ -197,12 +197,12 @@ NOTHING = Registered()
 
 
 def model_names(registered: Registered = NOTHING) -> tuple[str, ...]:
-    """The demo model, every torchvision classification model, and those that are registered."""
+    """Names of the demo model, every torchvision classification model, and the registered ones."""
     return tuple(dict.fromkeys((*_built_in(), *registered.models)))
 
 
 def model_facts(name: str, registered: Registered = NOTHING) -> ModelFacts:
-    """What is known of the model `name` without running it, as built by `load_model(name)`.
+    """Facts of the model `name`, as built by `load_model(name)`.
 
     Raises:
         SpecError: there is no such model; the message names the nearest ones.
@@ -217,7 +217,7 @@ def model_facts(name: str, registered: Registered = NOTHING) -> ModelFacts:
 
 
 def line_from_facts(facts: ModelFacts) -> str:
-    """One line of the table: plain arrays, and what the parameters of one module have in common only once."""
+    """Encode facts as one line of the file: plain arrays; what the parameters of a module share is stored once."""
     modules = [
         (*common, [(layer.parameter.rpartition(".")[2], layer.shape) for layer in layers])
         for common, layers in groupby(facts.layers, _in_common)
@@ -235,7 +235,7 @@ def _in_common(layer: LayerFacts) -> tuple[str | float, ...]:
 
 
 def facts_from_line(line: str) -> ModelFacts:
-    """The facts written by `line_from_facts`."""
+    """Decode the facts written by `line_from_facts`."""
     name, weights, n_classes, input_shape, flops, widest, modules, without_weights = json.loads(line)
     layers = tuple(
         LayerFacts(
@@ -262,10 +262,10 @@ def facts_from_line(line: str) -> ModelFacts:
 
 
 def find_checkpoint(weights: str | None, allowed: tuple[str, ...], folders: Folders) -> Path | None:
-    """The checkpoint file that `weights` names; None where it is one of the `allowed` names, or nothing.
+    """Find the checkpoint file that `weights` names; None where it is one of the `allowed` names, or absent.
 
     Raises:
-        SpecError: it is neither; the message lists the weights there are.
+        SpecError: it is neither; the message lists the available weights.
     """
     if weights is None or weights in allowed:
         return None
@@ -278,17 +278,17 @@ def find_checkpoint(weights: str | None, allowed: tuple[str, ...], folders: Fold
 
 
 def find_below(folder: Path, given: str, field: str, allowed: str) -> Path:
-    """The path `given` below `folder`, after every link is followed.
+    """Resolve the path `given` below `folder`, following every link.
 
     Raises:
-        SpecError: it leads out of the folder (`..`, an absolute path, a link), or is no path at all.
+        SpecError: it leads out of the folder (`..`, an absolute path, a link), or is not a valid path.
     """
     try:
         top = folder.resolve()
         path = (top / given).resolve()
         inside = path.is_relative_to(top) and not Path(given).is_absolute() and ".." not in Path(given).parts
-        path.exists()  # a name that is too long is found out here
-    except (OSError, ValueError, RuntimeError):  # NUL or surrogates; a name that is too long; a circle of links
+        path.exists()  # raises for a name that is too long
+    except (OSError, ValueError, RuntimeError):  # NUL or surrogates; a name that is too long; a cycle of links
         inside = False
     if not inside:
         raise SpecError(field, given, allowed, "It must not lead out of that folder, by `..` or by a link.")
@@ -296,12 +296,12 @@ def find_below(folder: Path, given: str, field: str, allowed: str) -> Path:
 
 
 def dataset_names(registered: Registered = NOTHING) -> tuple[str, ...]:
-    """The built-in data sets, and those that are registered."""
+    """Names of the built-in data sets, and of the registered ones."""
     return tuple(dict.fromkeys((*_DATASETS, *registered.datasets)))
 
 
 def dataset_facts(name: str, registered: Registered = NOTHING) -> DatasetFacts:
-    """What is known of the data set `name` without reading it.
+    """Facts of the data set `name`.
 
     Raises:
         SpecError: there is no such data set; the message names the nearest ones.
@@ -315,10 +315,10 @@ def dataset_facts(name: str, registered: Registered = NOTHING) -> DatasetFacts:
 
 
 def find_root(data: DataSpec, folders: Folders, registered: Registered = NOTHING) -> Path | None:
-    """The folder a data set is in; None for one that is bundled. A registered one may do without: the data folder.
+    """Find a data set's folder; None for a bundled one. Without a root, a registered one gets the data folder.
 
     Raises:
-        SpecError: the root is missing, isn't a folder, or leads out of the data folder; or one is given needlessly.
+        SpecError: the root is missing, isn't a folder, or leads out of the data folder; or the data set takes none.
     """
     facts, allowed = dataset_facts(data.name, registered), "a folder, relative to the data folder"
     if data.name in _DATASETS and not facts.needs_root:
@@ -334,12 +334,12 @@ def find_root(data: DataSpec, folders: Folders, registered: Registered = NOTHING
 
 
 def split_counts(data: DataSpec, folders: Folders, registered: Registered = NOTHING) -> dict[str, SplitCounts] | None:
-    """How many examples each split that was asked for has, in all and per class; None for registered data.
+    """Count the examples of each split in the spec, in all and per class; None for registered data.
 
-    Those are counted where they can be opened: by a worker.
+    Registered data can be opened, and so counted, by a worker only.
 
     Raises:
-        SpecError: no such data set; the root can't be used; a split's files can't be used.
+        SpecError: there is no such data set, or its root or a split's files can't be used.
     """
     facts, root = dataset_facts(data.name, registered), find_root(data, folders, registered)
     if data.name not in _DATASETS:

@@ -1,7 +1,7 @@
-"""Data sets by name, and batches in a fixed order: which examples, in which order, in which batch.
+"""Data sets by name, and their examples in batches of a fixed order.
 
-In: a name and a folder, or what a notebook user has (Dataset, DataLoader, pair of tensors). Out: a map-style Dataset,
-the indices that were asked for, and batches of (inputs, labels). Nothing here draws from the caller's random state.
+In: a name and a folder, or a Dataset, a DataLoader, or a pair of tensors. Out: a map-style Dataset, the indices of a
+split's examples, and batches of (inputs, labels). The caller's random state is not used.
 """
 
 import os
@@ -44,7 +44,7 @@ from ablation.spec import SPLITS, PerClass, SplitSpec
 Transform = Callable[[Any], Any]
 Collate = Callable[[list[Any]], Any]
 
-SPLIT_SEED = 0  # of the demo data's train/test split
+SPLIT_SEED = 0  # seed of the demo data's train/test split
 
 
 # --- by name ---------------------------------------------------------------------------------------------------------
@@ -53,9 +53,9 @@ SPLIT_SEED = 0  # of the demo data's train/test split
 class ImageFiles(Dataset):
     """Pictures in class folders, as RGB: example k is `samples[k]`, a path and a class number.
 
-    The same examples in the same order as torchvision's `ImageFolder` (and `ImageNet`, once it is unpacked), but
-    listed by the code that the torch-free API counts with. A class may have no pictures where the numbers of the
-    classes are known without them (ImageNet with its devkit).
+    Examples and order are those of torchvision's `ImageFolder` (and `ImageNet`, once it is unpacked), but the files are
+    listed by the code with which the torch-free API counts them. A class may have no pictures where class numbers are
+    known without them (ImageNet with its devkit).
     """
 
     def __init__(self, images: dict[str, list[str]], transform: Transform | None = None) -> None:
@@ -89,9 +89,9 @@ class Pictures(Dataset):
 
 
 def _load_digits(split: str, transform: Transform | None) -> Pictures:
-    """scikit-learn's bundled real handwritten digits: 1,797 grey pictures of 8x8, with 50 a class for the test."""
+    """Load scikit-learn's bundled handwritten digits: 1,797 grey pictures of 8x8, 50 per class in the test split."""
     pixels, labels = _read_digits()
-    # RandomState and not Generator: its stream is frozen, so that the split is the same in every numpy to come.
+    # RandomState and not Generator: its stream is frozen, so the split is the same in every version of numpy.
     shuffled = np.random.RandomState(SPLIT_SEED).permutation(len(labels))
     test = np.concatenate([shuffled[labels[shuffled] == label][:50] for label in range(10)])
     chosen = np.isin(np.arange(len(labels)), test, invert=split == "train")
@@ -100,7 +100,7 @@ def _load_digits(split: str, transform: Transform | None) -> Pictures:
 
 @cache
 def _read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures and labels, from the file that scikit-learn's `load_digits` reads; to import that takes seconds."""
+    """Read pictures and labels from the file of scikit-learn's `load_digits`, whose import takes seconds."""
     package = find_spec("sklearn")
     if package is None or not package.submodule_search_locations:
         raise DataError("digits come with scikit-learn, which is not installed; `pip install scikit-learn`.")
@@ -111,13 +111,13 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
 def load_data(
     name: str, root: str | os.PathLike[str] | None = None, split: str = "test", transform: Transform | None = None
 ) -> Dataset:
-    """One split of the data set `name`, read from the folder `root`; pictures unless `transform` makes tensors of them.
+    """Load one split of the data set `name` from the folder `root`; inputs are pictures unless `transform` is given.
 
-    A data set that the operator has registered is what its factory gives, with `transform` on every input.
+    A registered data set is what its factory returns, with `transform` applied to every input.
 
     Raises:
-        SpecError: no such data set or split; or the folder isn't one, or its files are missing or damaged (the message
-            says what to place).
+        SpecError: there is no such data set or split, or its folder or files are missing or damaged (the message says
+            what to place).
         DataError: the factory of a registered data set failed.
     """
     facts = dataset_facts(name, Registered(datasets=registered_names(DATASETS)))
@@ -149,7 +149,7 @@ class Transformed(Dataset):
 
 
 def _registered(name: str, root: str | os.PathLike[str] | None, split: str, transform: Transform | None) -> Dataset:
-    """What the factory of a registered data set gives, checked."""
+    """Make a registered data set by its factory, and check it."""
     what = f"the {split} split of the registered data set {name!r}"
     try:
         dataset = load_factory(DATASETS, name)(root, split)
@@ -163,7 +163,7 @@ def _registered(name: str, root: str | os.PathLike[str] | None, split: str, tran
 
 
 def _load_published(facts: DatasetFacts, root: Path, split: str, transform: Transform | None) -> Pictures:
-    """What the published files hold: the same pictures in the same order as torchvision's own classes read."""
+    """Read the published files: pictures and order are those of torchvision's own classes."""
     pixels, labels = read_examples(facts.name, root, split)
     check_classes(facts.name, root, labels, facts.n_classes or 0)
     return Pictures(pixels, labels, transform)
@@ -173,13 +173,13 @@ def _load_published(facts: DatasetFacts, root: Path, split: str, transform: Tran
 
 
 def as_dataset(split: Any) -> tuple[Dataset, Int64[np.ndarray, " examples"] | None, Collate | None]:
-    """The data set in what a user passed, the order of its examples (None: its own), and how to stack them.
+    """Return a user's data set, the order of its examples (None: its own), and the function that stacks them.
 
-    Of a DataLoader: its data set, its sampler's order where that selects something, its collate_fn. Shuffling, batch
-    size and `drop_last` don't select examples: every example of the split counts once.
+    A DataLoader gives its data set, its sampler's order where that selects examples, and its collate_fn. Shuffling,
+    batch size and `drop_last` select no examples: every example of the split counts once.
 
     Raises:
-        DataError: it is nothing that can be indexed; the message says what to give instead.
+        DataError: the data can't be indexed; the message says what to give instead.
     """
     if isinstance(split, tuple | list) and len(split) == 2 and all(isinstance(part, Tensor) for part in split):
         inputs, labels = split
@@ -212,7 +212,7 @@ def _article(name: str) -> str:
 
 
 def _sampled(loader: DataLoader) -> Int64[np.ndarray, " examples"] | None:
-    """The indices that a loader's sampler selects; None where they are all of them, whatever the order."""
+    """Indices that a loader's sampler selects; None if it selects all, in whatever order."""
     if isinstance(loader.dataset, IterableDataset):
         return None
     sampler, batches = loader.sampler, loader.batch_sampler
@@ -235,7 +235,7 @@ def _sampled(loader: DataLoader) -> Int64[np.ndarray, " examples"] | None:
 
 
 def labels_of(dataset: Dataset) -> Int64[np.ndarray, " examples"]:
-    """Every example's label, without reading the examples where the data set keeps its labels beside them.
+    """Labels of all examples, without reading the examples if the data set has a list of its labels.
 
     Raises:
         DataError: a label is not a whole number, or an example can't be read.
@@ -256,7 +256,7 @@ def labels_of(dataset: Dataset) -> Int64[np.ndarray, " examples"]:
 
 
 def _kept_labels(dataset: Dataset) -> Int64[np.ndarray, " examples"] | None:
-    """`.targets` or `.labels`, if they are what the examples themselves say (tried on the first and the last)."""
+    """`.targets` or `.labels`, if they agree with the examples themselves (checked on the first and the last)."""
     n = len(dataset)  # type: ignore[arg-type]
     for name in ("targets", "labels"):
         kept = getattr(dataset, name, None)
@@ -292,14 +292,14 @@ def _whole_numbers(labels: Any) -> Int64[np.ndarray, " examples"]:
 def draw_examples(
     asked: SplitSpec, labels: Int64[np.ndarray, " all"] | None, n_examples: int
 ) -> Int64[np.ndarray, " examples"]:
-    """The indices of a split's examples in its fixed order.
+    """Draw the indices of a split's examples, in its fixed order.
 
-    "all": as they come. A count: a uniform draw without replacement, sorted. Per class: class after class in the order
-    of their numbers, a block of as many drawn and sorted examples each.
+    "all": in the order of the data set. A count: drawn uniformly without replacement, sorted. Per class: one block of
+    examples per class, in the order of the class numbers, each drawn likewise.
 
     Raises:
-        SpecError: more than there are.
-        DataError: per class, of data without labels.
+        SpecError: more examples are asked for than exist.
+        DataError: `per_class` for data without labels.
     """
     if asked == "all":
         return np.arange(n_examples, dtype=np.int64)
@@ -322,10 +322,10 @@ def _draw(random: np.random.Generator, members: np.ndarray, n: int, field: str) 
 
 
 def tell_apart(dataset: Dataset, indices: Int64[np.ndarray, " examples"]) -> Iterator[str | Tensor]:
-    """What tells these examples from any others: which they are, and what is known of them without reading them all.
+    """Identify these examples, for a hash: their indices, and what is known of them without reading them all.
 
-    Of pictures in memory their numbers; of files their names below the root, sizes and classes; of any other data set
-    the first and the last example.
+    Pictures in memory give their numbers; files their names below the root, sizes and classes; any other data set its
+    first and last example.
     """
     yield str(len(dataset))  # type: ignore[arg-type]
     yield torch.from_numpy(np.ascontiguousarray(indices))
@@ -344,9 +344,9 @@ def tell_apart(dataset: Dataset, indices: Int64[np.ndarray, " examples"]) -> Ite
 
 
 def choose_readers(dataset: Dataset) -> int:
-    """How many threads to read examples with: as many as torch computes with where pictures are decoded, else none.
+    """Number of threads that read examples: as many as torch computes with if pictures are decoded, else none.
 
-    Only for data sets known to bear it: one of the user's may read through a cursor that threads would share.
+    Threads are used only for this package's data sets: a user's may not be safe to read from several threads.
     """
     while isinstance(dataset, Subset | Transformed):
         dataset = dataset.dataset
@@ -365,15 +365,15 @@ def load_batches(
 ) -> Iterator[tuple[Tensor, Int64[Tensor, " batch"]]]:
     """Batches (inputs, labels) of the examples at `indices`, in that order; every batch but the last is full.
 
-    `n_workers` threads read ahead by one batch; 0: the calling thread reads; absent: as `choose_readers` says. The
-    batches are the same in any case.
+    `n_workers` threads read ahead by one batch; 0: the calling thread reads; None: as `choose_readers` says. The
+    batches don't depend on it.
     Threads and not torch's DataLoader: its processes can't be started from a Celery child (daemons have no children),
     don't mix with OpenMP and CUDA after a fork, want shared memory that a container has little of, and their errors
     arrive as text. Decoding, resizing and converting release the interpreter lock: two threads were no slower than two
     processes (500x375 JPEGs to 224x224, 2 cores).
 
     Raises:
-        DataError: an example can't be read or stacked, or a label is not a whole number; the message says which.
+        DataError: an example can't be read or stacked, or a label is not a whole number; the message names the example.
     """
     blocks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     n_threads = choose_readers(dataset) if n_workers is None else n_workers
@@ -403,7 +403,7 @@ def _batches(
                     ahead.append(read(following))
                 yield _stack(list(ahead.popleft()), collate, block)
         finally:
-            if pool:  # where the caller stopped early, what was read ahead is not wanted any more
+            if pool:  # drop what was read ahead if the caller stopped early
                 pool.shutdown(cancel_futures=True)
 
 
@@ -430,12 +430,12 @@ def _pair(pair: Any, what: str) -> Any:
 
 
 def name_example(dataset: Dataset, index: int) -> str:
-    """What to call an example in a message: its index, and its file where it has one."""
+    """Name of an example in a message: its index, and its file if it has one."""
     return _name_of(dataset, index)[0]
 
 
 def _name_of(dataset: Dataset, index: int) -> tuple[str, str]:
-    """What to call an example in a message, and the path that must not be shown whole."""
+    """Name of an example in a message, and the path that must not be shown in full."""
     if isinstance(dataset, Subset):
         return _name_of(dataset.dataset, int(dataset.indices[index]))
     if isinstance(dataset, Transformed):

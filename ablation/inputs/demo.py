@@ -25,7 +25,7 @@ from ablation.inputs.catalog import DEMO_MODEL
 from ablation.inputs.data import load_data
 from ablation.inputs.folders import Folders
 
-RECIPE = 1  # part of the file's name: count it up when the net or its training changes
+RECIPE = 1  # part of the file's name: increment it when the net or its training changes
 SEED = 0
 N_EPOCHS = 15
 BATCH_SIZE = 32
@@ -35,7 +35,7 @@ MIN_ACCURACY = 0.95
 
 
 class DigitsAlexNet(nn.Module):
-    """AlexNet (arXiv 1404.5997) in small: convolutions with ReLU and max pooling, then three Linear with dropout."""
+    """A small AlexNet (arXiv 1404.5997): convolutions with ReLU and max pooling, then three Linears with dropout."""
 
     def __init__(self, n_classes: int = 10) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class DigitsAlexNet(nn.Module):
 
 
 def prepare_digit(picture: Image.Image) -> Float[Tensor, "1 8 8"]:
-    """The demo model's preprocessing: any picture as a grey one of 8x8, values from 0 to 1."""
+    """Preprocess a picture for the demo model: grey, 8x8, values from 0 to 1."""
     grey = picture.convert("L")
     if grey.size != (8, 8):
         grey = grey.resize((8, 8), Image.Resampling.BOX)
@@ -63,12 +63,12 @@ def prepare_digit(picture: Image.Image) -> Float[Tensor, "1 8 8"]:
 
 
 def ensure_demo_model(folders: Folders, on_progress: Callable[[float], None] | None = None) -> Path:
-    """The checkpoint of the trained demo model, trained first if there is none yet (a few seconds on a CPU).
+    """Return the checkpoint of the demo model, which is trained first if there is none yet (a few seconds on a CPU).
 
-    Any number of processes may ask at once: one trains, the others wait. `on_progress` gets the fraction done.
+    Several processes may call this at once: one trains, the others wait. `on_progress` gets the fraction done.
 
     Raises:
-        ModelError: the trained net is not accurate enough to be shown (never seen; a broken installation).
+        ModelError: the trained net is not accurate enough, which means a broken installation.
     """
     path = folders.cache / f"{DEMO_MODEL}-{RECIPE}.safetensors"
     if path.exists():
@@ -86,14 +86,14 @@ def ensure_demo_model(folders: Folders, on_progress: Callable[[float], None] | N
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file; the system lets it go if this process dies."""
+    """Hold the lock file; the system releases it if this process dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _write(model: nn.Module, path: Path) -> None:
-    """Write beside (only the holder of the lock does) and rename, so that nobody ever sees half a file."""
+    """Write to a temporary file (only the lock's holder does) and rename it, so no incomplete file is ever seen."""
     written = path.with_suffix(".partial")
     with written.open("wb") as file:
         file.write(save(model.state_dict()))
@@ -103,7 +103,7 @@ def _write(model: nn.Module, path: Path) -> None:
 
 
 def train_demo_model(*, n_epochs: int = N_EPOCHS, on_progress: Callable[[float], None] | None = None) -> DigitsAlexNet:
-    """The demo model, trained from a fixed seed; the caller's random state and threads are left as they were."""
+    """Train the demo model from a fixed seed; the caller's random state and threads are restored."""
     pictures, labels = _read_all("train")
     n_threads = torch.get_num_threads()
     try:
@@ -129,7 +129,7 @@ def _train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, pictures: T
 
 
 def measure_accuracy(model: nn.Module) -> float:
-    """The share of right answers on the test split of the digits."""
+    """Accuracy on the test split of the digits."""
     pictures, labels = _read_all("test")
     with torch.no_grad():
         return (model(pictures).argmax(1) == labels).double().mean().item()
@@ -156,7 +156,7 @@ def _show_progress(done: float) -> None:
 
 
 def _say_once() -> Callable[[float], None]:
-    """One line when training begins, for a log."""
+    """Print one line when training begins, for a log."""
     said: list[float] = []
 
     def on_progress(done: float) -> None:

@@ -1,4 +1,4 @@
-"""Where data sets, checkpoints and the cache are: chosen by the operator, handed down. Torch-free."""
+"""Folders of data sets, checkpoints and the cache, chosen by the operator. Torch-free."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 class Folders:
     """The three folders that a job may read from; only `cache` is ever written to.
 
-    Of it, activations kept between jobs take at most `cache_bytes`; 0: none are kept.
+    Activations kept between jobs take at most `cache_bytes` of it; 0: none are kept.
     """
 
     data: Path

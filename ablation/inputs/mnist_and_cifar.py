@@ -1,8 +1,8 @@
 """The files of MNIST, FashionMNIST, CIFAR10 and CIFAR100 as published: labels, pictures, counts. Torch-free.
 
-In: the folder they are in. Out: arrays, in the order of the files; tests hold them to what torchvision's own classes
-read. Nothing in a file is trusted: sizes are compared with what is there, and a pickle gets whole numbers, arrays of
-them and plain containers, and nothing else (decision 0012).
+In: the folder they are in. Out: arrays, in the order of the files; tests compare them with torchvision's own classes.
+Nothing in a file is trusted: sizes are compared with the contents, and a pickle may hold whole numbers, arrays of them
+and plain containers only (docs/decisions/0012).
 """
 
 import gzip
@@ -21,12 +21,12 @@ from ablation.errors import SpecError, as_given
 
 
 class _Form(NamedTuple):
-    """How a data set was published."""
+    """The format in which a data set was published."""
 
-    folders: tuple[str, ...]  # below the root; files are looked for in each, and messages name the first
-    files: Mapping[str, tuple[str, ...]]  # of each split, in the order of its examples
-    source: str  # what the files come from
-    label_key: str = ""  # in the pickles; IDX files have none
+    folders: tuple[str, ...]  # below the root; files are searched in each, and messages name the first
+    files: Mapping[str, tuple[str, ...]]  # per split, in the order of its examples
+    source: str  # archive or address that the files come from
+    label_key: str = ""  # key of the labels in the pickles; IDX files have none
 
 
 _IDX = {
@@ -48,7 +48,7 @@ _FORMS = {
 
 
 def read_labels(name: str, root: Path, split: str) -> np.ndarray:
-    """The label of every example, int64, kept until a file changes; the pictures are counted, as far as that is cheap.
+    """Labels of all examples, int64, cached until a file changes; the pictures are counted, if that is cheap.
 
     Raises:
         SpecError: files are missing or damaged, or there are not as many labels as pictures.
@@ -75,7 +75,7 @@ def _read_labels(name: str, files: tuple[tuple[Path, int, int], ...]) -> np.ndar
 
 
 def read_examples(name: str, root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures, uint8 (examples, height, width) or (examples, height, width, 3), and labels, int64.
+    """Read pictures, uint8 (examples, height, width) or (examples, height, width, 3), and labels, int64.
 
     Raises:
         SpecError: files are missing or damaged, or there are not as many labels as pictures.
@@ -90,10 +90,10 @@ def read_examples(name: str, root: Path, split: str) -> tuple[np.ndarray, np.nda
 
 
 def published_counts(name: str, root: Path, split: str, n_classes: int) -> tuple[int, ...]:
-    """How many examples of each class the files hold.
+    """Count the examples of each class in the files.
 
     Raises:
-        SpecError: as `read_labels`; or a label is not in 0..n_classes-1.
+        SpecError: for the reasons of `read_labels`, or a label is not in 0..n_classes-1.
     """
     labels = read_labels(name, root, split)
     check_classes(name, root, labels, n_classes)
@@ -101,10 +101,10 @@ def published_counts(name: str, root: Path, split: str, n_classes: int) -> tuple
 
 
 def check_classes(name: str, root: Path, labels: np.ndarray, n_classes: int) -> None:
-    """Every label in the files of a data set is the number of a class.
+    """Check that every label in the files of a data set is a class number.
 
     Raises:
-        SpecError: one is not; the message says which.
+        SpecError: a label is not; the message names it.
     """
     outside = np.flatnonzero((labels < 0) | (labels >= n_classes))
     if len(outside):
@@ -117,7 +117,7 @@ def _find_files(name: str, root: Path, split: str) -> list[Path]:
     form = _FORMS[name]
     names = form.files[split]
     found = [[_existing(root / folder / file) for file in names] for folder in form.folders]
-    best = max(found, key=lambda paths: sum(path is not None for path in paths))  # of equals the first
+    best = max(found, key=lambda paths: sum(path is not None for path in paths))  # the first of equals
     missing = [file for file, path in zip(names, best, strict=True) if path is None]
     if missing:
         allowed = f"a folder with {form.folders[0]}/ and in it {', '.join(names)}"
@@ -132,7 +132,7 @@ def _existing(path: Path) -> Path | None:
 
 
 def _unusable(path: Path, wanted: str, reason: str) -> SpecError:
-    """The error about one file; the folder it is in is named by whoever was given it."""
+    """Make the error about one file; the caller names its folder."""
     next_step = f"{reason}. Place the published file again."
     return SpecError("data.root", None, f"a folder in which {path.name} {wanted}", next_step)
 
@@ -179,7 +179,7 @@ def _read(path: Path, n_bytes: int = -1) -> bytes:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return file.read(n_bytes)
-    except Exception as error:  # the file system's, and whatever gzip and zlib have for damaged files
+    except Exception as error:  # errors of the file system, and of gzip and zlib for damaged files
         raise _unusable(path, "can be read", _reason(error)) from None
 
 
@@ -213,7 +213,7 @@ def _read_batch(path: Path, label_key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Dtype:
-    """What a pickle says of the numbers in an array; numpy's own dtype would believe it."""
+    """Checked replacement for numpy's dtype, which would trust what a pickle says of an array's numbers."""
 
     def __init__(self, code: bytes | str, *_: Any) -> None:
         self.code = _text(code)
@@ -228,7 +228,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array that a pickle makes in two steps: first it is there, then it is filled."""
+    """Array that a pickle makes in two steps: it is created, then filled."""
 
     def __init__(self, *_: Any) -> None:
         self.filled = np.empty(0)
@@ -238,7 +238,7 @@ class _Array:
         self.filled = dtype.make(raw, shape, "F" if is_fortran else "C")
 
 
-# What may be called in a pickle, by the names that Python 2 and 3 with numpy 1 and 2 write; the functions are ours.
+# Functions that a pickle may call, by the names that Python 2 and 3 with numpy 1 and 2 write; these replace numpy's.
 _CALLS = {
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
@@ -256,18 +256,18 @@ _CALLS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes integers, arrays of integers and plain containers; refuses everything else by name.
+    """Unpickles integers, arrays of integers and plain containers; refuses everything else by name.
 
-    To let numpy's own functions through is not enough: its dtype takes flags from the pickle that turn bytes into
+    Allowing numpy's own functions would not be safe: its dtype takes flags from the pickle that turn bytes into
     pointers to objects.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """A function of ours in place of the one that is asked for."""
+        """Return the replacement of the function that the pickle names."""
         call = _CALLS.get(f"{module}.{name}")
         if call is None:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array, list or number")
-        return lambda *given: call(*given)  # a new one each time, since a pickle can set attributes of what it gets
+        return lambda *given: call(*given)  # a new function each time, since a pickle can set attributes on it
 
 
 def _array(value: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Models by name: the module in eval mode, and the preprocessing that its inputs want.
 
 In: a name, and weights: torchvision's by their enum name, a checkpoint file, or none (initialised from a seed).
-Out: (module, transform). Which models there are and what can be known without building one: `catalog.py`.
+Out: (module, transform). The list of models and their facts are in `catalog.py`.
 """
 
 from collections.abc import Callable
@@ -42,16 +42,16 @@ class AsRGB:
 def load_model(
     name: str, weights: str | None = None, seed: int = 0, folders: Folders | None = None
 ) -> tuple[nn.Module, Transform]:
-    """The model `name` in eval mode, and the transform that turns a picture into its input.
+    """Load the model `name` in eval mode, and the transform that turns a picture into its input.
 
     `weights`: a name of torchvision's weights enum (downloaded by torchvision where it isn't there yet), or a file
-    below the checkpoint folder. Absent: `digits_alexnet` has its trained weights; the others are initialised as
-    torchvision does after `torch.manual_seed(seed)`, with the preprocessing of their default weights. A model that the
-    operator has registered is made by its factory, after the same seeding; its transform may be None.
-    The caller's random state is left as it was. Without `folders`, those below ~/.ablation are used.
+    below the checkpoint folder. Without it `digits_alexnet` has its trained weights; the others are initialised as
+    torchvision does after `torch.manual_seed(seed)`, with the preprocessing of their default weights. A registered
+    model is made by its factory, after the same seeding; its transform may be None. The caller's random state is
+    restored. Without `folders`, those below ~/.ablation are used.
 
     Raises:
-        SpecError: no such model or weights; the message names the nearest ones.
+        SpecError: there is no such model or weights; the message names the nearest ones.
         CheckpointError: the weights can't be downloaded, read, or loaded into this model.
         ModelError: the demo model can't be trained, or a registered one can't be made.
     """
@@ -73,12 +73,12 @@ def load_model(
 
 
 def _named() -> Registered:
-    """What is registered, for an error message that lists names."""
+    """Registered names, for an error message."""
     return Registered(models=dict.fromkeys(registered_names(MODELS)))  # type: ignore[arg-type]
 
 
 def _registered(name: str, checkpoint: Path | None, seed: int) -> tuple[nn.Module, Transform]:
-    """What the factory of a registered model gives, checked."""
+    """Make a registered model by its factory, and check it."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
@@ -100,14 +100,14 @@ def _registered(name: str, checkpoint: Path | None, seed: int) -> tuple[nn.Modul
 
 
 def build_model(name: str, seed: int) -> nn.Module:
-    """A torchvision model as `torch.manual_seed(seed)` and its constructor make it, without auxiliary classifiers."""
+    """Build a torchvision model after `torch.manual_seed(seed)`, without auxiliary classifiers."""
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = True  # said aloud, or they warn
+        options["init_weights"] = True  # explicit, since the default warns
     if name.startswith("vit_"):
         options["image_size"] = _default(name).meta["min_size"][0]  # built for the size that the transform makes
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)  # and not torch.manual_seed: that would reseed the GPUs
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed the GPUs
         return _without_auxiliary(_torchvision().get_model(name, weights=None, **options))
 
 
@@ -119,17 +119,17 @@ def build_demo_model(seed: int) -> DigitsAlexNet:
 
 
 def default_transform(name: str) -> Transform:
-    """The preprocessing of a torchvision model's default weights."""
+    """Preprocessing of a torchvision model's default weights."""
     return AsRGB(_default(name).transforms())
 
 
 def classifier_weights(name: str) -> tuple[str, ...]:
-    """The weights that torchvision has for a model; not those without a classifier (VGG's `IMAGENET1K_FEATURES`)."""
+    """Names of torchvision's weights for a model, except those without a classifier (VGG's `IMAGENET1K_FEATURES`)."""
     return tuple(member.name for member in _torchvision().get_model_weights(name) if member.meta["categories"])
 
 
 def _torchvision() -> Any:
-    """torchvision's models; four seconds to import, so only where one of them is wanted."""
+    """Import torchvision's models, which takes four seconds, so only where one of them is needed."""
     import torchvision.models
 
     return torchvision.models
@@ -153,11 +153,11 @@ def _without_auxiliary(module: nn.Module) -> nn.Module:
 
 
 def _pretrained(name: str, member: Any) -> nn.Module:
-    """The model with torchvision's own weights, by torchvision's own loading (which checks the file's hash)."""
+    """Load the model with torchvision's own weights by torchvision, which checks the file's hash."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             module = _torchvision().get_model(name, weights=member)
-    except Exception as error:  # the network's and the file system's, and whatever a damaged file makes of torch.load
+    except Exception as error:  # errors of the network, the file system, and torch.load for damaged files
         raise CheckpointError(_what_to_place(name, member, error)) from error
     return _without_auxiliary(module).eval()
 
@@ -173,7 +173,7 @@ def _what_to_place(name: str, member: Any, error: Exception) -> str:
 
 
 def _shown(folder: Path) -> str:
-    """The folder as a user would type it; the home folder's own path is nobody's business."""
+    """The folder with `~` for the home folder, whose path must not be shown."""
     return str(Path("~") / folder.relative_to(Path.home())) if folder.is_relative_to(Path.home()) else str(folder)
 
 
@@ -197,7 +197,7 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
 
 
 def _misfits(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    """Why these tensors can't take the place of those, one reason for each that can't."""
+    """Reasons why these tensors can't replace those, one for each that can't."""
     shared = [(name, given[name], tensor) for name, tensor in wanted.items() if name in given]
     return [
         *(f"{name} is missing" for name in wanted if name not in given),
@@ -207,7 +207,7 @@ def _misfits(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 
 
 def _misfit(given: Tensor, wanted: Tensor) -> str:
-    """Why one tensor can't take another's place; empty if it can. (torch itself would take 0.3 as an integer's 0.)"""
+    """Reason why one tensor can't replace another; empty if it can. (torch itself would take 0.3 as an integer's 0.)"""
     if given.shape != wanted.shape:
         return f"has shape {tuple(given.shape)}, wanted {tuple(wanted.shape)}"
     if _kind(given) != _kind(wanted):
@@ -217,7 +217,7 @@ def _misfit(given: Tensor, wanted: Tensor) -> str:
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    """Real, complex or whole: within one kind numbers become each other, whatever their width."""
+    """Kind of numbers: real, complex or whole. Within a kind, numbers are converted whatever their width."""
     return tensor.is_floating_point(), tensor.is_complex()
 
 
@@ -226,12 +226,12 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _breaks(given: Tensor, wanted: Tensor) -> bool:
-    """Whether a tensor brings NaN or infinity to where the model has none itself (a mask may be made of them)."""
+    """Whether a tensor has NaN or infinity where the model has none (a mask may contain infinities)."""
     return not given.to(wanted.dtype).isfinite().all() and bool(wanted.isfinite().all())
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file, by name: safetensors, or what torch loads with `weights_only`. Nothing in it is run."""
+    """Read the tensors in a file, by name: safetensors, or torch.load with `weights_only`, which runs no code."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -241,7 +241,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path.name} can't be read ({type(error).__name__}); allowed: a .safetensors file, or a state dict of "
             "tensors saved by torch.save (files with other Python objects are not opened)."
         ) from error
-    for key in ("state_dict", "model"):  # how training scripts usually wrap it
+    for key in ("state_dict", "model"):  # keys under which training scripts usually save it
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     items = loaded.items() if isinstance(loaded, dict) else [(None, loaded)]

@@ -11,12 +11,12 @@ from scipy import stats
 
 from ablation.statistics import (
     Ranked,
-    Spread,
+    Variation,
     ceiling_at,
     compare_splits,
     examples_for,
     make_summary,
-    measure_spread,
+    measure_variation,
     pearson,
     ranks_of_sorted,
     summary_lines,
@@ -108,7 +108,7 @@ def test_the_ceiling_is_what_perfect_agreement_reaches_and_what_other_sizes_woul
     found = compare_splits(small)
     assert found["pearson"] < 0.6
     assert found["ratio"] == pytest.approx(1, abs=0.06)
-    predicted = ceiling_at(640, measure_spread(small, "train"), measure_spread(small, "test"))  # type: ignore[arg-type]
+    predicted = ceiling_at(640, measure_variation(small, "train"), measure_variation(small, "test"))  # type: ignore[arg-type]
     assert predicted == pytest.approx(compare_splits(large)["pearson"], abs=0.03)
     assert found["ceiling_at"]["1000"] > predicted
     wanted = found["examples_for_ceiling"]
@@ -122,7 +122,7 @@ def test_the_ceiling_is_what_perfect_agreement_reaches_and_what_other_sizes_woul
     wanted=st.floats(0.3, 0.999), noise=st.tuples(*[st.floats(0, 0.999)] * 2), n=st.tuples(*[st.integers(2, 10**6)] * 2)
 )
 def test_examples_for_a_ceiling_are_the_fewest_that_reach_it(wanted, noise, n) -> None:
-    train, test = (Spread(1.0, part, size) for part, size in zip(noise, n, strict=True))
+    train, test = (Variation(1.0, part, size) for part, size in zip(noise, n, strict=True))
     needed = examples_for(wanted, train, test)
     assert needed is not None
     assert ceiling_at(needed, train, test) >= wanted * (1 - 1e-9)
@@ -130,9 +130,9 @@ def test_examples_for_a_ceiling_are_the_fewest_that_reach_it(wanted, noise, n) -
 
 
 def test_pure_noise_has_no_ceiling_to_reach() -> None:
-    noisy = Spread(1.0, 1.2, 50)
+    noisy = Variation(1.0, 1.2, 50)
     assert noisy.reliability == 0
-    assert examples_for(0.9, noisy, Spread(1.0, 0.1, 50)) is None
+    assert examples_for(0.9, noisy, Variation(1.0, 0.1, 50)) is None
     assert ceiling_at(1000, noisy, noisy) == 0
 
 
