@@ -1,1 +1,1 @@
-"""One script per claim about speed; results as JSON with the environment they were made in."""
+"""One script per claim about speed; results are stored as JSON with the environment they were measured in."""

@@ -1,9 +1,8 @@
 """AlexNet's fc2, 4,096 sampled weights, 2,000 examples: the direct path against float32 brute force.
 
 Head 4096 -> 4096 -> ReLU -> 1000, 20 % of the inputs and 25 % of the units active, seeded random numbers.
-Brute force is what everybody writes: set the weight to 0, run the head in float32 on cached layer inputs, take the
-loss.
-The prefix (AlexNet up to classifier.4) is out on both sides. Error: against float64 brute force from the same inputs.
+Brute force is the usual loop: set the weight to 0, run the head in float32 on cached layer inputs, take the loss.
+The prefix (AlexNet up to classifier.4) is excluded on both sides. Error: against float64 brute force.
 
     python -m benchmarks.alexnet_head
 """
@@ -30,7 +29,7 @@ ROUNDS = 3
 
 
 def make_head(device: str = "cpu") -> tuple[nn.Sequential, Tensor, Tensor]:
-    """The head and its inputs, with the shares of active inputs and units that AlexNet has on real images."""
+    """Make the head and its inputs, with the shares of active inputs and units that AlexNet has on real images."""
     torch.manual_seed(0)
     x = torch.rand(N, INPUTS) * (torch.rand(N, INPUTS) < 0.2)
     model = nn.Sequential(nn.Linear(INPUTS, UNITS), nn.ReLU(), nn.Linear(UNITS, CLASSES))
@@ -59,7 +58,7 @@ def brute_s(model: nn.Sequential, x: Tensor, labels: Tensor, n_weights: int = 3)
 
 
 def float64_truth(model: nn.Sequential, x: Tensor, labels: Tensor, indices: np.ndarray) -> np.ndarray:
-    """Utilities by float64 brute force; what does not change (other units, other logits' parts) is reused exactly."""
+    """Utilities by float64 brute force; values that do not change (other units, parts of the logits) are reused."""
     wide = nn.Sequential(nn.Linear(INPUTS, UNITS), nn.ReLU(), nn.Linear(UNITS, CLASSES))
     wide.load_state_dict(model.state_dict())
     wide.to(x.device).double()
@@ -77,7 +76,7 @@ def float64_truth(model: nn.Sequential, x: Tensor, labels: Tensor, indices: np.n
 
 
 def median_s(run: Callable[[], object]) -> float:
-    """Median seconds over ROUNDS runs after one to warm up."""
+    """Median seconds of ROUNDS runs after one warm-up run."""
     run()
     times = []
     for _ in range(ROUNDS):
@@ -88,14 +87,14 @@ def median_s(run: Callable[[], object]) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, after the device has done all it was given."""
+    """Time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def score(model: nn.Sequential, sites: Sites, x: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Seconds from layer input to sums, and of these the part after the intact head: the scoring alone."""
+    """Seconds from layer input to sums, and the part of them after the intact head: the scoring alone."""
     scoring = 0.0
     path = open_path("direct", Setup(model, "0.weight", sites), x[:2])
     run_intact = path.run
@@ -131,7 +130,7 @@ def score(model: nn.Sequential, sites: Sites, x: Tensor, labels: Tensor) -> tupl
 
 
 def main(device: str = "cpu", name: str = "alexnet_head") -> None:
-    """Measure, print and store."""
+    """Measure, print and store the results."""
     model, x, labels = make_head(device)
     with torch.no_grad():
         active = (model[0](x[:500]) > 0).float().mean().item()

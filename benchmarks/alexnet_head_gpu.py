@@ -1,4 +1,4 @@
-"""`alexnet_head` on one CUDA device: brute force and the direct path both there.
+"""`alexnet_head` on one CUDA device, for brute force and the direct path.
 
 python -m benchmarks.alexnet_head_gpu
 """

@@ -1,4 +1,4 @@
-"""What a measurement was made on: versions and hardware, written beside every result."""
+"""Versions and hardware of a measurement, stored with every result."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
-    """Print a result and keep it as JSON under benchmarks/results/."""
+    """Print a result and store it as JSON under benchmarks/results/."""
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({**result, "environment": describe_environment()}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -1,15 +1,15 @@
 """Finite differences carried forward, against brute force: AlexNet's last convolution, ResNet-18's, and first halves.
 
-In: from the target's input (the prefix is computed once and out on both sides) to per-example loss deltas of all sites.
-Out: the time of the whole float32 network for every weight ("full forward", prefix in) and of the float32 rest of the
-network for every weight ("prefix cached", prefix out), as ratios to ours. The error is against float64 brute force from
-the same layer input, over some of the sites, in units of max(|u|, 0.01 rms u).
+Measured is the time from the target's input (the prefix is computed once) to per-example loss deltas of all sites.
+It is compared with the whole float32 network for every weight ("full forward", prefix included) and with the float32
+rest of the network for every weight ("prefix cached", prefix excluded). The error is against float64 brute force on the
+same layer input, over some of the sites, in units of max(|u|, 0.01 rms u).
 
-Left out is what begins every shard, which has more examples than these: the look at eight sites in float64, and the
-compiling of the loops (once per machine; then loading them), by running the first batch once before the clock.
+Excluded is the fixed cost at the beginning of a shard, which has more examples than these: the check of eight sites in
+float64, and compiling or loading the loops. The first batch runs once before the clock starts.
 
 The networks have seeded random weights; every ReLU's input is shifted so that the stated share of it is active.
-The floor is what the flops behind the target take in float32 matrix products here: below it no brute force can go.
+The floor is the time of the flops behind the target in float32 matrix products here; no brute force is faster.
 """
 
 import time
@@ -34,7 +34,7 @@ from ablation.sites import make_sites
 from ablation.spec import make_spec
 from benchmarks.environment import write_result
 
-CHECKED = 8  # sites that are also run in float64, one by one
+CHECKED = 8  # sites that also run in float64, one by one
 CASES = [  # model, parameter, sites, examples, active share of ReLUs (None: as it is)
     ("alexnet", "features.10.weight", 1024, 32, 0.25),
     ("alexnet", "features.10.weight", 1024, 32, 0.5),
@@ -47,12 +47,12 @@ CASES = [  # model, parameter, sites, examples, active share of ReLUs (None: as 
 
 
 def build(name: str, active: float | None, inputs: Tensor) -> nn.Module:
-    """A model with signals of size 1 everywhere, and the wanted share of active units behind every ReLU."""
+    """Build a model with activations of size 1, and the given share of active units behind every ReLU."""
     model = build_model(name, 0).eval()
     generator = torch.Generator().manual_seed(0)
 
     def scale(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not module.weight.any():  # a head that begins at zero
+        if not module.weight.any():  # a head that is initialised with zeros
             module.weight.normal_(generator=generator)
             output = nn.functional.linear(args[0], module.weight, module.bias)
         axis = 1 if output.dim() == 4 else -1
@@ -77,14 +77,14 @@ def build(name: str, active: float | None, inputs: Tensor) -> nn.Module:
 
 @contextmanager
 def timed(into: dict[str, float], name: str) -> Iterator[None]:
-    """Add the seconds of a block."""
+    """Context that adds the seconds of its block to a list."""
     started = time.perf_counter()
     yield
     into[name] = into.get(name, 0.0) + time.perf_counter() - started
 
 
 def measure(name: str, parameter: str, n_sites: int, n_examples: int, active: float | None) -> dict[str, object]:
-    """One row."""
+    """Measure one row."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(n_examples, 3, 224, 224, generator=generator)
     labels = torch.randint(1000, (n_examples,), generator=generator)
@@ -107,7 +107,7 @@ def measure(name: str, parameter: str, n_sites: int, n_examples: int, active: fl
     deltas = []
     batches = list(zip(inputs.split(plan.batch_size), labels.split(plan.batch_size), strict=True))
     with freed_memory_kept():
-        list(finite.run(*batches[0])[1])  # compiled, or loaded
+        list(finite.run(*batches[0])[1])  # compile or load the loops
         for x, y in batches:
             _, pieces = finite.run(x, y)
             with timed(seconds, "ours"):
@@ -139,7 +139,7 @@ def measure(name: str, parameter: str, n_sites: int, n_examples: int, active: fl
 
 
 def time_brute(model: nn.Module, parameter: str, inputs: Tensor) -> dict[str, float]:
-    """Seconds of one float32 pass over the inputs, whole and from the target on; the better of two."""
+    """Seconds of one float32 pass over the inputs, whole and from the target on, as the better of two."""
     best = {"full": float("inf"), "rest": float("inf")}
     weights = model.get_parameter(parameter).detach()
     prefix, mode = Prefix(model), FromTargetOn(weights)
@@ -170,7 +170,7 @@ def flops_per_s() -> float:
 
 
 def main() -> None:
-    """Every row, and the file."""
+    """Measure every row and write the file."""
     write_result("finite", {"rows": [measure(*case) for case in CASES]})
 
 

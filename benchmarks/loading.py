@@ -1,8 +1,8 @@
-"""Reading pictures: JPEGs of 500x375 to normalised 224x224, by our threads and by torch's DataLoader.
+"""Reading pictures: JPEGs of 500x375 to normalised 224x224, by this package's threads and by torch's DataLoader.
 
-In: decoding, resizing, cropping, normalising (AlexNet's own preprocessing), stacking into batches of 32, the start of
-threads and processes. Out: the network. Files are in the system's cache. One torch thread everywhere, so that only
-the readers compete. Every way must give the same bytes in the same order.
+Included are decoding, resizing, cropping, normalising (AlexNet's own preprocessing), stacking into batches of 32, and
+the start of threads and processes; the network is excluded. Files are in the system's cache. Torch has one thread, so
+that only the readers compete. All readers must give the same bytes in the same order.
 
     python -m benchmarks.loading
 """
@@ -30,7 +30,7 @@ ROUNDS = 5
 
 
 def write_pictures(folder: Path) -> float:
-    """Pictures with as much detail as photographs have, by the size of their files; its mean in bytes."""
+    """Write pictures with as much detail as photographs, judged by file size; returns the mean size in bytes."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for number in range(PICTURES):
@@ -42,14 +42,14 @@ def write_pictures(folder: Path) -> float:
 
 
 def ways_to_read(dataset: Dataset) -> dict[str, Callable[[], Iterable[tuple[Tensor, Tensor]]]]:
-    """Name -> a function that starts to read."""
+    """Map the name of each reader to a function that starts it."""
     ours = {f"{n} threads": partial(load_batches, dataset, np.arange(PICTURES), BATCH, n_workers=n) for n in (0, 1, 2)}
     theirs = {f"DataLoader, {n} processes": partial(DataLoader, dataset, BATCH, num_workers=n) for n in (0, 1, 2)}
     return {**ours, **theirs}
 
 
 def main() -> None:
-    """Measure, print and store."""
+    """Measure, print and store the results."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         mean_bytes = write_pictures(Path(folder) / "test" / "a")
@@ -57,7 +57,7 @@ def main() -> None:
         ways = ways_to_read(dataset)
         expected = [inputs for inputs, _ in ways["0 threads"]()]
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(ROUNDS):  # in turn, so that what else the machine does meets all of them
+        for _ in range(ROUNDS):  # in turn, so that other load on the machine affects all of them
             for name, start in ways.items():
                 started = time.perf_counter()
                 batches = [inputs for inputs, _ in start()]

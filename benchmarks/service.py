@@ -1,4 +1,4 @@
-"""The service: the demo job from POST to CSV, and how long a status poll takes while the worker is busy.
+"""The service: time of the demo job from POST to CSV, and of a status poll while the worker is busy.
 
 Starts `ablation serve` (embedded Redis, one worker, the API) in a folder of its own. The demo model is trained before
 the clock starts. Then a long job keeps the worker busy on every core while the job is polled.
@@ -31,7 +31,7 @@ ROUNDS = 3
 
 
 def wait_until_ready(client: httpx.Client, within_s: float = 120) -> None:
-    """Until /readyz says so."""
+    """Wait until /readyz answers 200."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         try:
@@ -54,7 +54,7 @@ def post_to_csv_s(client: httpx.Client) -> float:
 
 
 def poll_ms(client: httpx.Client) -> list[float]:
-    """Milliseconds of each status poll while the worker is in the middle of a long job, which is then cancelled."""
+    """Milliseconds of status polls while the worker runs a long job, which is then cancelled."""
     job = client.post("/v1/jobs", json=LONG).raise_for_status().json()
     while client.get(f"/v1/jobs/{job['id']}").json()["progress"]["done"] == 0:
         time.sleep(0.1)
@@ -71,7 +71,7 @@ def poll_ms(client: httpx.Client) -> list[float]:
 
 
 def main() -> None:
-    """Measure, print and store."""
+    """Measure, print and store the results."""
     with tempfile.TemporaryDirectory() as home:
         subprocess.run([sys.executable, "-m", "ablation.inputs.demo", "--cache", str(Path(home) / "cache")], check=True)
         port = "18765"

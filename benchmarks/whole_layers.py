@@ -2,16 +2,16 @@
 
     fc2        AlexNet's second Linear, 4096 x 4096, as a head alone: 20 % of the inputs and 25 % of the units active,
                2,000 examples. From the layer's input to the table, proof included, by `ablation.ablate`: the prefix is
-               out on both sides. Brute force: set a weight to 0, run the head in float32, take the loss.
-    fc1        the same for its first Linear, 9216 x 4096, with two Linears behind it; 512 examples, a quarter of the
+               excluded on both sides. Brute force: set a weight to 0, run the head in float32, take the loss.
+    fc1        its first Linear, likewise, 9216 x 4096, with two Linears behind it; 512 examples, a quarter of the
                inputs and of all units active.
     pass       the whole of AlexNet on 4,000 pictures, all weights of fc2: everything from the pictures' tensors to the
-               table, in units of one plain float32 evaluation of the same pictures. Only their decoding is out.
+               table, in units of one plain float32 evaluation of the same pictures. Only their decoding is excluded.
     conv       ResNet-18's last convolution: 1,024 sampled weights (from the layer's input to the deltas, against the
                whole network once for every weight) and all 2,359,296 (the whole job, in passes).
 
 Errors are against float64 brute force from the same layer input, in units of max(|u|, 0.01 rms u). Every case runs in a
-process of its own, which says how much memory it took at most.
+process of its own, which reports its peak memory.
 
     python -m benchmarks.whole_layers [case ...]
 """
@@ -42,12 +42,12 @@ from benchmarks.environment import RESULTS, write_result
 from benchmarks.finite import build
 
 N = 2000
-N_OF_PASS = 4000  # what a job costs once (the proof, the table) is a sixth of it at 2,000 already
+N_OF_PASS = 4000  # at 2,000 the fixed cost of a job (the proof, the table) is a sixth
 CHECKED = 24
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures held as float32 tensors: some hundred different ones, each again at other brightness."""
+    """Pictures held as float32 tensors: some hundred different ones, each repeated with different brightness."""
 
     def __init__(self, n: int, size: int = 224) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -62,7 +62,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def best_s(run: Any, rounds: int = 2) -> tuple[float, Any]:
-    """The shortest of some runs, and what the last one gave."""
+    """Shortest time of some runs, and the last result."""
     seconds, result = [], None
     for _ in range(rounds):
         started = time.perf_counter()
@@ -72,7 +72,7 @@ def best_s(run: Any, rounds: int = 2) -> tuple[float, Any]:
 
 
 def plain_pass_s(model: nn.Module, pictures: Pictures, batch_size: int = 64) -> float:
-    """One plain float32 evaluation: batches stacked, forward, the loss summed."""
+    """Seconds of one plain float32 evaluation: stack batches, run the network, sum the loss."""
 
     def run() -> float:
         total = 0.0
@@ -88,13 +88,13 @@ def plain_pass_s(model: nn.Module, pictures: Pictures, batch_size: int = 64) -> 
 
 
 def errors(utility: np.ndarray, rows: np.ndarray, truth: np.ndarray) -> float:
-    """The largest, in units of max(|u|, 0.01 rms u)."""
+    """Largest error, in units of max(|u|, 0.01 rms u)."""
     scale = np.maximum(np.abs(truth), 0.01 * np.sqrt(np.mean(utility**2)))
     return float((np.abs(utility[rows] - truth) / scale).max())
 
 
 def measure_fc2() -> dict[str, Any]:
-    """The head alone, all weights."""
+    """Measure the head alone, all weights."""
     model, x, labels = alexnet_head.make_head()
     before = alexnet_head.brute_s(model, x, labels)
     seconds, table = best_s(lambda: ablation.ablate(model, "0", {"test": (x, labels)}, sites="all", progress=False), 3)
@@ -110,7 +110,7 @@ def measure_fc2() -> dict[str, Any]:
 
 
 def measure_fc1() -> dict[str, Any]:
-    """Three Linears, all weights of the first."""
+    """Measure three Linears, all weights of the first."""
     n = 512
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(n, 9216, generator=generator) * (torch.rand(n, 9216, generator=generator) < 0.25)
@@ -139,7 +139,7 @@ def measure_fc1() -> dict[str, Any]:
 
 
 def brute_force_utilities(model: nn.Module, x: Tensor, labels: Tensor, rows: np.ndarray) -> np.ndarray:
-    """In float64, weight by weight."""
+    """Utilities in float64, weight by weight."""
     wide = copy.deepcopy(model).double()
     x, weight = x.double(), wide.get_parameter("0.weight").data.view(-1)
     utilities = []
@@ -154,7 +154,7 @@ def brute_force_utilities(model: nn.Module, x: Tensor, labels: Tensor, rows: np.
 
 
 def about(table: Any, seconds: float) -> dict[str, Any]:
-    """The job's own proof, its path, and how good its estimate was."""
+    """The job's proof, its path, and its estimate compared with the measured time."""
     estimate = table.about["plan"]["estimate"]["seconds"] / measure_pace()
     return {
         "proof": table.about["proof"],
@@ -165,7 +165,7 @@ def about(table: Any, seconds: float) -> dict[str, Any]:
 
 
 def measure_pass() -> dict[str, Any]:
-    """The whole of AlexNet, all weights of fc2."""
+    """Measure the whole of AlexNet, all weights of fc2."""
     pictures = Pictures(N_OF_PASS)
     model = build("alexnet", 0.25, pictures.few[:64])
     before = plain_pass_s(model, pictures)
@@ -180,7 +180,7 @@ def measure_pass() -> dict[str, Any]:
 
 
 def measure_conv() -> dict[str, Any]:
-    """ResNet-18's last convolution."""
+    """Measure ResNet-18's last convolution."""
     n = 512
     pictures = Pictures(n)
     layer = "layer4.1.conv2"
@@ -225,7 +225,7 @@ CASES = {"fc2": measure_fc2, "fc1": measure_fc1, "pass": measure_pass, "conv": m
 
 
 def main() -> None:
-    """Every case in a process of its own, then the file."""
+    """Run every case in a process of its own, then write the file."""
     if sys.argv[1:2] == ["--one"]:
         result = CASES[sys.argv[2]]()
         result.setdefault("peak_memory_bytes", 0)
@@ -235,7 +235,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     kept = RESULTS / "whole_layers.json"
-    rows = json.loads(kept.read_text()) if sys.argv[1:] and kept.exists() else {}  # some cases again
+    rows = json.loads(kept.read_text()) if sys.argv[1:] and kept.exists() else {}  # keep the other cases' rows
     rows.pop("environment", None)
     for name in sys.argv[1:] or CASES:
         command = [sys.executable, "-m", "benchmarks.whole_layers", "--one", name]

@@ -1,10 +1,10 @@
 """All weights of AlexNet's second Linear on 50,000 examples, on one CUDA device, against float32 brute force there.
 
 The head alone, 4096 -> 4096 -> ReLU -> 1000: seeded random numbers, 20 % of the inputs and 25 % of the units active.
-The prefix is out on both sides. Brute force: set a weight to 0, run the head in float32, take the loss.
+The prefix is excluded on both sides. Brute force: set a weight to 0, run the head in float32, take the loss.
 
     memory     from the layer's input on the device to the sums of 16,777,216 weights, which stay there
-    disk       the same from the cache of activations (`ablation.cache`), as a second job on the same prefix has them:
+    disk       likewise from the cache of activations (`ablation.cache`), which a second job on the same prefix reads:
                files that this process has just written, so the system may hold them in memory
     job        `ablation.ablate` from the layer's input to the table, proof included
 
@@ -51,7 +51,7 @@ def make_examples(n: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def run(model: nn.Sequential, batches: Batches, activations: Activations | None = None) -> tuple[float, PartialSums]:
-    """Seconds from the layer's input to the sums, on the device; and the sums, on the host."""
+    """Seconds from the layer's input to the sums on the device, and the sums on the host."""
     weight = model.get_parameter("0.weight").detach()
     sites = EveryWeight(weight.reshape(-1), 0, weight.numel(), 0.0)
     example = torch.zeros(2, INPUTS, device=weight.device)
@@ -67,14 +67,14 @@ def run(model: nn.Sequential, batches: Batches, activations: Activations | None 
 
 
 def measure(model: nn.Sequential, batches: Batches, activations: Activations | None = None) -> dict[str, Any]:
-    """The median of some runs after a first one."""
+    """Median of some runs after a first one."""
     run(model, batches, activations)
     times = [run(model, batches, activations)[0] for _ in range(ROUNDS)]
     return {"seconds": statistics.median(times), "every_run_s": times}
 
 
 def from_cache(x: Tensor, labels: Tensor, activations: Activations) -> Batches:
-    """Batches that are looked up and not looked at, as shards of one job find them."""
+    """Make placeholders of batches whose records are in the cache, as shards of one job use them."""
     parts = list(zip(x.split(BATCH), labels.split(BATCH), strict=True))
     addresses = [activations.address(inputs) for inputs, _ in parts]
 
@@ -89,7 +89,7 @@ def from_cache(x: Tensor, labels: Tensor, activations: Activations) -> Batches:
 
 
 def main(n: int = N, device: str = "cuda") -> None:
-    """Measure, print and store."""
+    """Measure, print and store the results."""
     model, _, _ = make_head(device)
     x, labels = make_examples(n, device)
     with torch.no_grad():

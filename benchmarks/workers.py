@@ -1,9 +1,9 @@
 """Two workers on two cores against one on one core, one thread each: the same job's time and bytes.
 
-`ablation serve` with an embedded Redis, started anew for each number of workers, with a cache of its own. Two jobs on
+It starts `ablation serve` with an embedded Redis and a new cache for each number of workers. Two jobs on
 AlexNet (random weights) and pictures in a folder, JPEGs of 256x256 which the benchmark writes: 4,096 weights of
-classifier.4, cut along the examples, and all 16,777,216, cut along the rows over activations that the workers share.
-From POST to success. A small job before it lets every worker import what it needs.
+classifier.4, cut along the examples, and all 16,777,216, cut along the units over activations that the workers share.
+The time is from POST to success. A small job before it lets every worker import its modules.
 
     python -m benchmarks.workers
 """
@@ -25,7 +25,7 @@ from PIL import Image
 from benchmarks.environment import write_result
 from benchmarks.service import wait_until_ready
 
-N = 6144  # so many that the merge, which one worker does, is a small part
+N = 6144  # enough examples that the merge, by one worker, is a small part
 PORT = "18766"
 JOB = {
     "model": {"name": "alexnet"},
@@ -36,7 +36,7 @@ CASES = {"4,096 weights": {"count": 4096, "seed": 0}, "all weights": "all"}
 
 
 def write_pictures(folder: Path) -> None:
-    """A folder of classes with smooth random pictures."""
+    """Write a folder of classes with smooth random pictures."""
     random = np.random.default_rng(0)
     for k in range(N):
         name = folder / "test" / f"class{k % 8}" / f"{k}.jpg"
@@ -63,7 +63,7 @@ def run_job(client: httpx.Client, sites: Any, n_examples: Any = "all") -> tuple[
 
 
 def run_service(n_workers: int, home: Path) -> dict[str, tuple[float, str]]:
-    """Every case on so many workers."""
+    """Run every case on `n_workers` workers."""
     serve = subprocess.Popen(
         [
             *(sys.executable, "-m", "ablation.cli", "serve", "--port", PORT, "--home", str(home)),
@@ -71,12 +71,12 @@ def run_service(n_workers: int, home: Path) -> dict[str, tuple[float, str]]:
         ],
         stdout=subprocess.DEVNULL,
         env={**os.environ, "ABLATION_THREADS": "1"},
-        preexec_fn=lambda: os.sched_setaffinity(0, range(n_workers)),  # else one worker decodes on the other core
+        preexec_fn=lambda: os.sched_setaffinity(0, range(n_workers)),  # otherwise one worker decodes on the other core
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:
             wait_until_ready(client)
-            time.sleep(10)  # until all workers have come up
+            time.sleep(10)  # until all workers are ready
             run_job(client, {"count": 256}, {"count": 256})
             return {name: run_job(client, sites) for name, sites in CASES.items()}
     finally:
@@ -85,7 +85,7 @@ def run_service(n_workers: int, home: Path) -> dict[str, tuple[float, str]]:
 
 
 def main() -> None:
-    """Measure, print and store."""
+    """Measure, print and store the results."""
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder) / "data" / "pictures")

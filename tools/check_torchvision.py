@@ -1,12 +1,13 @@
-"""Is the engine exact on every torchvision classification model? Measure it, keep the results, write the page.
+"""Measure the engine's exactness on every torchvision classification model, store the results, write the page.
 
-Run by `make check-torchvision`. Each model's first, middle and last weight layer, in `float64` and in `mixed`, by the
-table of rules and by the general exact rule alone, against a brute force that uses nothing of the engine. Results go
-to `benchmarks/results/torchvision_exactness.json` as they come, so it can be stopped and started again: what is there
-for the same versions and passed is not run again (`--again` runs it all). The page is `docs/exactness-torchvision.md`.
+Run by `make check-torchvision`. It compares each model's first, middle and last weight layer, in `float64` and in
+`mixed`, by the table of rules and by the general exact rule alone, with a brute force that uses nothing of the engine.
+Results are written to `benchmarks/results/torchvision_exactness.json` as they come, so a run can be stopped and
+resumed: results that passed with the same versions are not repeated (`--again` repeats them). The page is
+`docs/exactness-torchvision.md`.
 
-Untrained networks are nearly silent (heads of zeros, layer scales of 1e-6, the same logits for all inputs), and in
-silence everything is exact. So the weights are scaled, layer by layer, until signals live (`Enliven`).
+In untrained networks activations nearly vanish (heads of zeros, layer scales of 1e-6, the same logits for all inputs),
+and errors with them. So the weights are scaled, layer by layer, until activations have a realistic size (`Enliven`).
 
     python tools/check_torchvision.py [--models resnet18,vit_b_32] [--again] [--only-table]
 """
@@ -42,7 +43,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "torchvision_exactness.json"
 PAGE = ROOT / "docs" / "exactness-torchvision.md"
 
 PLACES = ("first", "middle", "last")
-PRECISIONS = ("float64", "mixed")  # in this order: the model is made wide once, and narrow again
+PRECISIONS = ("float64", "mixed")  # in this order: the model is converted to float64 once, and back
 BOUND = {"mixed": 1e-4, "float64": 1e-9}
 RULE_SETS: dict[str, Mapping[Any, Any]] = {"special": RULES, "general": {}}
 N_SITES = {"special": 3, "general": 2}
@@ -63,22 +64,22 @@ def names() -> list[str]:
     return sorted(every, key=lambda name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"])
 
 
-# --- models whose signals live ---------------------------------------------------------------------------------------
+# --- models with activations of a realistic size ---------------------------------------------------------------------
 
 
 def image_size(name: str) -> int:
-    """A small image that the architecture takes; MaxViT's windows fit 224 only."""
+    """Size of a small image that the architecture takes; MaxViT's windows fit 224 only."""
     sizes = {"inception": 96, "maxvit": 224, "vit_b_32": 96, "vit_l_32": 96, "vit_h_14": 56}
     return next((size for start, size in sizes.items() if name.startswith(start)), 64)
 
 
 def n_enlivening(name: str) -> int:
-    """How many images the weights are scaled on: with fewer, EfficientNets are chaotic (one weight moves 1000 nats)."""
+    """Number of images that the weights are scaled on; with fewer, EfficientNets are chaotic (1000 nats a weight)."""
     return 64 if name == "efficientnet_v2_l" else 24
 
 
 def make_live_model(name: str) -> tuple[nn.Module, Tensor]:
-    """The model in eval mode with seeded weights, scaled so that signals live, and its inputs: random normal images."""
+    """Make the model in eval mode with seeded, scaled weights (`enliven`), and its inputs, random normal images."""
     if name.startswith("vit_"):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(SEED)
@@ -92,7 +93,7 @@ def make_live_model(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def enliven(model: nn.Module, inputs: Tensor, random: torch.Generator) -> None:
-    """Scale the weights in place until signals live: see `Enliven`. Logits get a standard deviation of 1.5.
+    """Scale the weights in place as `Enliven` does; logits get a standard deviation of 1.5.
 
     Raises:
         ValueError: the logits hardly differ between inputs.
@@ -117,11 +118,11 @@ def enliven(model: nn.Module, inputs: Tensor, random: torch.Generator) -> None:
 
 
 class Enliven(TorchFunctionMode):
-    """While a model runs: each layer's weights are scaled, at its first call, so that its outputs have deviation 1.
+    """Mode that scales each layer's weights, at its first call, so that its outputs have standard deviation 1.
 
-    Biases become what makes the mean of each output channel 0, or inputs would soon look all the same to a deep ReLU
-    network. BatchNorm's running statistics become those of its inputs. It looks at functions and not at modules, since
-    attention in torchvision uses parameters of modules that it never calls.
+    Biases are set so that the mean of each output channel is 0, since otherwise all inputs soon look alike to a deep
+    ReLU network. BatchNorm's running statistics are set to those of its inputs. The mode intercepts functions and not
+    modules, since attention in torchvision uses parameters of modules that it never calls.
     """
 
     def __init__(self) -> None:
@@ -162,11 +163,13 @@ class Enliven(TorchFunctionMode):
         self.done.add(id(mean))
         mean.copy_(values.mean([0, 2, 3]))
         variance.copy_(values.var([0, 2, 3]))
-        variance.clamp_(min=0.1 * float(variance.mean()))  # or channels that happen to be quiet would be very loud
+        variance.clamp_(
+            min=0.1 * float(variance.mean())
+        )  # so that channels with little variance are not amplified too much
 
 
 def weight_names(model: nn.Module) -> list[str]:
-    """The weight layers' parameters, in the model's order."""
+    """Names of the weight layers' parameters, in the model's order."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -175,13 +178,13 @@ def weight_names(model: nn.Module) -> list[str]:
 
 
 def find_layer(model: nn.Module, place: str) -> str:
-    """The first, middle or last weight layer's parameter."""
+    """Find the first, middle or last weight layer's parameter."""
     every = weight_names(model)
     return every[{"first": 0, "middle": len(every) // 2, "last": len(every) - 1}[place]]
 
 
 def kind_of(model: nn.Module, parameter: str) -> str:
-    """What the layer is, in a few words."""
+    """Describe the kind of a layer in a few words."""
     module = model.get_submodule(parameter.rpartition(".")[0])
     if isinstance(module, nn.Conv2d):
         groups = f", {module.groups} groups" if module.groups > 1 else ""
@@ -195,7 +198,7 @@ def kind_of(model: nn.Module, parameter: str) -> str:
 
 
 def brute_force(model: nn.Module, parameter: str, inputs: Tensor, labels: Tensor) -> Callable[[int], np.ndarray]:
-    """A function from a flat index to each example's loss delta in nats, by plain PyTorch on a float64 model."""
+    """Make a function from a flat index to each example's loss delta in nats, by plain PyTorch on a float64 model."""
 
     def losses() -> Tensor:
         return F.cross_entropy(model(inputs), labels, reduction="none")
@@ -217,7 +220,7 @@ def brute_force(model: nn.Module, parameter: str, inputs: Tensor, labels: Tensor
 
 
 def draw_sites(name: str, parameter: str, n_weights: int, delta_of: Callable[[int], np.ndarray]) -> dict[int, Any]:
-    """Sites of a layer and their true deltas: the first that move the loss; where too few do, others that don't."""
+    """Draw sites of a layer, with their true deltas: the first that move the loss; if too few do, others as well."""
     random = np.random.default_rng(zlib.crc32(f"{name} {parameter}".encode()))
     moving: dict[int, Any] = {}
     silent: dict[int, Any] = {}
@@ -230,10 +233,10 @@ def draw_sites(name: str, parameter: str, n_weights: int, delta_of: Callable[[in
 
 
 def errors_of(delta: np.ndarray, truth: np.ndarray, precision: str, loss: float) -> tuple[float, float]:
-    """The largest arithmetic error over sites, as every job's proof has it (docs/02-exactness.md), and its first part.
+    """Largest arithmetic error over sites, as defined in docs/02-exactness.md, and its per-example part.
 
-    Per example in units of the mean |delta|, and in `mixed` also of the utility in units of max(|u|, 0.01 rms u);
-    beyond 4e-15 (1 + mean loss) nats, which a difference of float64 losses can't see.
+    The per-example part is in units of the mean |delta|; in `mixed` the utility's error in units of max(|u|, 0.01 rms
+    u) counts, too. Differences up to 4e-15 (1 + mean loss) nats, the rounding of float64 losses, are not counted.
     """
     floor = 4e-15 * (1 + loss)
     difference = np.maximum(np.abs(delta - truth) - floor, 0).mean(axis=1)
@@ -262,7 +265,7 @@ def _ratio(difference: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def check_model(name: str, places: tuple[str, ...] = PLACES) -> Iterator[Entry]:
-    """Every layer, precision and set of rules of one model; one copy of it in memory, first wide, then narrow."""
+    """Check every layer, precision and set of rules of one model, of which one copy is in memory."""
     model, inputs = make_live_model(name)
     labels = torch.randint(N_CLASSES, (N_INPUTS,), generator=torch.Generator().manual_seed(SEED))
     layers = {place: find_layer(model, place) for place in places}
@@ -274,7 +277,9 @@ def check_model(name: str, places: tuple[str, ...] = PLACES) -> Iterator[Entry]:
         n_weights = model.get_parameter(layer).numel()
         truths[place] = draw_sites(name, layer, n_weights, brute_force(model, layer, inputs.double(), labels))
     for precision in PRECISIONS:
-        model.to(torch.float64 if precision == "float64" else torch.float32)  # the weights are float32's: no loss
+        model.to(
+            torch.float64 if precision == "float64" else torch.float32
+        )  # lossless, since the weights are float32 numbers
         for place, layer in layers.items():
             yield from check_layer(
                 {"model": name, "place": place, "layer": layer, "kind": kind_of(model, layer), "precision": precision},
@@ -289,7 +294,7 @@ def check_model(name: str, places: tuple[str, ...] = PLACES) -> Iterator[Entry]:
 def check_layer(
     about: Entry, model: nn.Module, inputs: Tensor, labels: Tensor, drawn: dict[int, Any], loss: float
 ) -> Iterator[Entry]:
-    """One layer in one precision, by each set of rules."""
+    """Check one layer in one precision, by each set of rules."""
     indices = np.array(list(drawn), dtype=np.int64)
     whole = np.stack(list(drawn.values()))
     truth = whole
@@ -317,9 +322,9 @@ def check_layer(
 def run_engine(
     model: nn.Module, parameter: str, indices: np.ndarray, inputs: Tensor, labels: Tensor, precision: str, rules: Any
 ) -> tuple[np.ndarray, dict[str, bool]]:
-    """The engine's deltas, and what it did for them.
+    """The engine's deltas, and whether it used a fallback.
 
-    `one_by_one`: a number that the model decides by changed. `wide`: deltas in float64, also in `mixed`.
+    `one_by_one`: the model branches by a number that changed. `wide`: deltas in float64, also in `mixed`.
     """
     sites = make_sites(model.get_parameter(parameter), indices, "zero")
     path = Finite(Setup(model, parameter, sites, precision, lanes=len(sites)), rules=rules)
@@ -329,12 +334,12 @@ def run_engine(
 
 
 def versions() -> Entry:
-    """What the result depends on beside this repository (whose engine changes too often to run it all again)."""
+    """Versions of libraries that a result depends on."""
     return {"torch": torch.__version__, "torchvision": torchvision.__version__}
 
 
 def failed(error: Exception) -> Entry:
-    """An entry's part where something was raised."""
+    """Part of an entry for an exception."""
     return {"seconds": 0.0, "error": None, "failure": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
@@ -343,28 +348,28 @@ def is_within(entry: Entry) -> bool:
     return entry["error"] is not None and entry["error"] <= BOUND[entry["precision"]]
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- stored results ---------------------------------------------------------------------------------------------------
 
 Key = tuple[str, str, str, str]
 
 
 def key_of(entry: Entry) -> Key:
-    """What there is one entry of."""
+    """Key of an entry."""
     return entry["model"], entry["place"], entry["precision"], entry["rules"]
 
 
 def keys_of(model: str) -> list[Key]:
-    """The entries that a model has."""
+    """Keys of all entries of a model."""
     return [(model, place, precision, rules) for place in PLACES for precision in PRECISIONS for rules in RULE_SETS]
 
 
 def load_entries() -> dict[Key, Entry]:
-    """What has been measured so far."""
+    """Load what has been measured so far."""
     return {key_of(entry): entry for entry in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
 
 
 def save_entries(entries: dict[Key, Entry]) -> None:
-    """Keep them, in the order of their keys; a reader sees the old file or the new one."""
+    """Save the entries in the order of their keys; a reader sees either the old file or the new one."""
     new = RESULTS.with_suffix(".new")
     new.write_text("[\n" + ",\n".join(json.dumps(entries[key]) for key in sorted(entries)) + "\n]\n")
     new.replace(RESULTS)
@@ -377,7 +382,7 @@ def is_done(model: str, entries: dict[Key, Entry]) -> bool:
 
 
 def check_and_keep(model: str, entries: dict[Key, Entry]) -> None:
-    """Measure a model and keep every entry as it comes; what the model refuses is kept as failed."""
+    """Measure a model and save every entry as it comes; an exception is saved as a failed entry."""
     left = dict.fromkeys(keys_of(model))
     for key in left:
         entries.pop(key, None)
@@ -432,7 +437,7 @@ the engine's own probe found float32 deltas not precise enough, so it carried al
 
 
 def make_page(entries: dict[Key, Entry]) -> str:
-    """The page, from what is kept: a row for each layer of each model."""
+    """Make the page from the stored results: a row for each layer of each model."""
     every = [entries[key] for key in sorted(entries)]
     rows: dict[tuple[str, str], list[Entry]] = {}
     for model in sorted({entry["model"] for entry in every}):
@@ -505,7 +510,7 @@ def _error(entry: Entry | None) -> str:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line; unknown models are refused with their names."""
+    """Parse the command line; unknown models are refused by name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", help="names, separated by commas; all of torchvision's where absent")
     parser.add_argument("--again", action="store_true", help="also run what has passed before")
@@ -518,7 +523,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure what is missing and write the page; 1 where something failed or is missing."""
+    """Measure what is missing and write the page; returns 1 if something failed or is missing."""
     options = parse_options()
     entries = load_entries()
     for place, model in enumerate([] if options.only_table else options.models, 1):

@@ -1,8 +1,8 @@
-"""Does the service stay quick, whole and small under load? Many jobs, polls and streams at once, and a slow client.
+"""Load test of the service: many jobs, polls and streams at once, and a slow client.
 
 Run by `make load`; docs/load.md says how to read it. In: a server of its own (`ablation serve` in a folder of its own),
 or one that runs (`--server`). Out: the numbers of each phase on standard output; exit status 1 if a job was lost, a
-byte differed, a request failed or something grew. Times are only told: they are the machine's as much as ours.
+byte differed, a request failed or memory grew. Times are reported and not judged: they depend on the machine, too.
 
     queue     post 1,000 small jobs as fast as they are taken, while a worker works; 200 polls a second of them for
               30 s, while 20 streams of events are open; wait for all; run some again alone: the same bytes?
@@ -47,32 +47,32 @@ from worker.states import TERMINAL, State
 PHASES = ("queue", "growth", "download")
 PATIENCE_S = 300.0  # for one answer, and for the end of one job after the one before it
 N_POSTING, N_POLLING = 8, 64  # connections
-N_COMPARED = 20  # jobs of the queue that are run again
+N_COMPARED = 20  # jobs of the queue phase that are run again
 BATCH = 20  # jobs at a time while growth is measured
-WARM_UP = 0.2  # of those batches: caches fill
+WARM_UP = 0.2  # share of the batches during which caches fill
 OTHERS_PER_S, OTHERS_S = 50.0, 10.0  # polls beside a download, and without one
 PIECE_BYTES = 100_000
 MB = 1e6
 
-# What may be added between the end of the warm-up and the end, however many jobs there were: allocators keep fragments.
-# A leak of 2 kB a job passes this at 10,000 jobs.
+# Growth that is allowed after the warm-up, however many jobs there were, since allocators keep fragments.
+# A leak of 2 kB a job exceeds this at 10,000 jobs.
 MAY_GROW = {"MB": 20.0, "files": 20, "threads": 20, "clients": 20, "keys": 20}
-TOMBSTONE_BYTES = 4096  # what a deleted job may leave in Redis, until its tombstone goes
-MAY_ADD_MB = 256.0  # a download to the API's memory: some blocks of 16 MB, decoded and as text
+TOMBSTONE_BYTES = 4096  # what a deleted job may leave in Redis until its tombstone is removed
+MAY_ADD_MB = 256.0  # that a download may add to the API's memory: some blocks of 16 MB, decoded and as text
 
 TABLES: dict[str, dict[str, Any]] = {
-    "large": {"model": {"name": "alexnet"}, "layer": "classifier.4"},  # weights drawn: no download
+    "large": {"model": {"name": "alexnet"}, "layer": "classifier.4"},  # random weights, so no download
     "small": {"model": {"name": "digits_alexnet"}, "layer": "fc2"},
 }
 
 
 def table_spec(size: str) -> dict[str, Any]:
-    """A job on all weights of a layer, and few examples."""
+    """Spec of a job on all weights of a layer, and few examples."""
     return {**TABLES[size], "data": {"name": "digits", "test": {"count": 16}}, "sites": "all", "verify": 0}
 
 
 def small_spec(seed: int) -> dict[str, Any]:
-    """A job that takes a worker a tenth of a second; each seed asks for other weights and examples."""
+    """Spec of a job that takes a worker a tenth of a second; each seed has other weights and examples."""
     return {
         "model": {"name": "digits_alexnet"},
         "layer": "fc2",
@@ -82,12 +82,12 @@ def small_spec(seed: int) -> dict[str, Any]:
     }
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- the report ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Report:
-    """The numbers of every phase, and what there should be none of."""
+    """The numbers of every phase, and all faults."""
 
     numbers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Report:
     grown: list[str] = field(default_factory=list)
 
     def add(self, phase: str, numbers: Mapping[str, Any]) -> None:
-        """Print what a phase has measured, and keep it."""
+        """Print and store what a phase has measured."""
         self.numbers[phase] = numbers
         print(f"\n{phase}")
         for name, value in numbers.items():
@@ -104,11 +104,11 @@ class Report:
 
     @property
     def faults(self) -> dict[str, list[str]]:
-        """What there should be none of."""
+        """All faults, by kind."""
         return {"lost": self.lost, "differed": self.differed, "errors": self.errors, "grown": self.grown}
 
     def verdict(self) -> str:
-        """How many faults of each kind in one line, and some of them."""
+        """Number of faults of each kind in one line, and some of them."""
         counts = ", ".join(f"{kind} {len(faults)}" for kind, faults in self.faults.items())
         return "\n".join(
             ["", counts, *(f"  {kind}: {one}" for kind, faults in self.faults.items() for one in faults[:5])]
@@ -116,7 +116,7 @@ class Report:
 
 
 def show(value: Any) -> str:
-    """Numbers with as many digits as mean something."""
+    """Format numbers with their significant digits."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {show(one)}" for name, one in value.items())
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
@@ -126,7 +126,7 @@ def show(value: Any) -> str:
 
 
 class Request(NamedTuple):
-    """What is asked."""
+    """One HTTP request."""
 
     method: str
     path: str
@@ -134,7 +134,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came back; status 0 where nothing did, with the reason as the body."""
+    """One answer; status 0 if none came, with the reason as the body."""
 
     seconds: float
     status: int
@@ -142,12 +142,12 @@ class Answer(NamedTuple):
 
 
 def connect(server: str) -> http.client.HTTPConnection:
-    """A connection that is kept. httpx would take several times as long, on the machine that is measured."""
+    """Open a persistent connection. httpx would take several times as long, on the machine that is measured."""
     return http.client.HTTPConnection(urlsplit(server).netloc, timeout=PATIENCE_S)
 
 
 def ask(connection: http.client.HTTPConnection, request: Request, due: float | None = None) -> Answer:
-    """One request; its time counts from when it was `due`, else from now."""
+    """Send one request; its time counts from when it was `due`, else from now."""
     start = time.perf_counter() if due is None else due
     body = None if request.spec is None else json.dumps(request.spec)
     try:
@@ -161,10 +161,10 @@ def ask(connection: http.client.HTTPConnection, request: Request, due: float | N
 
 
 def send(server: str, requests: Sequence[Request], connections: int, per_s: float | None = None) -> list[Answer]:
-    """The answers in the order of the requests, which are sent as fast as they are answered, or so many a second.
+    """Send requests as fast as they are answered, or at a fixed rate; returns the answers in order.
 
-    In the second case each has its time, whatever the others take: one that must wait for a free connection counts from
-    its time, so that a slow server is not asked less often.
+    At a fixed rate each request has its due time, whatever the others take: one that must wait for a free connection
+    counts from then, so a slow server is not asked less often.
     """
     numbers = itertools.count()  # a thread takes the next one
     answers = [Answer(0.0, 0, b"not sent")] * len(requests)
@@ -178,7 +178,9 @@ def send(server: str, requests: Sequence[Request], connections: int, per_s: floa
             answers[k] = ask(connection, requests[k], due)
         connection.close()
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(connections)]  # a Ctrl-C leaves them behind
+    threads = [
+        threading.Thread(target=work, daemon=True) for _ in range(connections)
+    ]  # daemons, so that Ctrl-C doesn't wait for them
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -187,22 +189,22 @@ def send(server: str, requests: Sequence[Request], connections: int, per_s: floa
 
 
 def check(answers: Iterable[Answer], allowed: set[int], report: Report) -> None:
-    """Note every answer that is not one of those that are right."""
+    """Record every answer with another status than these as a fault."""
     wrong = [answer for answer in answers if answer.status not in allowed]
     report.errors.extend(f"status {answer.status}: {answer.body[:300].decode(errors='replace')}" for answer in wrong)
 
 
 def times_ms(answers: Iterable[Answer]) -> dict[str, float]:
-    """The time that half of the answers took at most, 99 of 100, and all."""
+    """Median, 99th percentile and maximum of the answers' times."""
     ordered = sorted(1e3 * answer.seconds for answer in answers)
     return {"p50 ms": statistics.median(ordered), "p99 ms": ordered[int(0.99 * len(ordered))], "max ms": ordered[-1]}
 
 
 def post(server: str, specs: Sequence[Mapping[str, Any]], report: Report) -> tuple[list[str], list[Answer]]:
-    """Make these jobs as fast as they are taken; their ids, and the answers.
+    """Post these jobs as fast as they are accepted; returns their ids, and the answers.
 
     Raises:
-        SystemExit: none was taken.
+        SystemExit: none was accepted.
     """
     answers = send(server, [Request("POST", "/v1/jobs", spec) for spec in specs], min(N_POSTING, len(specs)))
     check(answers, {202}, report)
@@ -213,7 +215,7 @@ def post(server: str, specs: Sequence[Mapping[str, Any]], report: Report) -> tup
 
 
 def wait(server: str, ids: Sequence[str], report: Report) -> list[dict[str, Any]]:
-    """These jobs, once they are over; one that has not succeeded is lost."""
+    """Wait for these jobs; one that does not succeed is recorded as lost."""
     connection, jobs = connect(server), []
     for job_id in ids:
         deadline = time.monotonic() + PATIENCE_S
@@ -231,19 +233,19 @@ def wait(server: str, ids: Sequence[str], report: Report) -> list[dict[str, Any]
 
 
 def run_alone(server: str, spec: Mapping[str, Any], report: Report) -> str:
-    """One job to its end; its id."""
+    """Run one job to its end; returns its id."""
     ids, _ = post(server, [spec], report)
     wait(server, ids, report)
     return ids[0]
 
 
 def delete(server: str, ids: Sequence[str], report: Report) -> None:
-    """Forget these jobs."""
+    """Delete these jobs."""
     check(send(server, [Request("DELETE", f"/v1/jobs/{job_id}") for job_id in ids], 1), {204}, report)
 
 
 def read_csv(server: str, job_id: str) -> bytes:
-    """A job's table, or what came instead."""
+    """A job's table, or the answer that came instead."""
     return ask(connect(server), Request("GET", f"/v1/jobs/{job_id}/results.csv")).body
 
 
@@ -252,10 +254,10 @@ def read_csv(server: str, job_id: str) -> bytes:
 
 @contextmanager
 def serving(home: Path) -> Iterator[str]:
-    """The address of an `ablation serve` on this folder; it ends with this process, however that ends."""
+    """Context with the address of an `ablation serve` on this folder, which ends with this process."""
     command = [sys.executable, "-m", "ablation.cli", "serve", "--port", "0", "--home", str(home)]
     environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-    options: dict[str, Any] = {"start_new_session": True}  # a Ctrl-C reaches this process alone
+    options: dict[str, Any] = {"start_new_session": True}  # Ctrl-C reaches this process alone
     options["preexec_fn"] = functools.partial(tether, signal.SIGTERM, os.getpid())
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, **options) as process:
         try:
@@ -268,12 +270,12 @@ def serving(home: Path) -> Iterator[str]:
             yield found[1]
         finally:
             process.terminate()
-            process.wait()  # what follows in `Popen` doesn't after a Ctrl-C
+            process.wait()  # `Popen.__exit__` doesn't wait after a Ctrl-C
 
 
 @dataclass(frozen=True)
 class Service:
-    """A running server, and what of it is on this machine."""
+    """A running server, and its processes on this machine."""
 
     url: str
     processes: Mapping[str, psutil.Process]
@@ -282,7 +284,7 @@ class Service:
 
 
 def find_service(url: str) -> Service:
-    """The processes behind an address: the API that listens there, and the workers and the server of its Redis."""
+    """Find the processes of a server: the API that listens at an address, and the workers and server of its Redis."""
     modules = [(process, module_of(process)) for process in psutil.process_iter(["cmdline"])]
     apis = (process for process, module in modules if module == "api" and listens(process, urlsplit(url).port))
     api = next(apis, None)
@@ -295,20 +297,20 @@ def find_service(url: str) -> Service:
     parents = [process for process in workers if process.parent() not in workers]
     for k, parent in enumerate(parents, 1):
         processes |= {f"worker-{k} parent": parent} | {f"worker-{k} child": child for child in parent.children()}
-    if redis_url.startswith("unix://"):  # else it may be anywhere
+    if redis_url.startswith("unix://"):  # else it may be on another machine
         processes["Redis"] = psutil.Process(redis.info("server")["process_id"])
     home = Path(api.environ().get("ABLATION_HOME", "nowhere"))
     return Service(url, processes, redis, [*home.glob("logs/*.log"), *home.glob("redis/*.log")])
 
 
 def module_of(process: psutil.Process) -> str:
-    """Which module this process runs, if it is `python -m`."""
+    """Name of the module that this process runs by `python -m`, if any."""
     words = process.info["cmdline"] or []
     return next((word for before, word in itertools.pairwise(words) if before == "-m"), "")
 
 
 def listens(process: psutil.Process, port: int | None) -> bool:
-    """Whether it takes connections at this port."""
+    """Whether the process listens at this port."""
     with suppress(psutil.Error):
         sockets = process.net_connections("tcp")
         return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets)
@@ -316,14 +318,14 @@ def listens(process: psutil.Process, port: int | None) -> bool:
 
 
 def redis_of(process: psutil.Process) -> str:
-    """The Redis that it was told to use."""
+    """URL of the Redis that the process uses."""
     with suppress(psutil.Error):
         return str(process.environ().get("REDIS_URL", ""))
     return ""
 
 
 def sample(service: Service) -> dict[str, float]:
-    """What could grow, right now."""
+    """Measure everything that could grow."""
     found: dict[str, float] = {}
     for name, process in service.processes.items():
         found[f"{name} MB"] = process.memory_info().rss / MB
@@ -342,7 +344,7 @@ def sample(service: Service) -> dict[str, float]:
 
 
 def measure_queue(service: Service, asked: argparse.Namespace, report: Report) -> None:
-    """Post, poll, wait, compare."""
+    """Run the phase `queue`: post, poll, wait, compare."""
     specs = [small_spec(seed) for seed in range(asked.jobs)]
     before, start = sample(service), time.perf_counter()
     ids, answers = post(service.url, specs, report)
@@ -360,7 +362,7 @@ def measure_queue(service: Service, asked: argparse.Namespace, report: Report) -
 
 
 class Streams:
-    """Streams of events, each read to its end in a thread."""
+    """Event streams, each read to its end in a thread."""
 
     def __init__(self, server: str, ids: Sequence[str]) -> None:
         self.server = server
@@ -370,7 +372,7 @@ class Streams:
             thread.start()
 
     def follow(self, job_id: str) -> None:
-        """Note the name of every event of a job, and what broke the stream off."""
+        """Record the name of every event of a job, and what interrupted the stream."""
         told, connection = self.told[job_id], connect(self.server)
         try:
             connection.request("GET", f"/v1/jobs/{job_id}/events")
@@ -379,7 +381,7 @@ class Streams:
             told.append(repr(error))
 
     def finish(self, report: Report) -> None:
-        """Wait for their ends; the last event of a job that is over is `done`."""
+        """Wait for the streams to end; the last event of each must be `done`."""
         for thread in self.threads:
             thread.join(PATIENCE_S)
         for job_id, names in self.told.items():
@@ -390,7 +392,7 @@ class Streams:
 
 
 def poll(server: str, ids: Sequence[str], per_s: float, seconds: float) -> list[Answer]:
-    """Ask for the state and the results of job after job, at fixed times."""
+    """Poll state and results of one job after the other, at fixed times."""
     paths = itertools.cycle(path for job_id in ids for path in (f"/v1/jobs/{job_id}", f"/v1/jobs/{job_id}/results"))
     requests = [Request("GET", path) for path in itertools.islice(paths, int(per_s * seconds))]
     return send(server, requests, N_POLLING, per_s)
@@ -401,19 +403,19 @@ def measure_polls(service: Service, ids: Sequence[str], asked: argparse.Namespac
     start, cpu_s = time.perf_counter(), api_cpu_s(service)
     answers = poll(service.url, ids, asked.polls_per_s, asked.poll_s)
     pace = {"polls": len(answers), "polls per s": len(answers) / (time.perf_counter() - start)}
-    pace["API CPU ms a poll"] = 1e3 * (api_cpu_s(service) - cpu_s) / len(answers)  # streams and all
+    pace["API CPU ms a poll"] = 1e3 * (api_cpu_s(service) - cpu_s) / len(answers)  # including the streams
     check(answers, {200, 202}, report)
     statuses = Counter(answer.status for answer in answers)
     report.add("polls", pace | times_ms(answers) | {f"status {status}": n for status, n in sorted(statuses.items())})
 
 
 def api_cpu_s(service: Service) -> float:
-    """What the API has computed until now; NaN where it can't be seen."""
+    """CPU seconds of the API until now; NaN if they can't be read."""
     return sum(service.processes["API"].cpu_times()[:2]) if service.processes else math.nan
 
 
 def measure_drain(jobs: Sequence[dict[str, Any]], report: Report) -> None:
-    """How fast the worker was, by the jobs' own times."""
+    """Measure the worker's rate by the jobs' own times."""
     ended = [job for job in jobs if job["status"] == State.SUCCEEDED]
     numbers: dict[str, Any] = {"posted": len(jobs), "succeeded": len(ended)}
     if ended:
@@ -440,7 +442,7 @@ def compare_alone(server: str, jobs: Sequence[dict[str, Any]], report: Report) -
 
 
 def measure_growth(service: Service, asked: argparse.Namespace, report: Report) -> None:
-    """Run small jobs in batches and delete them; look at everything that could grow after each batch."""
+    """Run small jobs in batches and delete them; measure everything that could grow after each batch."""
     samples, start = [], time.perf_counter()
     for seed in range(0, asked.soak, BATCH):
         ids, _ = post(service.url, [small_spec(seed + k) for k in range(BATCH)], report)
@@ -457,13 +459,13 @@ def measure_growth(service: Service, asked: argparse.Namespace, report: Report) 
 
 
 def course(values: Sequence[float]) -> dict[str, float]:
-    """Where a number began and ended, what it was at most, and its slope by least squares over the batches."""
+    """First, last and largest value of a number, and its slope by least squares over the batches."""
     slope = statistics.linear_regression(range(len(values)), values).slope if len(values) > 1 else 0.0
     return {"begin": values[0], "end": values[-1], "most": max(values), "per 1,000 jobs": slope * 1000 / BATCH}
 
 
 def too_much(first: Mapping[str, float], last: Mapping[str, float]) -> Iterator[str]:
-    """What has grown beyond its bound."""
+    """Names of what has grown beyond its limit."""
     for name in first.keys() - {"tombstones"}:
         bound = next(bound for ending, bound in MAY_GROW.items() if name.endswith(ending))
         if name.startswith("Redis") and name.endswith("MB"):
@@ -476,20 +478,20 @@ def too_much(first: Mapping[str, float], last: Mapping[str, float]) -> Iterator[
 
 
 class Seen:
-    """What there is to know of a file that has gone by: its bytes, its lines, and whether it began with these bytes."""
+    """Bytes and lines of a streamed file, and whether it began with these bytes."""
 
     def __init__(self, beginning: bytes) -> None:
         self.beginning, self.n_bytes, self.n_lines, self.differs = beginning, 0, 0, False
 
     def take(self, piece: bytes) -> None:
-        """The next bytes."""
+        """Count the next bytes."""
         self.differs |= not piece.startswith(self.beginning[self.n_bytes : self.n_bytes + len(piece)])
         self.n_bytes += len(piece)
         self.n_lines += piece.count(b"\n")
 
 
 def measure_download(service: Service, asked: argparse.Namespace, report: Report) -> None:
-    """A large table to a slow client that goes away, then to its end; polls of another job meanwhile."""
+    """Download a large table by a slow client that disconnects, then to its end, while another job is polled."""
     large, small = (run_alone(service.url, spec, report) for spec in (table_spec(asked.table), small_spec(0)))
     others = functools.partial(poll, service.url, [small], OTHERS_PER_S)
     measure_beside("no download", lambda: None, functools.partial(others, OTHERS_S), service, report)
@@ -517,7 +519,7 @@ def download_csv(
     mb_per_s: float = math.inf,
     seconds: float = math.inf,
 ) -> None:
-    """Take a table piece by piece at this pace, and go away after so long."""
+    """Read a table piece by piece at this rate, and disconnect after a time."""
     connection, n_bytes = connect(server), 0
     try:
         connection.request("GET", f"/v1/jobs/{job_id}/results.csv")
@@ -535,7 +537,7 @@ def download_csv(
 def measure_beside(
     name: str, download: Callable[[], None], ask_others: Callable[[], list[Answer]], service: Service, report: Report
 ) -> None:
-    """Polls of others while a download goes on, and what that adds to the API's memory."""
+    """Measure polls during a download, and what it adds to the API's memory."""
     answers: list[Answer] = []
     start, used = time.perf_counter(), [api_mb(service)]
     downloading = threading.Thread(target=download, daemon=True)
@@ -553,7 +555,7 @@ def measure_beside(
 
 
 def api_mb(service: Service) -> float:
-    """The API's memory; NaN where it can't be seen."""
+    """Memory of the API; NaN if it can't be read."""
     return service.processes["API"].memory_info().rss / MB if service.processes else math.nan
 
 
@@ -561,7 +563,7 @@ def api_mb(service: Service) -> float:
 
 
 def measure(url: str, asked: argparse.Namespace, report: Report) -> None:
-    """Every phase that is asked for, on a server that has its model loaded."""
+    """Run the selected phases on a server that has its model loaded."""
     delete(url, [run_alone(url, small_spec(0), report)], report)
     service = find_service(url)
     report.add("machine", {"cores": os.cpu_count(), "load before": os.getloadavg()[0]})
@@ -575,7 +577,7 @@ def measure(url: str, asked: argparse.Namespace, report: Report) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """What is asked for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.load", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="default: all of them")
     parser.add_argument("--server", help="a server that runs; default: one of its own")
@@ -592,9 +594,9 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, tell, and say by the exit status whether all is well."""
+    """Measure and report; the exit status is 1 if there were faults."""
     asked, report = parse_options(), Report()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after a Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends it like Ctrl-C
     home = Path(tempfile.mkdtemp(prefix="ablation-load-"))
     try:
         with nullcontext(asked.server) if asked.server else serving(home) as url:
@@ -608,7 +610,7 @@ def main() -> int:
     is_well = not any(report.faults.values())
     print(report.verdict())
     if asked.write:
-        from benchmarks.environment import write_result  # takes seconds: it imports torch
+        from benchmarks.environment import write_result  # imports torch, which takes seconds
 
         write_result("load", {"claim": "the service under load", **report.numbers, "faults": report.faults})
     if is_well or asked.server:

@@ -1,7 +1,7 @@
 """Write `ablation/inputs/facts.jsonl`: the facts of every built-in model, from real modules, one at a time.
 
-Run by `make facts`, after a change of torchvision or of how layers are described. Meta devices and fake tensors fail on
-some families, so each model is really built (seeded; no pretrained weights, no download) and run on two examples.
+Run by `make facts`, after a change of torchvision or of the facts. Meta devices and fake tensors fail on some families,
+so each model is built (seeded; no pretrained weights, no download) and run on two examples.
 """
 
 import gc
@@ -22,13 +22,13 @@ TABLE = Path(__file__).parent.parent / "ablation" / "inputs" / "facts.jsonl"
 
 
 def names() -> Iterator[str]:
-    """The demo model, then every torchvision classification model."""
+    """Names of the demo model and of every torchvision classification model."""
     yield DEMO_MODEL
     yield from torchvision.models.list_models(module=torchvision.models)
 
 
 def make_facts(name: str) -> ModelFacts:
-    """The facts of one model, as `load_model` builds it without weights. Numbers that only estimate are rounded."""
+    """Make the facts of one model, as `load_model` builds it without weights; numbers for estimates are rounded."""
     if name == DEMO_MODEL:
         return _rounded(describe_model(name, build_demo_model(0), torch.zeros(2, *prepare_digit(_BLANK).shape)))
     example = torch.zeros(2, *default_transform(name)(_BLANK).shape)
@@ -52,12 +52,12 @@ def _three_digits(flops: float) -> int:
 
 
 def main() -> None:
-    """Write the table anew, one line per model."""
+    """Rewrite the file, one line per model."""
     lines = []
     for name in names():
         print(name, file=sys.stderr, flush=True)
         lines.append(line_from_facts(make_facts(name)) + "\n")
-        gc.collect()  # recorded calls hold on to the model in circles
+        gc.collect()  # recorded calls refer to the model in cycles
     TABLE.write_text("".join(lines), "utf-8")
 
 

@@ -1,10 +1,10 @@
-"""Is anything lost when parts of the service die? Break them at random points of jobs, and count what is missing.
+"""Soak test of the service: kill and freeze its processes at random points of jobs, and count what is lost.
 
-Run by `make soak`. Jobs on the built-in model are posted, polled and downloaded as a patient client does it, while
+Run by `make soak`. Jobs on the built-in model are posted, polled and downloaded by a patient client, while
 workers, the API and Redis are killed, stopped and frozen by a seeded schedule. Every accepted job must end, its CSV
 must be byte for byte that of an undisturbed run, and a shard that its worker left must run again within 15 s.
-Against `ablation serve`, which starts again what dies, and against parts that are started one by one, where this does
-it. How to read what it prints: `docs/soak.md`.
+It runs against `ablation serve`, which restarts a process that dies, and against processes that are started one by one,
+which the test restarts itself. `docs/soak.md` explains the output.
 
     python tools/soak.py [--seed 0] [--rounds 3 | --minutes 10] [--workers 2] [--against serve|parts] [--faults ...]
 """
@@ -45,13 +45,13 @@ from worker.states import State
 from worker.store import JobStore, connect
 
 RECOVERY_S = 15.0  # a shard that its worker left is running again within this
-STOP_S = 10.0  # who is told to stop is gone within this
+STOP_S = 10.0  # a process that is told to stop ends within this
 PATIENCE_S = 300.0  # a job that has not ended after this long is lost
-ANSWER_S = 10.0  # who doesn't get an answer within this asks again
+ANSWER_S = 10.0  # a client without an answer tries again after this
 PAUSE_S = 0.2  # between two polls of a client
-N_FAULTS, N_HURRIED = 4, 6  # in a round; hurried: the next one comes before the service is over this one
+N_FAULTS, N_HURRIED = 4, 6  # per round; hurried: the next fault comes before the service has recovered
 
-# Shards of some seconds; all else as it is by default, or as our own environment has it.
+# Shards of some seconds; other settings by default or from this process's environment.
 ENVIRONMENT = {"ABLATION_THREADS": "1", "ABLATION_SHARD_S": "0.5", "PYTHONUNBUFFERED": "1"}
 
 DATA = {"name": "digits", "train": "all", "test": {"per_class": 9}}
@@ -67,44 +67,46 @@ LONG, SHORT = ("conv2 in float64", "conv2"), ("all of fc1", "fc2", "all of fc3")
 
 
 class Lost(Exception):
-    """Something did not end, or did not come back, as it must."""
+    """A job or a process did not end, or did not come back, as it must."""
 
 
 class Interrupted(Exception):
-    """The soak is broken off before its jobs are over."""
+    """The soak test is interrupted before its jobs are over."""
 
 
-# --- what was seen ---------------------------------------------------------------------------------------------------
+# --- findings --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Findings:
-    """What happened so far; several threads append to it."""
+    """Findings so far; several threads append to them."""
 
     started: float = field(default_factory=time.monotonic)
     n_rounds: int = 0
     accepted: list[str] = field(default_factory=list)  # ids of jobs
-    ended: list[str] = field(default_factory=list)  # and the states that they ended in
-    unasked: list[str] = field(default_factory=list)  # ids of jobs that nobody was told of
+    ended: list[str] = field(default_factory=list)  # their last states
+    unasked: list[str] = field(default_factory=list)  # ids of jobs that no client was told of
     faults: list[str] = field(default_factory=list)  # by name
-    compared_bytes: list[int] = field(default_factory=list)  # of each CSV
+    compared_bytes: list[int] = field(default_factory=list)  # size of each CSV
     differing_bytes: list[int] = field(default_factory=list)
-    recoveries: dict[str, list[float]] = field(default_factory=dict)  # seconds, by what it was that recovered
-    loads: list[float] = field(default_factory=list)  # of the machine, when something recovered
+    recoveries: dict[str, list[float]] = field(default_factory=dict)  # seconds, by what recovered
+    loads: list[float] = field(default_factory=list)  # load of the machine at each recovery
     leftovers: list[str] = field(default_factory=list)  # processes
     problems: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:
-        """A line of progress."""
-        print(f"{time.monotonic() - self.started:7.1f} s  {text}\n", end="", flush=True)  # whole, whoever else prints
+        """Print a line of progress."""
+        print(
+            f"{time.monotonic() - self.started:7.1f} s  {text}\n", end="", flush=True
+        )  # in one write, since several threads print
 
     def note_problem(self, text: str) -> None:
-        """Something that must not be."""
+        """Record a problem."""
         self.problems.append(text)
         self.say(f"PROBLEM: {text}")
 
     def note_recovery(self, what: str, seconds: float, allowed_s: float = PATIENCE_S) -> None:
-        """It took so long until this worked again."""
+        """Record the seconds that a recovery took."""
         self.say(f"  {what}: {seconds:.1f} s")
         self.recoveries.setdefault(what, []).append(seconds)
         self.loads.append(os.getloadavg()[0] / count_cpus())
@@ -112,7 +114,7 @@ class Findings:
             self.note_problem(f"{what}: {seconds:.1f} s; allowed: {allowed_s:g} s")
 
     def summary(self) -> str:
-        """All of it in plain text."""
+        """All findings as plain text."""
         rows = {
             "rounds": self.n_rounds,
             "jobs accepted": len(self.accepted),
@@ -140,10 +142,10 @@ def _middle(numbers: Sequence[float]) -> str:
 
 
 def await_that(holds: Callable[[], object], seconds: float, otherwise: str) -> float:
-    """The seconds until it holds.
+    """Wait until a condition holds; returns the seconds that this took.
 
     Raises:
-        Lost: it still doesn't after so long.
+        Lost: it doesn't hold in time.
     """
     started = time.monotonic()
     while not holds():
@@ -158,13 +160,13 @@ def await_that(holds: Callable[[], object], seconds: float, otherwise: str) -> f
 
 @dataclass
 class Service(ABC):
-    """Processes on one home folder. Those that can be broken have the roles api, worker and redis."""
+    """Processes on one home folder. Those that can be killed have the roles api, worker and redis."""
 
     home: Path
     n_workers: int
     findings: Findings
     url: str = ""
-    broken: set[int] = field(default_factory=set)  # the processes that we ended
+    broken: set[int] = field(default_factory=set)  # the processes that this test ended
 
     @abstractmethod
     def start(self) -> None:
@@ -180,23 +182,23 @@ class Service(ABC):
 
     @abstractmethod
     def mend(self, wait_s: float) -> None:
-        """After so long, start again what we have ended, where nobody else does."""
+        """Restart, after a delay, the processes that this test has ended, unless something else does."""
 
     @abstractmethod
     def stop(self, number: signal.Signals) -> None:
-        """End everything, by a signal first."""
+        """Stop everything, by a signal first."""
 
     @abstractmethod
     def note_deaths(self) -> None:
-        """Processes that nobody ended and that are gone are problems."""
+        """Record processes that ended by themselves as problems."""
 
     def send(self, pid: int, number: signal.Signals, *, with_group: bool = False) -> None:
-        """End one of its processes by this signal."""
+        """Send this signal to one of the processes to end it."""
         self.broken.add(pid)
         (os.killpg if with_group else os.kill)(pid, number)
 
     def spawn(self, log: str, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
-        """Run a command of ours in the home folder; it ends when we do."""
+        """Run a command of this package in the home folder; it ends with this process."""
         self.home.mkdir(parents=True, exist_ok=True)
         inherited = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
         folders = {"ABLATION_HOME": str(self.home), "ABLATION_CACHE_DIR": str(self.home.parent / "cache")}
@@ -208,12 +210,12 @@ class Service(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us
+                start_new_session=True,  # Ctrl-C reaches this process alone
                 preexec_fn=functools.partial(tether, signal.SIGTERM, os.getpid()),
             )
 
     def end(self, processes: "Sequence[subprocess.Popen[bytes]]", number: signal.Signals) -> None:
-        """Stop these together; who doesn't is killed."""
+        """Stop these together; one that doesn't end in time is killed."""
         started = time.monotonic()
         for process in processes:
             process.send_signal(number)
@@ -227,19 +229,19 @@ class Service(ABC):
 
 
 class Served(Service):
-    """`ablation serve`, which starts again what dies."""
+    """`ablation serve`, which restarts a process that dies."""
 
     process: "subprocess.Popen[bytes]"
 
     def start(self) -> None:
-        """Start it; its address is in what it says."""
+        """Start the server; its address is in its output."""
         self.process = self.spawn("serve.log", "serve", "--port", "0", "--workers", str(self.n_workers))
         await_that(lambda: "Starting on" in self.said() or self.process.poll() is not None, PATIENCE_S, "no address")
         self.mend(0)
         self.url = self.said().partition("Starting on ")[2].split()[0]
 
     def said(self) -> str:
-        """What it has said so far."""
+        """Output of the server so far."""
         return (self.home / "serve.log").read_text(errors="replace")
 
     def redis_url(self) -> str:
@@ -247,38 +249,38 @@ class Served(Service):
         return str(psutil.Process(self.pids("api")[0]).environ()["REDIS_URL"])
 
     def pids(self, role: str) -> list[int]:
-        """Its children of this role."""
+        """Process ids of its children of this role."""
         return [child.pid for child in psutil.Process(self.process.pid).children() if role_of(child) == role]
 
     def mend(self, wait_s: float) -> None:
-        """It does that itself.
+        """Do nothing, since the server restarts its children itself.
 
         Raises:
-            Lost: it is gone.
+            Lost: the server is gone.
         """
         if self.process.poll() is not None:
             raise Lost(f"`ablation serve` has ended with code {self.process.returncode}: {self.said()[-500:]}")
 
     def stop(self, number: signal.Signals) -> None:
-        """One signal ends everything."""
+        """Stop the server by one signal."""
         if self.process.poll() is None:
             self.end([self.process], number)
 
     def note_deaths(self) -> None:
-        """It says who ended; it must be as many as we ended."""
+        """Compare the deaths that the server reports with those that this test caused."""
         said = re.findall(r"^(?:Redis|\S+) ended.*", self.said(), re.MULTILINE)
         if len(said) > len(self.broken):
             self.findings.note_problem(f"{len(said) - len(self.broken)} ended by themselves; all: {'; '.join(said)}")
 
 
 class Parts(Service):
-    """Redis, the API and workers, each started by itself; what we end we start again."""
+    """Redis, the API and workers, each started by itself, and restarted by this test."""
 
     processes: "dict[str, subprocess.Popen[bytes]]"
     servers: list[RedisServer]
 
     def start(self) -> None:
-        """Start them, the API on a port that is free."""
+        """Start the processes, the API on a free port."""
         self.processes, self.servers = {}, []
         listener = listen("127.0.0.1", 0, "host", "port")
         self.url = url_of(listener)
@@ -286,7 +288,7 @@ class Parts(Service):
         self.mend(0)
 
     def redis_url(self) -> str:
-        """Always on the same socket."""
+        """URL of Redis, which is always on the same socket."""
         return self.servers[0].url
 
     def pids(self, role: str) -> list[int]:
@@ -297,7 +299,7 @@ class Parts(Service):
         return [process.pid for process in named if process.poll() is None]
 
     def mend(self, wait_s: float) -> None:
-        """Start what doesn't run."""
+        """Start the processes that don't run."""
         self.note_deaths()
         time.sleep(wait_s)
         if not self.pids("redis"):
@@ -309,13 +311,13 @@ class Parts(Service):
                 self.processes[name] = self.spawn(f"{name}.log", name.partition("-")[0], **environment)
 
     def stop(self, number: signal.Signals) -> None:
-        """Workers and API first, Redis last."""
+        """Stop workers and API first, Redis last."""
         self.end([process for process in self.processes.values() if process.poll() is None], number)
-        for server in reversed(self.servers):  # the first one goes last: the folder of the socket may be its own
+        for server in reversed(self.servers):  # the first server last, since it may own the folder of the socket
             server.stop()
 
     def note_deaths(self) -> None:
-        """Who has ended must be one that we ended."""
+        """Record processes as problems that ended without being ended by this test."""
         every = [*self.processes.items(), *(("redis", server.process) for server in self.servers)]
         for name, process in every:
             if process.poll() is not None and process.pid not in self.broken:
@@ -324,21 +326,21 @@ class Parts(Service):
 
 
 def role_of(process: psutil.Process) -> str:
-    """What a process of the service does; nothing if it is gone."""
+    """Role of a process of the service; empty if it is gone."""
     with contextlib.suppress(psutil.Error):
         return "redis" if process.name() == find_binary().name else str((process.cmdline() or [""])[-1])
     return ""
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended, told to its parent or not yet."""
+    """Whether a process has ended, even if its parent has not been notified yet."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     return True
 
 
 def kill_leftovers(home: Path) -> list[str]:
-    """Kill every process that works in a folder below `home`, where all of ours do; what they were."""
+    """Kill every process whose working directory is below `home`; returns their descriptions."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -353,21 +355,21 @@ def kill_leftovers(home: Path) -> list[str]:
 
 @dataclass
 class Client:
-    """One who posts jobs, polls and downloads, and doesn't mind a service that is away for a while."""
+    """A client that posts jobs, polls and downloads, and tries again while the service is away."""
 
     url: str
     findings: Findings
-    csvs: dict[str, bytes]  # of undisturbed runs, by the spec's name; one that is not there yet is put there
-    over: threading.Event  # set where the soak is broken off
+    csvs: dict[str, bytes]  # CSVs of undisturbed runs, by the spec's name; a missing one is added
+    over: threading.Event  # set when the soak test is interrupted
 
     def __post_init__(self) -> None:
         self.http = httpx.Client(base_url=self.url, trust_env=False, verify=False)  # no certificates on plain HTTP
 
     def ask(self, method: str, url: str, **content: Any) -> httpx.Response:
-        """The first answer other than: I am away.
+        """Send a request until the answer is neither a lost connection nor a 503.
 
         Raises:
-            Lost: there is none for too long.
+            Lost: it takes too long.
             Interrupted: the soak is over.
         """
         deadline = time.monotonic() + PATIENCE_S
@@ -384,10 +386,10 @@ class Client:
         raise Lost(f"{method} {url}: no answer for {PATIENCE_S:g} s")
 
     def ask_until(self, is_there: Callable[[httpx.Response], bool], url: str) -> httpx.Response:
-        """The first answer of this kind.
+        """Send a request until the answer is of this kind.
 
         Raises:
-            Lost: there is none for too long.
+            Lost: it takes too long.
         """
         deadline = time.monotonic() + PATIENCE_S
         while not is_there(answer := self.ask("GET", url)):
@@ -397,16 +399,16 @@ class Client:
         return answer
 
     def is_answered(self, url: str) -> bool:
-        """Whether the service answers well, and soon."""
+        """Whether the service answers without an error, and in time."""
         with contextlib.suppress(httpx.TransportError):
             return self.http.get(url, timeout=1).status_code == httpx.codes.OK
         return False
 
     def post(self, name: str, key: str) -> str:
-        """The id of the job that this key makes.
+        """Post a job under this key; returns its id.
 
         Raises:
-            Lost: it is refused.
+            Lost: the job is refused.
         """
         answer = self.ask("POST", "/v1/jobs", json=SPECS[name], headers={"Idempotency-Key": key})
         if answer.status_code != httpx.codes.ACCEPTED:
@@ -417,7 +419,7 @@ class Client:
         """Wait for a job, download its CSV and compare it.
 
         Raises:
-            Lost: it has not succeeded.
+            Lost: the job has not succeeded.
         """
         url = f"/v1/jobs/{job_id}/results"
         answer = self.ask_until(lambda answer: answer.status_code != httpx.codes.ACCEPTED, f"{url}?limit=0")
@@ -431,7 +433,7 @@ class Client:
         self.csvs.setdefault(name, answer.content)
 
     def compare(self, job_id: str, csv: bytes, expected: bytes) -> None:
-        """Count the bytes that differ."""
+        """Count the bytes that differ, and record them as a problem."""
         pairs = zip(csv, expected, strict=False) if csv != expected else ()
         n_differing = sum(one != other for one, other in pairs) + abs(len(csv) - len(expected))
         self.findings.compared_bytes.append(len(csv))
@@ -440,16 +442,16 @@ class Client:
             self.findings.note_problem(f"job {job_id}: {n_differing} bytes of its CSV differ")
 
     def run(self, name: str, key: str) -> None:
-        """A job from post to CSV."""
+        """Run a job from post to CSV."""
         job_id = self.post(name, key)
         self.findings.accepted.append(job_id)
         self.fetch(job_id, name)
 
     def change_mind(self, name: str, key: str, after_s: float) -> None:
-        """A job that is cancelled somewhere on its way, and the same again, which is not.
+        """Cancel a job at some point, then run the same job again to its end.
 
         Raises:
-            Lost: it was not cancelled, and it was not too late for it.
+            Lost: the job was not cancelled although it was not too late.
         """
         job_id = self.post(name, f"{key}-cancelled")
         self.findings.accepted.append(job_id)
@@ -466,7 +468,7 @@ class Client:
         self.run(name, key)
 
     def list_ids(self) -> set[str]:
-        """The ids of all jobs that there are."""
+        """Ids of all jobs."""
         found: set[str] = set()
         page = {"next_cursor": ""}
         while page["next_cursor"] is not None:
@@ -481,7 +483,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Lease:
-    """A worker at a shard, or at a merge."""
+    """A worker's lease of a shard, or of a merge."""
 
     job_id: str
     shard_id: str
@@ -498,7 +500,7 @@ class Lease:
 
 
 def leases(store: JobStore) -> Iterator[Lease]:
-    """Everything that workers are at."""
+    """All leases that workers hold."""
     for job_id in [*store.jobs_in(State.RUNNING, State.FINALIZING)]:
         attempts = store.client.hgetall(keys.attempts(job_id))
         for shard, owner in store.client.hgetall(keys.owners(job_id)).items():
@@ -507,7 +509,7 @@ def leases(store: JobStore) -> Iterator[Lease]:
 
 
 def is_left(store: JobStore, left: Lease) -> bool:
-    """Whether it still lies where its worker left it, or waits for another one."""
+    """Whether the shard still has its old lease, or waits for another worker."""
     for lease in leases(store):
         if (lease.job_id, lease.shard_id) == (left.job_id, left.shard_id):
             return lease == left
@@ -518,28 +520,28 @@ def is_left(store: JobStore, left: Lease) -> bool:
 
 @dataclass
 class Breaker:
-    """Breaks parts of a service, and measures how long it takes until they work again."""
+    """Causes faults in a service, and measures how long it takes to recover."""
 
     service: Service
     store: JobStore
     client: Client
     findings: Findings
     random: Random
-    spawn: Callable[..., object]  # has a client do something, beside
-    is_hurried: bool = False  # the next fault comes soon, so nothing is measured
+    spawn: Callable[..., object]  # runs a client's action in a thread
+    is_hurried: bool = False  # the next fault comes soon, so recovery is not measured
 
     def strike(self, name: str) -> None:
-        """One fault of this name, at a random moment."""
+        """Cause the fault of this name at a random moment."""
         self.client.over.wait(self.random.uniform(0, 1 if self.is_hurried else 4))
         FAULTS[name](self, name)
 
     def note(self, name: str, what: str) -> None:
-        """A fault as it happens."""
+        """Record a fault as it happens."""
         self.findings.faults.append(name)
         self.findings.say(f"{name}: {what}")
 
     def stop_worker(self, name: str, send: Callable[[Service, int], None]) -> None:
-        """Do this to a worker in mid-shard, and see the shard run again."""
+        """Apply `send` to a worker in mid-shard, and wait until the shard runs again."""
         lease = self.find_victim()
         if lease is None:
             return
@@ -554,9 +556,9 @@ class Breaker:
             recovery.result()
 
     def find_victim(self) -> Lease | None:
-        """A shard that is being worked on; None if for a while there is none that may lose its worker once more.
+        """Find a running shard; None if for a while there is none that may lose its worker once more.
 
-        One that loses every worker fails its job, and so it should.
+        A shard that loses too many workers fails its job, as it must.
         """
         n_most = Settings().max_attempts - 1
         deadline = time.monotonic() + ANSWER_S
@@ -569,7 +571,7 @@ class Breaker:
         return None
 
     def see_shard_again(self, left: Lease, name: str) -> None:
-        """Measure how long a shard lies; not where its worker was just through with it."""
+        """Measure how long a shard waits, unless its worker had just completed it."""
         if self.is_hurried or not is_left(self.store, left):
             return
         lies_s = self.wait_until(lambda: left not in leases(self.store), f"{left} still has its worker")
@@ -578,10 +580,10 @@ class Breaker:
         self.findings.note_recovery(f"runs again after {name}", lies_s + waits_s, RECOVERY_S)
 
     def wait_until(self, holds: Callable[[], object], otherwise: str) -> float:
-        """The seconds until it holds.
+        """Wait until a condition holds; returns the seconds that this took.
 
         Raises:
-            Lost: it doesn't for too long.
+            Lost: it doesn't hold in time.
             Interrupted: the soak is over.
         """
         seconds = await_that(lambda: self.client.over.is_set() or holds(), PATIENCE_S, otherwise)
@@ -590,7 +592,7 @@ class Breaker:
         return seconds
 
     def end_one(self, role: str) -> int:
-        """Kill one process of this role; its id."""
+        """Kill one process of this role; returns its id."""
         await_that(lambda: self.service.pids(role), PATIENCE_S, f"there is no {role}")
         pid = self.service.pids(role)[0]
         self.service.send(pid, signal.SIGKILL)
@@ -598,19 +600,19 @@ class Breaker:
         return pid
 
     def see_answer_again(self, what: str) -> None:
-        """Wait for the first good answer."""
+        """Wait for the first answer without an error."""
         seconds = self.wait_until(lambda: self.client.is_answered("/v1/jobs?limit=1"), f"{what} is not back")
         if not self.is_hurried:
             self.findings.note_recovery(f"{what} answers", seconds)
 
     def kill_api(self, name: str) -> None:
-        """Kill it, between requests or amid one."""
+        """Kill the API, between requests or amid one."""
         self.note(name, f"process {self.end_one('api')}")
         self.service.mend(self.random.uniform(0, 1))
         self.see_answer_again("API")
 
     def kill_api_amid_posts(self, name: str) -> None:
-        """Kill it while four clients post the same three jobs: each must become one job."""
+        """Kill the API while four clients post the same three jobs: each must become one job."""
         spec, posted_keys = self.random.choice(SHORT), [draw_key(self.random) for _ in range(3)]
         with ThreadPoolExecutor(4) as pool:
             posted = [pool.submit(lambda: [self.client.post(spec, key) for key in posted_keys]) for _ in range(4)]
@@ -623,13 +625,13 @@ class Breaker:
             self.spawn(self.client.fetch, ids[0], spec)
 
     def kill_redis(self, name: str, away_s: float) -> None:
-        """Kill it; after a while it starts again on its files."""
+        """Kill Redis; after a while it starts again on its files."""
         self.note(name, f"process {self.end_one('redis')}" + f", for {away_s:.1f} s" * (name == "redis-away"))
         self.service.mend(away_s)
         self.see_answer_again("Redis")
 
     def freeze_redis(self, name: str) -> None:
-        """It says nothing for some seconds, and is not gone."""
+        """Freeze Redis for some seconds."""
         frozen_s = self.random.uniform(1, 12)
         (pid,) = self.service.pids("redis")
         self.note(name, f"process {pid}, for {frozen_s:.1f} s")
@@ -642,7 +644,7 @@ class Breaker:
 
 
 def kill_child(service: Service, pid: int) -> None:
-    """Kill the process of a worker that computes; its parent starts another one."""
+    """Kill the child process of a worker, which computes; its parent starts another one."""
     for child in psutil.Process(pid).children():
         child.kill()
 
@@ -665,7 +667,7 @@ FAULTS: dict[str, Callable[[Breaker, str], None]] = {
     "redis-freeze": Breaker.freeze_redis,
 }
 WAYS: dict[str, tuple[type[Service], Sequence[str]]] = {
-    "serve": (Served, [name for name in FAULTS if name != "redis-away"]),  # it starts it again at once
+    "serve": (Served, [name for name in FAULTS if name != "redis-away"]),  # `ablation serve` restarts Redis at once
     "parts": (Parts, [*FAULTS]),
 }
 
@@ -675,18 +677,18 @@ WAYS: dict[str, tuple[type[Service], Sequence[str]]] = {
 
 @dataclass
 class Soak:
-    """One service, and rounds of jobs and faults."""
+    """Rounds of jobs and faults against one service."""
 
     way: str
     service: Service
     csvs: dict[str, bytes]
     findings: Findings
     random: Random
-    faults: Iterator[str]  # their names, without an end
+    faults: Iterator[str]  # endless names
     over: threading.Event = field(default_factory=threading.Event)
 
     def run(self, n_rounds: int, seconds: float) -> None:
-        """Start the service, break it in every round, stop it, and see what is left."""
+        """Start the service, run every round, stop it, and check what is left."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.break_off)
         started = self.findings.started = time.monotonic()
@@ -711,7 +713,7 @@ class Soak:
             self.findings.note_problem(traceback.format_exc())
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # nothing may break off what ends the others
+                signal.signal(number, signal.SIG_IGN)  # the cleanup must not be interrupted
             self.service.note_deaths()
             self.service.stop(self.random.choice((signal.SIGINT, signal.SIGTERM)))
             self.findings.leftovers = kill_leftovers(self.service.home)
@@ -719,12 +721,12 @@ class Soak:
                 self.findings.note_problem(f"left over: {process}")
 
     def break_off(self, number: int, frame: object) -> None:
-        """Let every thread end: who waits for one would wait for long."""
+        """Tell all threads to end, since waiting for them would take long."""
         self.over.set()
         raise KeyboardInterrupt
 
     def run_round(self, client: Client, store: JobStore) -> None:
-        """Two clients, a few faults; it is over when every job is."""
+        """Run two clients and a few faults until every job is over."""
         self.findings.n_rounds += 1
         is_hurried = self.findings.n_rounds % 2 == 0
         long, short, key = self.random.choice(LONG), self.random.choice(SHORT), draw_key(self.random)
@@ -752,7 +754,7 @@ class Soak:
                 raise
 
     def guard(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Do this; what goes wrong is a problem of the service, or of ours."""
+        """Call a function and record an exception as a problem."""
         try:
             work(*arguments)
         except Lost as error:
@@ -764,18 +766,18 @@ class Soak:
 
 
 def draw_key(random: Random) -> str:
-    """An Idempotency-Key."""
+    """Draw an Idempotency-Key."""
     return f"{random.getrandbits(64):x}"
 
 
 def deal(names: Sequence[str], random: Random) -> Iterator[str]:
-    """These names without an end: every one before any comes again."""
+    """Yield the names endlessly in random order: every one before any comes again."""
     while True:
         yield from random.sample(names, len(names))
 
 
 def read_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the schedule")
     parser.add_argument("--rounds", type=int, default=3, help="against each service; every second is a hurried one")
@@ -795,7 +797,7 @@ def read_options() -> argparse.Namespace:
 
 
 def make_soak(way: str, options: argparse.Namespace, folder: Path, csvs: dict[str, bytes]) -> Soak:
-    """A soak of this service, with a schedule of its own."""
+    """Make the soak test of this service, with a schedule of its own."""
     kind, possible = WAYS[way]
     findings, random = Findings(), Random(f"{options.seed} {way}")
     faults = [name for name in possible if name in options.faults]
@@ -803,7 +805,7 @@ def make_soak(way: str, options: argparse.Namespace, folder: Path, csvs: dict[st
 
 
 def main() -> None:
-    """Soak what was asked for; exit status 0 only if nothing was lost and nothing differed."""
+    """Run the selected soak tests; the exit status is 0 only if nothing was lost and nothing differed."""
     options = read_options()
     folder = Path(tempfile.mkdtemp(prefix="ablation-soak-"))
     csvs: dict[str, bytes] = {}
