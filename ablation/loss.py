@@ -142,7 +142,7 @@ def read_loss(given: Any) -> tuple[Any, Loss | None]:
 
 
 def _of_torch(given: torch.nn.CrossEntropyLoss) -> CrossEntropy:
-    """The same loss; its `reduction` may be mean or none, since a utility is the plain mean over examples."""
+    """Convert torch's loss; its `reduction` may be mean or none, since a utility is the plain mean over examples."""
     if given.reduction == "sum":
         advice = "A utility is a mean over examples; multiply it by their number for a sum."
         raise SpecError("loss.reduction", given.reduction, "'mean' or 'none'", advice)

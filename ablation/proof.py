@@ -30,7 +30,7 @@ from ablation.reference import in_float64, reference_deltas
 from ablation.shard import open_engine, read
 from ablation.sites import Sites
 
-# Bounds of DESIGN.md section 2. float32 promises nothing beyond what is reported.
+# Bounds of docs/02-exactness.md. float32 has none; its errors are only reported.
 ARITHMETIC_BOUND = {"mixed": 1e-4, "float64": 1e-9, "float32": None}
 # The prefix runs here in another batch composition than in the shards, so float32 rounds differently (seen: 1e-5);
 # wrong rows or examples give errors of order 1.

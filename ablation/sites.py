@@ -28,7 +28,7 @@ class Sites:
         return Sites(self.indices[rows], self.weights[rows], self.replacements[rows])
 
     def listed(self) -> "Sites":
-        """The same with its three lists held, for whoever asks for them again and again."""
+        """Sites with contiguous lists in memory, which are cheap to index repeatedly."""
         return Sites(self.indices, self.weights, self.replacements.contiguous())
 
     def pick(self, rows: Int64[np.ndarray, " rows"]) -> "Sites":

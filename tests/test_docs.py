@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 START = "docs/00-overview.md"
 NAME = "weight-ablation"
 FOREIGN = ("DESIGN" + ".md", "STYLE" + ".md")  # pages that are not in the repository, so nothing may cite them
-PENDING = ("ablation/engine/", "ablation/proof.py", "tests/ablation/engine/")  # not mended yet
+PENDING = ("ablation/engine/responses/",)  # not mended yet
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^(#+) (.*)$", re.MULTILINE)
 
