@@ -1,4 +1,4 @@
-"""What is measured of an example: the loss, one number from its logits and its label.
+"""The loss that is measured: one number for each example, from its logits and its label.
 
 In: a loss from the job spec, or an object of the caller's. Out: an object with `values`, the loss in its plain form,
 which `reference.py`, `proof.py` and the tests use and nothing else. What the engine needs beyond that is in
@@ -22,9 +22,9 @@ from ablation.spec import FORMS, CrossEntropySpec, LossObject, LossSpec, check_c
 class Loss(Protocol):
     """A loss: `values` is all that it must define.
 
-    A loss of the form `A logsumexp(z) - sum_c a_c z_c`, whose targets a depend on the label alone and whose A is their
-    sum, may also define `targets(n_classes)`, the matrix of a with one row for each label (`SoftTargets`): then its
-    changes are computed without cancellation. The changes of any other loss are differences of two float64 values.
+    A loss of the form `sum_c a_c (logsumexp(z) - z_c)`, whose soft label a depends on the label alone, may also
+    define `soft_labels(n_classes)`, the matrix of a with one row for each label (`HasSoftLabels`). Its changes are
+    then computed without cancellation. The changes of any other loss are differences of two float64 values.
     """
 
     def values(self, logits: Float64[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> Tensor:
@@ -33,14 +33,14 @@ class Loss(Protocol):
 
 
 @runtime_checkable
-class SoftTargets(Protocol):
-    """A cross-entropy against targets that depend on the label alone."""
+class HasSoftLabels(Protocol):
+    """A cross-entropy against a soft label, which depends on the label alone."""
 
     def values(self, logits: Float64[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> Tensor:
         """Each example's loss, as in `Loss`."""
         ...
 
-    def targets(self, n_classes: int) -> Float64[Tensor, "labels classes"]:
+    def soft_labels(self, n_classes: int) -> Float64[Tensor, "labels classes"]:
         """a[y, c] >= 0 such that the loss of an example of class y is sum_c a[y, c] (logsumexp(z) - z_c)."""
         ...
 
@@ -90,8 +90,8 @@ class CrossEntropy:
             label_smoothing=self.label_smoothing,
         )
 
-    def targets(self, n_classes: int) -> Float64[Tensor, "labels classes"]:
-        """a[y, c], as above."""
+    def soft_labels(self, n_classes: int) -> Float64[Tensor, "labels classes"]:
+        """The weights a_c of all labels, one row for each."""
         one_hot = torch.eye(n_classes, dtype=torch.float64)
         smoothed = (1 - self.label_smoothing) * one_hot + self.label_smoothing / n_classes
         weight = self._weights()

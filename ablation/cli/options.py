@@ -79,6 +79,8 @@ _SPEC_OPTIONS = [
     click.option("--verify", type=INTEGER, default=8, show_default=True, help="Weights checked by brute force."),
     click.option("--top1", is_flag=True, help="Also count the answers that become wrong and right."),
     click.option("--criteria", help="Cheap criteria to compute beside, with commas between; none in this version."),
+    click.option("--label-smoothing", help="Label smoothing of the cross-entropy, as torch's.  [default: 0]"),
+    click.option("--class-weights", help="One weight for each class, with commas between: 1,2.5,0  [default: all 1]"),
 ]  # fmt: skip
 
 _RUN_OPTIONS = [
@@ -128,7 +130,7 @@ def out_option(default: str) -> Callable[[Command], Command]:
 def read_spec(
     *, model: str, weights: str | None, model_seed: int, layer: str, data: str, root: str | None, train: str | None,
     test: str | None, data_seed: int, sites: str, seed: int, value: str, precision: str, verify: int, top1: bool,
-    criteria: str | None,
+    criteria: str | None, label_smoothing: str | None, class_weights: str | None,
 ) -> JobSpec:  # fmt: skip
     """Make the job spec from the options.
 
@@ -148,6 +150,7 @@ def read_spec(
             "verify": verify,
             "top1": top1,
             "criteria": read_criteria(criteria),
+            "loss": read_loss(label_smoothing, class_weights),
         }
     )
 
@@ -187,6 +190,27 @@ def read_value(text: str) -> str | dict[str, float]:
 def read_criteria(text: str | None) -> list[str]:
     """Parse names with commas between them."""
     return [name for part in (text or "").split(",") if (name := part.strip())]
+
+
+def read_loss(smoothing: str | None, weights: str | None) -> str | dict[str, Any]:
+    """Cross-entropy, with the label smoothing and the class weights that the two texts say."""
+    if smoothing is None and weights is None:
+        return "cross_entropy"
+    given = {
+        "label_smoothing": None if smoothing is None else _read_number("loss.label_smoothing", smoothing),
+        "class_weights": None
+        if weights is None
+        else [_read_number("loss.class_weights", part) for part in weights.removesuffix(",").split(",")],
+    }
+    return {"name": "cross_entropy"} | {name: value for name, value in given.items() if value is not None}
+
+
+def _read_number(field: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        several = " for each class, with commas between (1,2.5,0)" if field.endswith("weights") else ""
+        raise SpecError(field, text, f"a number{several}") from None
 
 
 @contextlib.contextmanager

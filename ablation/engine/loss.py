@@ -9,12 +9,12 @@ for confident examples: its error grows as 1 / (1 - p_y). Centred on the largest
 cancel by 1 / p_m where the network is wrong and unsure (docs/decisions/0011). Here a small delta stays as accurate as
 its dz.
 
-A loss with targets a_c that depend on the label alone (label smoothing, class weights),
+A loss with a soft label a that depends on the label alone (label smoothing, class weights),
 l = A logsumexp(z) - sum_c a_c z_c with A = sum_c a_c, changes by
 
     delta_l = A log1p( sum_c q_c expm1(u_c) ) - sum_c a_c u_c,   u_c = dz_c - dz_r
 
-for any class r, with q the softmax whose entry r is set to 0. With r the class of the largest target the two terms
+for any class r, with q the softmax whose entry r is set to 0. With r the class of the largest a_c the two terms
 cancel only where the network is at its optimum, p_c = a_c / A, and the change is truly that small; both are float64.
 
 Any other loss is taken in its plain form, twice. The series and the compiled loops are for plain cross-entropy.
@@ -28,19 +28,19 @@ from torch import Tensor
 
 from ablation.engine.compiled import is_ready
 from ablation.engine.expm1 import expm1_sums
-from ablation.loss import CROSS_ENTROPY, Loss, SoftTargets, is_plain, loss_values
+from ablation.loss import CROSS_ENTROPY, HasSoftLabels, Loss, is_plain, loss_values
 
 # Above this |sum|, log1p of it gains nothing over a difference of two log-sum-exps, and near -1 it loses.
 LARGE = 0.5
 
 
 @dataclass(frozen=True)
-class Targets:
-    """Each example's targets, for a loss of the form A logsumexp(z) - sum_c a_c z_c."""
+class SoftLabels:
+    """Each example's soft label, for a loss of the form A logsumexp(z) - sum_c a_c z_c."""
 
     a: Float64[Tensor, "examples classes"]
     total: Float64[Tensor, " examples"]  # A
-    centre: Int64[Tensor, " examples"]  # r: the class of the largest target
+    centre: Int64[Tensor, " examples"]  # r: the class of the largest a_c
     rest: Float64[Tensor, "examples classes"]  # q: the softmax with entry r set to 0
 
 
@@ -55,7 +55,7 @@ class Intact:
     loss: Float[Tensor, " examples"]
     function: Loss = CROSS_ENTROPY
     is_plain: bool = True  # plain cross-entropy: what the series and the compiled loops take
-    targets: Targets | None = None  # where `function` is not plain, but of that form
+    soft_labels: SoftLabels | None = None  # where `function` is not plain, but of that form
 
     @property
     def correct(self) -> Bool[Tensor, " examples"]:
@@ -79,16 +79,16 @@ def make_intact(
         loss = torch.log1p(others) - shifted.gather(1, labels[:, None])[:, 0]
         return Intact(logits, labels, top, rest, loss)
     loss = loss_values(function, logits, labels)
-    targets = _make_targets(function, softmax, labels) if isinstance(function, SoftTargets) else None
-    return Intact(logits, labels, top, rest, loss, function, is_plain=False, targets=targets)
+    soft_labels = _make_soft_labels(function, softmax, labels) if isinstance(function, HasSoftLabels) else None
+    return Intact(logits, labels, top, rest, loss, function, is_plain=False, soft_labels=soft_labels)
 
 
-def _make_targets(
-    function: SoftTargets, softmax: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]
-) -> Targets:
-    a = function.targets(softmax.shape[1]).to(softmax.device)[labels]
+def _make_soft_labels(
+    function: HasSoftLabels, softmax: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]
+) -> SoftLabels:
+    a = function.soft_labels(softmax.shape[1]).to(softmax.device)[labels]
     centre = a.argmax(dim=1)
-    return Targets(a, a.sum(dim=1), centre, softmax.double().scatter(1, centre[:, None], 0.0))
+    return SoftLabels(a, a.sum(dim=1), centre, softmax.double().scatter(1, centre[:, None], 0.0))
 
 
 def loss_delta(
@@ -97,7 +97,7 @@ def loss_delta(
     """Each pair's change of loss when the logits of example `examples[k]` change by `dz[k]`, in nats, as float64.
 
     Numerics: relative error about that of dz (float32: 1e-6 of sum_c q_c |dz_c - dz_y|), for any confidence; with
-    targets, of sum_c (A q_c + a_c) |dz_c - dz_r|. A loss without either form: 2e-16 of the loss, absolutely.
+    soft labels, of sum_c (A q_c + a_c) |dz_c - dz_r|. A loss without either form: 2e-16 of the loss, absolutely.
     """
     return loss_delta_and_touched(intact, examples, dz)[0]
 
@@ -124,15 +124,15 @@ def loss_delta_and_touched(
 def _general_delta(
     intact: Intact, examples: Int64[Tensor, " pairs"], dz: Float[Tensor, "pairs classes"]
 ) -> Float64[Tensor, " pairs"]:
-    """The change of a loss that is not plain cross-entropy: by its targets, where it has such, else a difference."""
-    if intact.targets is None:
+    """The change of a loss that is not plain cross-entropy: by its soft labels, or else as a difference."""
+    if intact.soft_labels is None:
         return _difference(intact, examples, dz)
-    of = intact.targets
+    soft = intact.soft_labels
     centred = dz.double()
-    centred = centred - centred.gather(1, of.centre[examples, None])
-    linear = of.a.index_select(0, examples).mul_(centred).sum(dim=1)
-    moved = of.rest.index_select(0, examples).mul_(centred.expm1_()).sum(dim=1)
-    delta = of.total[examples] * torch.log1p(moved) - linear
+    centred = centred - centred.gather(1, soft.centre[examples, None])
+    linear = soft.a.index_select(0, examples).mul_(centred).sum(dim=1)
+    moved = soft.rest.index_select(0, examples).mul_(centred.expm1_()).sum(dim=1)
+    delta = soft.total[examples] * torch.log1p(moved) - linear
     _replace_large(delta, moved, intact, examples, dz)
     return delta
 

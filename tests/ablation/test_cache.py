@@ -144,11 +144,11 @@ def test_many_that_want_the_same_at_once(tmp_path: Path) -> None:
 def test_a_second_job_on_the_same_prefix_computes_none_of_it(
     layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def job(seed: int, cache_bytes: int) -> ImportanceTable:
+    def job(seed: int, cache_bytes: int, loss: str | dict[str, object] = "cross_entropy") -> ImportanceTable:
         folders = Folders(tmp_path, tmp_path, run_folder, cache_bytes)
         spec = make_spec(
             {"model": {"name": "digits_alexnet"}, "layer": layer, "data": {"name": "digits", "test": {"count": 90}},
-             "sites": {"count": 20, "seed": seed}}
+             "sites": {"count": 20, "seed": seed}, "loss": loss}
         )  # fmt: skip
         plan = plan_spec(spec, folders, threads=1, batch_size=32)
         assert plan is not None
@@ -175,3 +175,6 @@ def test_a_second_job_on_the_same_prefix_computes_none_of_it(
     assert files(run_folder / "activations") == kept
     for name, column in without.columns.items():
         assert column.tobytes() == second.columns[name].tobytes(), name
+    job(1, 1 << 30, {"name": "cross_entropy", "label_smoothing": 0.1})  # what is kept does not depend on the loss
+    assert counted == ["kept"] * 6
+    assert files(run_folder / "activations") == kept

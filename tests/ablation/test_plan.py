@@ -46,7 +46,7 @@ def plan(layer="fc", sites=100, train="all", test=None, n=5000, **options) -> Pl
     facts = FACTS.model_copy(update={"layers": options.pop("facts", FACTS.layers)})
     spec = make_spec(
         {"model": {"name": "net"}, "layer": layer, "data": {"name": "d", "train": train, "test": test}, "sites": asked,
-         "verify": verify}
+         "verify": verify, "loss": options.pop("loss", "cross_entropy")}
     )  # fmt: skip
     return make_plan(spec, facts, counts, **{"threads": 2, **options})
 
@@ -185,6 +185,19 @@ def test_memory_holds_deltas_and_the_products_of_a_batch() -> None:
     assert many.estimate.memory_bytes - few >= 64 * 12 * 19 * 50_000
 
 
+SMOOTHED = {"name": "cross_entropy", "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("engine", ["auto", "direct", "finite", "rerun", "reference"])
+@pytest.mark.parametrize("loss", [SMOOTHED, {"name": "cross_entropy", "class_weights": [1] * 10}, {"object": "Focal"}])
+def test_response_functions_are_for_plain_cross_entropy(loss: dict[str, object], engine: str) -> None:
+    for sites in (100, "all"):
+        path = "direct" if engine == "auto" else engine
+        assert plan(loss=loss, engine=engine, sites=sites, n=100).path == path
+    assert plan(loss={**SMOOTHED, "label_smoothing": 0}, sites="all", n=100).path == "response"
+    assert plan(loss="cross_entropy", sites="all", n=100).path == "response"
+
+
 @pytest.mark.parametrize(
     ("options", "field", "words"),
     [
@@ -196,6 +209,12 @@ def test_memory_holds_deltas_and_the_products_of_a_batch() -> None:
         ({"engine": "fast"}, "engine", "auto, direct, response, finite, rerun, reference"),
         ({"layer": "conv", "engine": "direct"}, "engine", "not part of a classifier head"),
         ({"layer": "conv", "engine": "response", "sites": "all"}, "engine", "all weights of a layer"),
+        ({"engine": "response", "sites": "all", "loss": SMOOTHED}, "engine", "cross-entropy without label smoothing"),
+        (
+            {"loss": {"name": "cross_entropy", "class_weights": [1, 2]}},
+            "loss.class_weights",
+            "10 numbers, one for each",
+        ),
     ],
 )
 def test_refusals(options, field, words) -> None:

@@ -70,7 +70,7 @@ def test_the_first_answer_of_a_job_that_a_worker_plans(store: JobStore, settings
 
 def test_the_same_payload_is_the_same_job_however_it_is_written(api: httpx.Client) -> None:
     first = post(api, "a-key")
-    assert told(post(api, "a-key", verify=8, value="zero", criteria=[])) == told(first)
+    assert told(post(api, "a-key", verify=8, value="zero", criteria=[], loss="cross_entropy")) == told(first)
     spaced = json.dumps(dict(reversed(FIELDS.items())), indent=3)
     assert told(api.post("/v1/jobs", content=spaced, headers={"Idempotency-Key": "a-key"})) == told(first)
 

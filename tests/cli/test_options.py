@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from ablation.cli.commands import commands
-from ablation.cli.options import locate, read_criteria, read_sites, read_split, read_value, spec_options
+from ablation.cli.options import locate, read_criteria, read_loss, read_sites, read_split, read_value, spec_options
 from ablation.errors import SpecError
 from ablation.inputs.folders import Folders
 from ablation.spec import JobSpec, make_spec
@@ -31,7 +31,7 @@ def test_every_option_reaches_the_spec() -> None:
     spec = read(
         "--weights", "IMAGENET1K_V1", "--model-seed", "3", "--root", "somewhere", "--train", "50/class",
         "--test", "all", "--data-seed", "4", "--sites", "4096", "--seed", "5", "--value", "-0.25",
-        "--precision", "float64", "--verify", "2", "--top1",
+        "--precision", "float64", "--verify", "2", "--top1", "--label-smoothing", "0.1", "--class-weights", "1,0,2.5",
     )  # fmt: skip
     assert spec == make_spec(
         {
@@ -43,6 +43,7 @@ def test_every_option_reaches_the_spec() -> None:
             "precision": "float64",
             "verify": 2,
             "top1": True,
+            "loss": {"name": "cross_entropy", "label_smoothing": 0.1, "class_weights": [1, 0, 2.5]},
         }
     )
 
@@ -98,6 +99,18 @@ def test_criteria_reach_the_spec_which_knows_none() -> None:
     assert read("--test", "all", "--criteria", "").criteria == ()
     with pytest.raises(SpecError, match=r'criteria: got \["saliency"\].*none in this version'):
         read("--test", "all", "--criteria", "saliency")
+
+
+def test_losses() -> None:
+    assert read_loss(None, None) == "cross_entropy"
+    assert read_loss("1e-1", None) == {"name": "cross_entropy", "label_smoothing": 0.1}
+    assert read_loss(None, "2, 0,") == {"name": "cross_entropy", "class_weights": [2.0, 0.0]}
+    with pytest.raises(SpecError, match=r"loss.label_smoothing: got 'much'; allowed: a number\."):
+        read_loss("much", None)
+    with pytest.raises(SpecError, match=r"loss.class_weights: got 'two'; allowed: a number for each class"):
+        read_loss(None, "1,two")
+    with pytest.raises(SpecError, match=r"loss.label_smoothing: got 1.0; allowed: less than 1"):
+        read("--test", "all", "--label-smoothing", "1")
 
 
 def test_no_split_is_refused() -> None:

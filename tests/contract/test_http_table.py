@@ -353,6 +353,19 @@ def test_checkpoints_of_both_kinds_give_the_same_table(service: Service, say: Sa
     say("POST /v1/jobs with a checkpoint, safetensors or torch.save: 202, the same table")
 
 
+def test_label_smoothing_and_class_weights_change_the_loss(service: Service, done: str, say: Say) -> None:
+    loss = {"name": "cross_entropy", "label_smoothing": 0.25, "class_weights": [2.0] * 10}
+    url, job = service.over({**QUICK, "loss": loss})
+    assert job["status"] == "succeeded", job
+    assert (job["spec"]["loss"], job["plan"]["path"]) == (loss, "direct")
+    summary = service.client.get(f"{url}/results").json()["summary"]
+    plain = service.client.get(f"{done}/results").json()["summary"]
+    assert service.client.get(done).json()["spec"]["loss"] == "cross_entropy"
+    assert summary["splits"]["test"]["loss"] > 2 * plain["splits"]["test"]["loss"]
+    assert summary["proof"]["arithmetic_error"] <= summary["proof"]["arithmetic_bound"]
+    say("POST /v1/jobs with label smoothing and class weights: 202, succeeded, proved")
+
+
 # --- health, metrics, docs -------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,14 @@ def pets(**changes: Any) -> dict[str, Any]:
     return spec(data={"name": "imagefolder", "root": "pets", "test": "all", **changes})
 
 
+def smoothed(smoothing: float) -> dict[str, Any]:
+    return spec(loss={"name": "cross_entropy", "label_smoothing": smoothing})
+
+
+def weighted(*weights: float) -> dict[str, Any]:
+    return spec(loss={"name": "cross_entropy", "class_weights": list(weights)})
+
+
 STRIPES = {**QUICK, "data": {"name": "stripes", "test": "all"}}
 
 
@@ -71,6 +79,12 @@ AT_ONCE = {
     "infinite value": (spec(value={"constant": "Infinity"}), "value.constant", "a finite number"),
     "unknown precision": (spec(precision="float16"), "precision", "'mixed', 'float32' or 'float64'"),
     "unknown criterion": (spec(criteria=["taylor9"]), "criteria", ""),
+    "unknown loss": (spec(loss="hinge"), "loss", '"cross_entropy" or {"name"'),
+    "a loss object": (spec(loss={"object": "Focal"}), "loss", "Objects are for ablation.ablate alone."),
+    "too much smoothing": (smoothed(1.5), "loss.label_smoothing", "less than 1"),
+    "negative class weight": (weighted(*[1.0] * 9, -1), "loss.class_weights", "finite numbers of at least 0"),
+    "class weights of 0": (weighted(*[0] * 10), "loss.class_weights", "at least one number above 0"),
+    "too few class weights": (weighted(1.0, 2.0), "loss.class_weights", "10 numbers, one for each class"),
     "negative seed": (spec(sites={"count": 5, "seed": -1}), "sites.seed", "0 or more"),
     "not an object": ([QUICK], "spec", ""),
 }  # fmt: skip

@@ -43,13 +43,13 @@ def test_against_many_digits(margin: float, size: float, dtype: torch.dtype, lab
     assert (error <= tolerance * torch.maximum(scale, truth.abs())).all(), (error / scale).max()
 
 
-def exact_change(z: list[float], dz: list[float], targets: list[float]) -> float:
+def exact_change(z: list[float], dz: list[float], soft_label: list[float]) -> float:
     """sum_c a_c (-log p_c), after minus before."""
     with mpmath.workdps(60):
 
         def loss(values: list[mpmath.mpf]) -> mpmath.mpf:
             total = mpmath.log(mpmath.fsum(mpmath.exp(v) for v in values))
-            return mpmath.fsum(mpmath.mpf(a) * (total - v) for a, v in zip(targets, values, strict=True))
+            return mpmath.fsum(mpmath.mpf(a) * (total - v) for a, v in zip(soft_label, values, strict=True))
 
         before = [mpmath.mpf(v) for v in z]
         after = [a + mpmath.mpf(b) for a, b in zip(before, dz, strict=True)]
@@ -62,7 +62,7 @@ def exact_change(z: list[float], dz: list[float], targets: list[float]) -> float
 @pytest.mark.parametrize("label", [0, 1])  # class 0 is the top one
 @pytest.mark.parametrize("weights", [None, WEIGHTS, (0.0, 0.0, 0.0, 3.0, 0.0)], ids=["alike", "weights", "one-class"])
 @pytest.mark.parametrize("smoothing", [0.0, 1e-12, 0.1, 0.5])
-def test_targets_against_many_digits(
+def test_soft_labels_against_many_digits(
     smoothing: float, weights: tuple[float, ...] | None, margin: float, size: float, dtype: torch.dtype, label: int
 ) -> None:
     """Up to 1 - p_y = 1e-13, and where the smoothing is of the size of the doubt."""
@@ -74,7 +74,7 @@ def test_targets_against_many_digits(
     got = loss_delta(intact, torch.arange(8), dz)
     if intact.is_plain:
         return  # above
-    a, total, centre, rest = (getattr(intact.targets, name) for name in ("a", "total", "centre", "rest"))
+    a, total, centre, rest = (getattr(intact.soft_labels, name) for name in ("a", "total", "centre", "rest"))
     pairs = zip(z.tolist(), dz.double().tolist(), a.tolist(), strict=True)
     truth = torch.tensor([exact_change(*pair) for pair in pairs], dtype=torch.float64)
     centred = (dz.double() - dz.double().gather(1, centre[:, None])).abs()
@@ -103,7 +103,7 @@ def test_options_that_change_nothing_are_the_plain_loss() -> None:
     labels, every = torch.arange(9) % 4, torch.arange(9)
     plain = make_intact(z, labels)
     same = make_intact(z, labels, function=CrossEntropy(label_smoothing=0.0))
-    assert (same.is_plain, same.targets) == (True, None)
+    assert (same.is_plain, same.soft_labels) == (True, None)
     ones = make_intact(z, labels, function=CrossEntropy(class_weights=[1.0, 1.0, 1.0, 1.0]))
     torch.testing.assert_close(ones.loss, plain.loss, rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(
