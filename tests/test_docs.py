@@ -93,6 +93,21 @@ def test_a_link_to_nothing_is_found() -> None:
     assert (ROOT / beyond).exists()
 
 
+def missing_files(text: str, known: list[str]) -> list[str]:
+    """Code files that a page names and that don't exist; a name may leave out the folders it begins with."""
+    named = re.findall(r"`([\w/]+\.(?:py|jsonl))", text)
+    return [name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in known)]
+
+
+@pytest.mark.parametrize("page", files("*.md"))
+def test_every_code_file_that_a_page_names_exists(page: str) -> None:
+    assert missing_files((ROOT / page).read_text("utf-8"), files()) == []
+
+
+def test_a_code_file_that_does_not_exist_is_found() -> None:
+    assert missing_files("`a/b.py`, `b.py` and `c/b.py`, `b.py::f`", ["a/b.py"]) == ["c/b.py"]
+
+
 @pytest.mark.parametrize("line", ["# DESIGN" + ".md 3.4", "see STYLE" + ".md"])
 def test_a_citation_of_a_foreign_page_is_found(line: str) -> None:
     assert cites_foreign(line)

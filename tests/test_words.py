@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("ablation", "api", "worker", "tools", "benchmarks", "tests")
 FRAGMENT = re.compile(r"(Of|The same|See|As|Such|Those)\b")  # what continues another sentence, or points elsewhere
-PENDING = ("ablation/engine/",)  # not reread yet
+PENDING = ("ablation/engine/responses/", "ablation/engine/carried/linear_relu.py")  # not reread yet
 
 
 def docstrings(source: str) -> Iterator[tuple[int, str]]:

@@ -1,7 +1,7 @@
 """Records one forward pass call by call, to find out what a network does with its parameters.
 
 In: a model and a small batch. Out: `Calls`, from which the path a parameter takes to the logits can be read.
-Nothing is traced into a graph that has to run again; it is only looked at.
+Nothing is traced into a graph that has to run again; calls are only observed.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,7 +66,7 @@ class _Recorder(TorchFunctionMode):
         self._count_flops = count_flops
         self.record = Calls()
         self._values: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # an id is only good while its tensor lives
+        self._alive: list[Tensor] = []  # keeps ids valid, which are reused after a tensor is freed
         for name, tensor in parameters.items():
             self.record.parameters[name] = self.value(tensor)
 

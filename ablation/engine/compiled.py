@@ -1,10 +1,10 @@
-"""Compiled loops: the decorators that hand a function to Numba, and where the machine code is kept.
+"""Compiled loops: the decorators that pass a function to Numba, and the folder of the machine code.
 
 In: a Python function over numbers and arrays. Out: the same function, compiled at its first call. The compiled code
 releases Python's lock, so that threads share its work (`threads.py`).
 
-Numerics: LLVM may reorder sums into vector lanes and contract products into fused multiply-adds, but it may not assume
-that NaN and infinity don't occur: both propagate.
+Numerics: LLVM may reorder sums for vector registers and contract products into fused multiply-adds, but it may not
+assume that NaN and infinity don't occur: both propagate.
 """
 
 import hashlib
@@ -27,31 +27,31 @@ _OWN_CACHE = Path.home() / ".cache" / "weight-ablation"
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a loop, once per machine where the result can be kept. Sums may be cut into vector lanes."""
+    """Compile a loop, once per machine if the result can be stored. Sums may be reordered for vector registers."""
     return _compiled(function, _FASTMATH)
 
 
 def part_of_kernel(function: Callable[..., Any]) -> Any:
-    """The same for what is kept with the loop that calls it: one text in many forms, which no name tells apart."""
+    """Compile a function inlined in its callers, stored with them, since one source may have several variants."""
     return _compiled(function, _FASTMATH, is_kept=False)
 
 
 def in_order(function: Callable[..., Any]) -> Any:
-    """The same for sums that must be formed as they are written, since they cancel."""
+    """Compile a function whose sums keep their order, since their terms cancel."""
     return _compiled(function, _FASTMATH - {"reassoc"})
 
 
 def _compiled(function: Callable[..., Any], fastmath: set[str], *, is_kept: bool = True) -> Any:
-    function = inspect.unwrap(function)  # of what checks types when tests run
-    # Inlined, or one compiled loop may call the copy of a part that another one has brought, which rounds differently:
-    # then bytes would depend on what the process has run before.
+    function = inspect.unwrap(function)  # without the type checks of test runs
+    # Inlined, since otherwise one compiled loop may call another's copy of a part, which rounds differently: bytes
+    # would then depend on what the process has run before.
     options: Any = {"nogil": True, "fastmath": fastmath, "error_model": "numpy", "forceinline": True}
     if not is_kept:
         return numba.njit(**options)(function)
     given, _settings.CACHE_DIR = _settings.CACHE_DIR, _cache_folder()
     try:
         return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep it
+    except RuntimeError:  # no folder to store it in
         return numba.njit(**options)(function)
     finally:
         _settings.CACHE_DIR = given
@@ -67,7 +67,7 @@ def find_loops(engine: Path) -> list[Path]:
 
 @cache
 def _cache_folder() -> str:
-    """Where compiled loops are kept: by the text of all of them, for Numba looks only at the file that a loop is in."""
+    """Folder of compiled loops, named by the source of all of them, since Numba checks only the file of a loop."""
     here = Path(__file__).parent
     texts = hashlib.blake2b(b"".join(path.read_bytes() for path in find_loops(here)), digest_size=8)
     places = [Path(_settings.CACHE_DIR)] if _settings.CACHE_DIR else [here / "__pycache__", _OWN_CACHE]

@@ -1,5 +1,5 @@
-"""What every path yields of one batch, and what is summed up: the per-example deltas of some sites; or functions that
-sum themselves up, for so many sites that their deltas are never held.
+"""The results of a path for one batch: per-example deltas of some sites, or response functions that add up their own
+sums, for so many sites that their deltas are never stored.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from torch import Tensor
 from ablation.engine.loss import Intact
 from ablation.plan import HUGE_STEP as HUGE_STEP
 
-VALUES_AT_ONCE = 1 << 19  # (pair, class) numbers scored together: stays in the cache
+VALUES_AT_ONCE = 1 << 19  # (pair, class) values scored together, few enough to stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Deltas:
-    """Rows of the table against the examples of one batch.
+    """Deltas of some rows of the table on the examples of one batch.
 
     `touched`: any logit's delta is nonzero. `correct`: the top-1 answer with the weight replaced is right.
     """
@@ -40,7 +40,7 @@ class Runs:
 
 
 def make_runs(n_examples: int, n_before: int, per_class: int | None) -> Runs:
-    """The runs of a batch that comes after `n_before` examples; one run where the split is not `per_class`."""
+    """Make the runs of a batch after `n_before` examples; a single run where the split is not `per_class`."""
     if not per_class:
         return Runs(np.array([n_examples]), np.array([False]), 0)
     ends = np.arange(per_class - n_before % per_class, n_examples + per_class, per_class)
@@ -49,41 +49,44 @@ def make_runs(n_examples: int, n_before: int, per_class: int | None) -> Runs:
 
 @runtime_checkable
 class Responses(Protocol):
-    """The response functions of one batch, ready to be summed over its examples for all rows of the table."""
+    """The response functions of one batch, which add up sums over its examples for all rows of the table."""
 
     @property
     def n_units(self) -> int:
-        """How many units' functions these are."""
+        """Number of units that have functions here."""
         ...
 
     @property
     def rows(self) -> slice:
-        """Of the table: all of the shard's."""
+        """The rows of the table that these functions cover: all of the shard's."""
         ...
 
     def add(self, sums: dict[str, Any], runs: Runs, bounds: Any) -> None:
-        """Add the sums over the batch to those given, each (sites): `delta` and, where wanted, `delta_squared`,
-        `touched`; for runs of classes `open`, `open_squared` and `within`. bounds (units): what the series left out."""
+        """Add this batch's sums to `sums`, arrays of shape (sites,), and its error bounds to `bounds` (units,).
+
+        `sums` has `delta` and, where wanted, `delta_squared` and `touched`; for runs of classes also the sums `open`
+        and `open_squared` of the class under way, and `within`, the variance of those that are complete.
+        """
         ...
 
     def of_examples(self, chosen: np.ndarray) -> "Responses":
-        """Of some of the examples."""
+        """The response functions of some of the examples."""
         ...
 
     def joined(self, others: Sequence[Any]) -> "Responses":
-        """Of these examples, and then of those of other such responses."""
+        """The response functions of these examples, followed by those of `others`."""
         ...
 
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
-        """Example by example, of some rows of the table."""
+        """Per-example deltas of some rows of the table."""
         ...
 
 
 @runtime_checkable
 class DeviceResponses(Responses, Protocol):
-    """Such whose sums are tensors on their device; those of others are arrays on the host."""
+    """Response functions whose sums are tensors on their device; those of others are arrays on the host."""
 
     @property
     def device(self) -> torch.device:
-        """Where the sums are."""
+        """Device of the sums."""
         ...

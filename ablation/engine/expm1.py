@@ -1,4 +1,4 @@
-"""The sum over classes that a change of logits makes of the loss, pair by pair, compiled: what `loss.py` asks for.
+"""The sum over classes in the loss change of each pair (`loss.py`), as a compiled loop.
 
 In: the changes of logits of many (ablation, example) pairs, float32 on the CPU. Out: sum_c q_c expm1(dz_c - dz_y) of
 each pair in float64, and whether any of its logits moves.
@@ -16,7 +16,7 @@ from torch import Tensor
 from ablation.engine.compiled import inlined, kernel
 from ablation.engine.threads import over_rows
 
-CLASSES = 256  # summed in float32, before float64 takes over
+CLASSES = 256  # classes that are summed in float32; these sums are added in float64
 
 
 def expm1_sums(
@@ -61,7 +61,7 @@ def _expm1_sums(first, last, dz, rest, labels, examples, sums, moves):
         bits = np.int32(0)
         for number in logits.view(np.int32):
             bits |= number
-        moves[pair] = (bits & np.int32(0x7FFFFFFF)) != 0  # but for the sign
+        moves[pair] = (bits & np.int32(0x7FFFFFFF)) != 0  # ignores the sign
         total = 0.0
         for begin in range(0, len(logits) if moves[pair] else 0, CLASSES):
             some, their = logits[begin : begin + CLASSES], weights[begin : begin + CLASSES]

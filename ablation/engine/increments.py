@@ -1,6 +1,6 @@
-"""The change f(y + d) - f(y) of elementwise functions, in forms that don't cancel for small d.
+"""The change f(y + d) - f(y) of elementwise functions, by expressions that don't cancel for small d.
 
-In: the intact values y and their increments d. Out: the increments of f(y). Both wings use these forms: the rules of
+In: the intact values y and their increments d. Out: the increments of f(y). Both wings use them: the rules of
 `carried/` for any operation, the paths of `responses/` for the one unit that moves.
 """
 

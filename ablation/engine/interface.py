@@ -1,6 +1,6 @@
-"""What every path is made from, and what it can do: a `Setup` goes in, an `EnginePath` comes out.
+"""The interface of paths: a `Setup` is what a path is made from, an `EnginePath` what it can do.
 
-Which paths there are is told in `paths.py`; what they yield batch by batch, in `deltas.py`.
+The paths themselves are listed in `paths.py`; `deltas.py` has their results.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from ablation.sites import Sites
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """Which weights of which model are replaced by what, and how the deltas are to be computed.
+    """The model, the weights with their replacements, and how their deltas are computed.
 
-    `top1`: the paths also say whether the top-1 answer is right. `lanes`: how many sites the path `finite` carries at
-    once. `activations`: where what comes before the layer is kept between jobs and shards; None: nowhere. `loss`: whose
-    change is computed.
+    `top1`: whether paths also compute top-1 answers. `lanes`: the number of sites that the path `finite` carries at
+    once. `activations`: the cache of the layer's input, shared by jobs and shards; None: no cache. `loss`: the loss
+    whose change is computed.
     """
 
     model: torch.nn.Module
@@ -51,17 +51,17 @@ class Setup:
 
 @runtime_checkable
 class EnginePath(Protocol):
-    """One way to get the deltas; holds what does not change from batch to batch."""
+    """One way to compute the deltas; it holds what does not change from batch to batch."""
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas | Responses]]:
-        """One batch: the intact network, and the deltas of all sites; or functions that sum them up."""
+        """Run one batch; returns the intact network's results, and deltas of all sites or their response functions."""
         ...
 
 
 @runtime_checkable
 class HasPrefix(Protocol):
-    """A path whose only use for a batch is what comes before the layer, and that finds this in the cache."""
+    """A path that needs nothing of a batch but the layer's input, which it can take from the cache."""
 
     def keep_prefix(self, inputs: Tensor) -> None:
-        """Put what comes before the layer into the cache, if there is room."""
+        """Compute the layer's input and put it into the cache, if there is room."""
         ...

@@ -105,7 +105,7 @@ def loss_delta(
 def loss_delta_and_touched(
     intact: Intact, examples: Int64[Tensor, " pairs"], dz: Float[Tensor, "pairs classes"]
 ) -> tuple[Float[Tensor, " pairs"], Bool[Tensor, " pairs"]]:
-    """The same, and whether any logit's delta is nonzero."""
+    """Loss delta of each pair as `loss_delta`, and whether any logit's delta is nonzero."""
     if not intact.is_plain:
         touched = (dz != 0).any(dim=1)
         return _general_delta(intact, examples, dz).masked_fill_(~touched, 0.0), touched

@@ -1,4 +1,4 @@
-"""Which paths there are, how each is opened, and which of them a parameter can take.
+"""The table of paths, how each is made ready, and which of them a parameter can take.
 
 In: a path's name and a `Setup`, or the recorded calls of a forward pass. Out: an `EnginePath` ready for one shard, or
 the names of paths. Which of them a job takes is chosen by cost in `plan.py`.
@@ -27,8 +27,8 @@ from ablation.loss import is_plain
 def find_paths(calls: Calls, parameter: str) -> tuple[Path, ...]:
     """The paths that a parameter can take, from the fastest to the slowest.
 
-    `direct`: one number per example reaches the last Linear, so single weights are computed one by one. `response`: one
-    number per (example, unit) leads on to the loss by functions that the compiled loops know, so all weights of a unit
+    `direct`: one number per example reaches the last Linear, so single weights are computed one by one. `response`: the
+    loss depends on one number per (example, unit), by functions that the compiled loops have, so all weights of a unit
     are computed at once. `finite`, `rerun` and `reference` take any parameter.
     """
     way = find_straight_way(calls, parameter)

@@ -1,7 +1,7 @@
 """From per-example deltas to `PartialSums`: added up batch by batch in float64, in a fixed order.
 
-For splits sorted into blocks of one class, the variance within each class is closed as soon as its last example is in,
-so that nothing is kept per class.
+For splits sorted into blocks of one class, the variance within a class is computed as soon as its last example has been
+added, so that nothing is stored per class.
 """
 
 from typing import Any
@@ -32,9 +32,9 @@ class Sums:
         self.n_seen = 0
         self.n_correct = 0
         self.loss = 0.0
-        self.proved: list[Responses] = []  # of the proof's examples, batch by batch
+        self.proved: list[Responses] = []  # responses on the proof's examples, batch by batch
         self.n_proved = 0
-        self.bounds: Tensor | None = None  # by unit: what response functions left out at most
+        self.bounds: Tensor | None = None  # per unit: bound of what the response functions leave out
         self.float = {
             name: torch.zeros(n_sites, dtype=torch.float64, device=device)
             for name in (
@@ -49,13 +49,13 @@ class Sums:
         }
 
     def add_intact(self, intact: Intact) -> None:
-        """Count one batch of the intact network. Call after that batch's deltas were added."""
+        """Add one batch of the intact network, after that batch's deltas."""
         self.n_seen += len(intact.loss)
         self.n_correct += int(intact.correct.sum())
         self.loss += float(intact.loss.double().sum())
 
     def add(self, deltas: Deltas | Responses, intact: Intact, in_proof: Bool[Tensor, " examples"]) -> None:
-        """Add some sites' deltas on the batch that comes next."""
+        """Add some sites' deltas on the next batch."""
         if not isinstance(deltas, Deltas):
             self._add_responses(deltas, in_proof)
             return
@@ -73,7 +73,7 @@ class Sums:
             self._add_blocks(rows, delta, squared, self.per_class)
 
     def _add_responses(self, responses: Responses, in_proof: Bool[Tensor, " examples"]) -> None:
-        """They sum themselves up, into these sums' own memory: on their device, or on the host."""
+        """Let response functions add to these sums' own memory, on their device or on the host."""
         on_device = isinstance(responses, DeviceResponses)
         if self.bounds is None:
             home = responses.device if isinstance(responses, DeviceResponses) else torch.device("cpu")
@@ -91,7 +91,7 @@ class Sums:
             self.proved.append(responses.of_examples(in_proof.nonzero()[:, 0].cpu().numpy()))
 
     def _add_proved(self) -> None:
-        """The proof's examples of all batches at once: with each, the sums of all sites are fetched and stored."""
+        """Add the proof's examples of all batches at once, since each call reads and writes the sums of all sites."""
         if not self.proved:
             return
         assert self.bounds is not None
@@ -104,7 +104,7 @@ class Sums:
     def _add_blocks(
         self, rows: slice, delta: Float64[Tensor, "sites examples"], squared: Tensor, per_class: int
     ) -> None:
-        """Cut the batch where classes end, and close the variance of each class that does."""
+        """Cut the batch where classes end, and compute the variance of each class that is complete."""
         first, n = 0, delta.shape[1]
         while first < n:
             last = min(n, first + per_class - (self.n_seen + first) % per_class)
@@ -123,7 +123,7 @@ class Sums:
         total_squared.zero_()
 
     def finish(self) -> PartialSums:
-        """The frozen partial."""
+        """Return the frozen partial."""
         self._add_proved()
         floats: dict[str, Any] = {name: self.float[name].cpu().numpy() for name in self.float if "open" not in name}
         left_out = 0.0 if self.bounds is None else float(self.bounds.max())

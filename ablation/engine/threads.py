@@ -1,6 +1,6 @@
-"""Work cut into ranges, run on as many threads as the plan gave torch. The ranges don't change any number.
+"""Work cut into ranges, run on as many threads as the plan sets. Results don't depend on the ranges.
 
-Kernels release Python's lock, so plain threads use all cores; Numba's own don't survive the fork of a Celery worker.
+Compiled loops release the GIL, so Python threads use all cores; Numba's own don't survive the fork of a Celery worker.
 """
 
 from collections import deque
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-SMALL = 1 << 22  # numbers: below, PyTorch's threads, which wait busily after each of its operations, are in the way
-PARTS_PER_THREAD = 4  # so that one slow part doesn't leave the others waiting
+SMALL = 1 << 22  # values; with fewer, PyTorch's threads, which spin after each of its operations, slow the loop down
+PARTS_PER_THREAD = 4  # so that threads don't wait for one slow part
 
 
 def run_ranges(run: Callable[[int, int], None], n: int, parts_per_thread: int = PARTS_PER_THREAD) -> None:
-    """Call `run(first, last)` for ranges that cover 0 to n, which must write to places of their own.
+    """Call `run(first, last)` for ranges that cover 0 to n; calls must write to separate memory.
 
-    The calling thread takes its share: if it slept, the system might put two of the others on its core.
+    The calling thread takes part: if it slept, the system might run two of the others on one core.
     """
     n_threads = torch.get_num_threads()
     n_parts = min(n, n_threads * parts_per_thread) if n_threads > 1 else 1
@@ -29,7 +29,7 @@ def run_ranges(run: Callable[[int, int], None], n: int, parts_per_thread: int = 
         while parts:
             try:
                 part = parts.popleft()
-            except IndexError:  # another thread was quicker
+            except IndexError:  # another thread has taken the last part
                 return
             run(*part)
 
@@ -37,14 +37,14 @@ def run_ranges(run: Callable[[int, int], None], n: int, parts_per_thread: int = 
     try:
         work()
     finally:
-        parts.clear()  # after an error or a Ctrl-C nobody begins anything new
+        parts.clear()  # after an error or Ctrl-C no thread begins another part
         wait(others)
     for other in others:
         other.result()
 
 
 def over_rows(loop: Callable[..., None], n_rows: int, size: int, *args: Any) -> None:
-    """Run `loop(first, last, *args)` on all rows; `size` is how many numbers it goes over."""
+    """Run `loop(first, last, *args)` on all rows; `size` is the number of values that it processes."""
     if size < SMALL:
         loop(0, n_rows, *args)
     else:
