@@ -97,5 +97,5 @@ def test_only_what_is_read_again_is_kept() -> None:
         with prefix.replay():
             assert torch.equal(run_with(model, name, target * 2, inputs), truth)
     kept = [leaf for outputs in prefix.record for output in outputs if output for leaf in [output.value]]
-    assert sorted(type(value).__name__ for value in kept) == ["Form", "Form", "Form", "Tensor", "Tensor"]
+    assert sorted(type(value).__name__ for value in kept) == ["Layout", "Layout", "Layout", "Tensor", "Tensor"]
     assert model.first.calls == 2  # for the truth, and once to remember
