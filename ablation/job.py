@@ -25,7 +25,7 @@ from ablation.inputs.folders import Folders
 from ablation.inputs.models import load_model
 from ablation.layers import registered_here
 from ablation.loss import CROSS_ENTROPY, Loss, make_loss
-from ablation.plan import Plan, plan_spec
+from ablation.plan import Plan, PlanOptions, plan_spec
 from ablation.reference import in_float64
 from ablation.sites import Sites, list_sites
 from ablation.spec import JobSpec, PerClass
@@ -109,15 +109,15 @@ def count_splits(spec: JobSpec, folders: Folders) -> dict[str, SplitCounts]:
     return counts
 
 
-def plan_here(spec: JobSpec, folders: Folders, **options: Any) -> Plan:
-    """The plan of a job on what is built in or registered in this Python environment; `options` as in `make_plan`.
+def plan_here(spec: JobSpec, folders: Folders, options: PlanOptions) -> Plan:
+    """The plan of a job on what is built in or registered in this Python environment.
 
     Raises:
         SpecError: something that it names is not there, or it asks for more than there is.
     """
     registered = registered_here()
-    plan = plan_spec(spec, folders, registered, **options)
-    return plan or cast(Plan, plan_spec(spec, folders, registered, counts=count_splits(spec, folders), **options))
+    plan = plan_spec(spec, folders, options, registered)
+    return plan or cast(Plan, plan_spec(spec, folders, options, registered, count_splits(spec, folders)))
 
 
 def make_job(

@@ -1,10 +1,12 @@
 """The speed of this machine, relative to the one that the cost table (`cost.py`) was measured on, and its memory.
 
-In: nothing. Out: its pace, and its memory in bytes. Torch-free.
+In: nothing. Out: a `Machine`. Torch-free.
 """
 
+import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,22 @@ TABLE_S = 0.0130  # seconds of the products on that machine
 
 # Linux's files with a container's memory limit; "max", or a number beyond any machine, means no limit.
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that jobs run on; by default the one that the cost table was measured on, with memory without end.
+
+    `pace`: one of its threads as a multiple of one there. `memory_bytes`: what a job may take.
+    """
+
+    pace: float = 1.0
+    memory_bytes: float = math.inf
+
+
+def measure_machine(memory_bytes: int | None = None) -> Machine:
+    """This machine; `memory_bytes` is what the operator lets a job take, None: all that there is."""
+    return Machine(measure_pace(), memory_bytes or find_memory())
 
 
 def measure_pace() -> float:

@@ -6,7 +6,8 @@ In: any PyTorch model and data. Out: a `Table`, which is an `ImportanceTable` wi
 import copy
 import numbers
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from ablation.inputs.data import as_dataset, load_batches
 from ablation.job import Split, make_job
 from ablation.layers import describe_model
 from ablation.loss import Loss, read_loss
-from ablation.machine import find_memory
+from ablation.machine import Machine, find_memory
 from ablation.memory import run_smaller
-from ablation.plan import Plan, SplitCounts, make_plan
+from ablation.plan import Plan, PlanOptions, SplitCounts, make_plan
 from ablation.plots import make_figure
 from ablation.precision import fit, left_alone
 from ablation.reference import intact_logits
 from ablation.run import run_job
-from ablation.spec import SPLITS, JobSpec, make_spec
+from ablation.spec import SPLITS, make_spec
 from ablation.statistics import make_summary
 from ablation.table import ImportanceTable
 
@@ -132,17 +133,42 @@ def ablate(
         raise ModelError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module.")
     read = {name: _make_split(name, splits[name]) for name in _check_names(splits)}
     of_loss, loss_object = read_loss(loss)
-    spec = _make_spec(layer, read, sites, seed, value, precision, verify, top1, criteria, of_loss)
+    spec = make_spec(
+        {
+            "model": {"name": "in memory"},
+            "layer": layer,
+            "data": {"name": "in memory", **dict.fromkeys(read, "all")},
+            "sites": _ask_sites(sites, _whole(seed)),
+            "value": {"constant": float(value)} if _is_number(value) else value,
+            "precision": precision,
+            "verify": _whole(verify),
+            "top1": top1,
+            "criteria": tuple(criteria),
+            "loss": of_loss,
+        }
+    )
+    options = PlanOptions(
+        torch.get_num_threads(),
+        engine=engine,
+        batch_size=_check_size(_whole(batch_size)),
+        is_shared=False,
+        machine=Machine(memory_bytes=find_memory()),
+    )
     work = _on_device(model, device)
     with left_alone(work):
-        plan_of = _plan_for(spec, work, read, engine, batch_size)
-        plan = plan_of(0)
+        facts = _describe(work, next(iter(read.values())))
+        counts = {name: SplitCounts(n_examples=len(split.indices)) for name, split in read.items()}
+
+        def cut(n_halved: int) -> Plan:
+            return make_plan(spec, facts, counts, replace(options, n_halved=n_halved))
+
+        plan = cut(0)
         columns = (TextColumn("ablating {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, transient=True, console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task(f"{plan.n_sites} weights of {layer} ({plan.path})", total=1.0)
             return _as_table(
                 run_smaller(
-                    lambda n_halved: make_job(spec, plan_of(n_halved) if n_halved else plan, work, read, loss_object),
+                    lambda n_halved: make_job(spec, cut(n_halved), work, read, loss_object),
                     lambda job: run_job(job, on_progress=lambda fraction: bar.update(task, completed=fraction)),
                     may_halve=batch_size is None,
                 )
@@ -166,34 +192,6 @@ def _make_split(name: str, given: Any) -> Split:
     if not len(indices):
         raise DataError(f"the {name} split has no examples; give at least one.")
     return Split(dataset, indices, collate)
-
-
-def _make_spec(
-    layer: str,
-    splits: dict[str, Split],
-    sites: Any,
-    seed: int,
-    value: Any,
-    precision: str,
-    verify: int,
-    top1: bool,
-    criteria: Sequence[str],
-    loss: Any,
-) -> JobSpec:
-    return make_spec(
-        {
-            "model": {"name": "in memory"},
-            "layer": layer,
-            "data": {"name": "in memory", **dict.fromkeys(splits, "all")},
-            "sites": _ask_sites(sites, _whole(seed)),
-            "value": {"constant": float(value)} if _is_number(value) else value,
-            "precision": precision,
-            "verify": _whole(verify),
-            "top1": top1,
-            "criteria": tuple(criteria),
-            "loss": loss,
-        }
-    )
 
 
 def _ask_sites(sites: Any, seed: Any) -> Any:
@@ -241,19 +239,6 @@ def _on_device(model: torch.nn.Module, device: Any) -> torch.nn.Module:
     return model if where == parameters[0].device else copy.deepcopy(model).to(where)
 
 
-def _plan_for(
-    spec: JobSpec, model: torch.nn.Module, splits: dict[str, Split], engine: str, batch_size: int | None
-) -> Callable[[int], Plan]:
-    """The plan that is halved so many times."""
-    baseline.check_model(model)
-    facts = _describe(model, next(iter(splits.values())))
-    counts = {name: SplitCounts(n_examples=len(split.indices)) for name, split in splits.items()}
-    size = _check_size(_whole(batch_size))
-    options: dict[str, Any] = {"threads": torch.get_num_threads(), "memory_bytes": find_memory(), "engine": engine}
-    options |= {"batch_size": size, "is_shared": False}
-    return lambda n_halved: make_plan(spec, facts, counts, n_halved=n_halved, **options)
-
-
 def _check_size(batch_size: int | None) -> int | None:
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise SpecError("batch_size", batch_size, "a whole number of at least 1, or None")
@@ -262,6 +247,7 @@ def _check_size(batch_size: int | None) -> int | None:
 
 def _describe(model: torch.nn.Module, split: Split) -> ModelFacts:
     """The facts of the caller's model, from a look at its first examples."""
+    baseline.check_model(model)
     inputs, labels = next(load_batches(split.dataset, split.indices[:2], 2, collate=split.collate))
     inputs = fit(inputs, model)
     baseline.check_logits(intact_logits(model, inputs), len(labels))

@@ -1,4 +1,4 @@
-"""Raw sums over one shard's examples: zero, add, merge, join; and both of them in one go.
+"""Raw sums over one shard's examples, and how those of all shards are put together.
 
 In: per-example deltas, already summed over one batch. Out: a `PartialSums`, which the table is made from.
 Sums are float64, counts int32 (a split has fewer than 2^31 examples); all are added in a fixed order, so the same plan
@@ -6,9 +6,7 @@ gives the same bytes. What a job does not ask for is None and takes no room: 28 
 Torch-free: partials travel through Redis.
 """
 
-from dataclasses import dataclass, fields, replace
-from functools import reduce
-from typing import Any
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Float64, Int32
@@ -41,15 +39,6 @@ class PartialSums:
 
 TOTALS = ("n_examples", "n_correct", "loss", "left_out")
 PER_SITE = tuple(field.name for field in fields(PartialSums) if field.name not in TOTALS)
-COUNTS = ("touched", "broken", "fixed")
-
-
-def zero(n_sites: int, *, proof: bool = True, within: bool = False, top1: bool = False) -> PartialSums:
-    """The sums over no examples; of the fields that not every job has, those asked for."""
-    has = {"proof": proof, "within": within, "broken": top1, "fixed": top1}
-    names = [name for name in PER_SITE if has.get(name, True)]
-    arrays: dict[str, Any] = {name: np.zeros(n_sites, np.int32 if name in COUNTS else np.float64) for name in names}
-    return PartialSums(n_examples=0, n_correct=0, loss=0.0, **arrays)
 
 
 def held(partial: PartialSums) -> dict[str, np.ndarray]:
@@ -58,35 +47,12 @@ def held(partial: PartialSums) -> dict[str, np.ndarray]:
     return {name: values for name, values in arrays.items() if values is not None}
 
 
-def add(a: PartialSums, b: PartialSums) -> PartialSums:
-    """The sums over both sets of examples, for the same sites."""
-    if a.delta.shape != b.delta.shape:
-        raise ValueError(f"merge takes partials of the same sites: got {a.delta.size} and {b.delta.size}")
-    _check_fields(a, b)
-    totals = {name: getattr(a, name) + getattr(b, name) for name in TOTALS}
-    return PartialSums(**totals, **{name: values + held(b)[name] for name, values in held(a).items()})
-
-
-def merge(partials: list[PartialSums]) -> PartialSums:
-    """Same sites, disjoint examples: add, in the order given."""
-    return reduce(add, partials)
-
-
-def join(partials: list[PartialSums]) -> PartialSums:
-    """Disjoint sites, same examples: concatenate, in the order given."""
-    first = partials[0]
-    if any(part.n_examples != first.n_examples for part in partials):
-        counts = [part.n_examples for part in partials]
-        raise ValueError(f"join takes partials of the same examples: got {counts} of them")
-    _check_fields(*partials)
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in partials]) for name in held(first)}
-    return replace(first, **arrays, left_out=max(part.left_out for part in partials))
-
-
 class Gathered:
-    """Merges and joins in one go: the sums of all sites, into which partials are added one at a time.
+    """The sums of all sites over all examples, into which partials are added one at a time.
 
-    The same numbers as `join` of `merge`, to the bit; but of the partials only one has to be there at once.
+    Partials of the same sites (disjoint examples) are merged: added up, in the order in which they come. Partials of
+    disjoint sites (the same examples) are joined: each is put into its rows. A partial that has all sites may be
+    changed by this.
     """
 
     def __init__(self, n_sites: int) -> None:
@@ -95,7 +61,11 @@ class Gathered:
         self.arrays: dict[str, np.ndarray] = {}
 
     def add(self, sites: tuple[int, int], partial: PartialSums) -> None:
-        """Add the sums over more examples for the rows from the first of `sites` to before the last."""
+        """Add the sums over more examples for the rows from the first of `sites` to before the last.
+
+        Raises:
+            ValueError: the partial has another number of sites, or other fields than those before it.
+        """
         arrays, rows = held(partial), slice(*sites)
         if partial.delta.size != rows.stop - rows.start:
             raise ValueError(f"got a partial of {partial.delta.size} sites for the rows {rows.start} to {rows.stop}")
@@ -119,16 +89,14 @@ class Gathered:
         self.totals[sites] = (before[0] + more[0], before[1] + more[1], before[2] + more[2], before[3] + more[3])
 
     def finish(self) -> PartialSums:
-        """The sums over all examples that were added, for all sites."""
+        """The sums over all examples that were added, for all sites.
+
+        Raises:
+            ValueError: some sites have been summed over more examples than others.
+        """
         counts = [n for n, *_ in self.totals.values()]
         if len({*counts}) != 1:
             raise ValueError(f"join takes partials of the same examples: got {counts} of them")
         n_examples, n_correct, loss, _ = next(iter(self.totals.values()))
         left_out = max(each[3] for each in self.totals.values())
         return PartialSums(n_examples, n_correct, loss, **self.arrays, left_out=left_out)
-
-
-def _check_fields(*partials: PartialSums) -> None:
-    have = [sorted(held(partial)) for partial in partials]
-    if any(names != have[0] for names in have):
-        raise ValueError(f"partials of one job have the same fields: got {have}")

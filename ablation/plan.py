@@ -6,7 +6,8 @@ Torch-free: the API plans.
 """
 
 import math
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import numpy as np
 from pydantic import Field
@@ -25,6 +26,7 @@ from ablation.inputs.catalog import (
     split_counts,
 )
 from ablation.inputs.folders import Folders
+from ablation.machine import Machine
 from ablation.spec import (
     FORMS,
     Constant,
@@ -124,6 +126,25 @@ class Plan(Record):
         return next(split for split in self.splits if split.name == name)
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """How a job is to be cut, beside what its spec asks for.
+
+    `threads` of a worker decide the last bits of the results. A shard aims at `shard_s` seconds. `engine` is a path, or
+    "auto"; `batch_size` None leaves it to the plan. `is_shared`: several processes may run the job, so it is cut for
+    them. What is carried at once is halved `n_halved` times, and more often where it would not fit into the memory of
+    the `machine`; its pace changes the estimate alone.
+    """
+
+    threads: int
+    shard_s: float = SHARD_S
+    engine: str = "auto"
+    batch_size: int | None = None
+    is_shared: bool = True
+    n_halved: int = 0
+    machine: Machine = field(default_factory=Machine)
+
+
 def count_asked(split: str, asked: SplitSpec, counts: SplitCounts) -> SplitPlan:
     """How many examples of a split were asked for.
 
@@ -182,14 +203,13 @@ def _check_weights(spec: JobSpec, n_classes: int) -> None:
 def plan_spec(
     spec: JobSpec,
     folders: Folders,
+    options: PlanOptions,
     registered: Registered = NOTHING,
-    *,
     counts: dict[str, SplitCounts] | None = None,
-    **options: Any,
 ) -> Plan | None:
     """The plan of a job whose model and data are named; None where only opening the data tells how much there is.
 
-    `counts` of data that has been opened; `options` as in `make_plan`.
+    `counts`: how many examples each split has, where its data has been opened.
 
     Raises:
         SpecError: something that it names is not there, or it asks for more than there is.
@@ -201,89 +221,66 @@ def plan_spec(
     find_checkpoint(spec.model.weights, facts.weights, folders)
     count_sites(spec, find_layer(facts, spec.layer))
     counts = counts or split_counts(spec.data, folders, registered)
-    return None if counts is None else make_plan(spec, facts, counts, **options)
+    return None if counts is None else make_plan(spec, facts, counts, options)
 
 
-def make_plan(
-    spec: JobSpec,
-    facts: ModelFacts,
-    counts: dict[str, SplitCounts],
-    *,
-    threads: int,
-    shard_s: float = SHARD_S,
-    engine: str = "auto",
-    batch_size: int | None = None,
-    is_shared: bool = True,
-    pace: float = 1.0,
-    memory_bytes: float = math.inf,
-    n_halved: int = 0,
-) -> Plan:
+def make_plan(spec: JobSpec, facts: ModelFacts, counts: dict[str, SplitCounts], options: PlanOptions) -> Plan:
     """The cut of a job: which path, which shards, which examples the proof goes over, and what it will cost.
-
-    `is_shared`: whether several processes may run it. `pace` of the machine (`cost.py`) changes the estimate alone.
-    What is carried at once is halved `n_halved` times, and more often where it would not fit into `memory_bytes`.
 
     Raises:
         SpecError: the model has no such layer, more sites or examples were asked for than there are, or it takes more
             memory than there is.
     """
-    options: dict[str, Any] = {"threads": threads, "shard_s": shard_s, "engine": engine, "is_shared": is_shared}
-    options |= {"pace": pace, "batch_size": batch_size}
-    plan = _cut_job(spec, facts, counts, n_halved=n_halved, **options)
-    while plan.estimate.memory_bytes > memory_bytes:
-        if batch_size or plan.batch_size == plan.lanes == 1:
+    limit_bytes = options.machine.memory_bytes
+    plan = _cut_job(spec, facts, counts, options)
+    while plan.estimate.memory_bytes > limit_bytes:
+        if options.batch_size or plan.batch_size == plan.lanes == 1:
             raise SpecError(
                 "sites",
                 f"{plan.n_sites} sites in batches of {plan.batch_size} examples",
-                f"what takes at most {memory_bytes} bytes of memory; this takes about {plan.estimate.memory_bytes}",
+                f"what takes at most {limit_bytes} bytes of memory; this takes about {plan.estimate.memory_bytes}",
                 "Ask for fewer sites, or use a machine with more memory.",
             )
-        plan = _cut_job(spec, facts, counts, n_halved=plan.n_halved + 1, **options)
+        plan = _cut_job(spec, facts, counts, replace(options, n_halved=plan.n_halved + 1))
     return plan
 
 
-def _cut_job(
-    spec: JobSpec,
-    facts: ModelFacts,
-    counts: dict[str, SplitCounts],
-    *,
-    threads: int,
-    shard_s: float,
-    engine: str,
-    batch_size: int | None,
-    is_shared: bool,
-    pace: float,
-    n_halved: int,
-) -> Plan:
+@dataclass(frozen=True)
+class _Work:
+    """What is to be computed, and how; not yet cut into shards."""
+
+    spec: JobSpec
+    facts: ModelFacts
+    layer: LayerFacts
+    path: Path
+    n_sites: int
+    splits: tuple[SplitPlan, ...]
+    batch_size: int
+    lanes: int
+    threads: int
+
+    def split_s(self, split: SplitPlan) -> float:
+        """Seconds that all sites take on one split."""
+        return split_s(
+            split.n_examples, self.facts, self.layer, self.path,
+            n_sites=self.n_sites, batch_size=self.batch_size, lanes=self.lanes, threads=self.threads,
+        )  # fmt: skip
+
+    def proof_s(self, n_examples: int, n_sites: int) -> float:
+        """Seconds that a proof of so many sites takes on so many examples."""
+        return proof_s(n_examples, len(self.splits), n_sites, self.facts, self.layer, self.threads)
+
+
+def _cut_job(spec: JobSpec, facts: ModelFacts, counts: dict[str, SplitCounts], options: PlanOptions) -> Plan:
     layer = find_layer(facts, spec.layer)
     _check_weights(spec, facts.n_classes)
     n_sites = count_sites(spec, layer)
-    path = _choose_path(spec, layer, n_sites, engine)
+    path = _choose_path(spec, layer, n_sites, options.engine)
     splits = tuple(count_asked(name, asked, counts[name]) for name, asked in spec.data.splits.items())
-    lanes, batch_size = _choose_lanes(facts, layer, path, n_sites, batch_size, n_halved)
-    seconds = {
-        split.name: split_s(
-            split.n_examples, facts, layer, path,
-            n_sites=n_sites, batch_size=batch_size, lanes=lanes, threads=threads,
-        )
-        for split in splits
-    }  # fmt: skip
-    is_whole = path == "response" and spec.sites == "all"
-    shards: tuple[Shard, ...] = ()
-    for split in splits:
-        n_wanted = seconds[split.name] / shard_s
-        if is_shared:
-            n_wanted = max(n_wanted, min(N_SHARED, int(seconds[split.name] / SHARED_S)))
-        most_sites = PARTIAL_BYTES // _partial_bytes(split, spec)
-        if is_whole and len(layer.shape) == 2:
-            shards += tuple(_cut_rows(split, layer, n_wanted, most_sites) if is_shared else _in_one(split, n_sites))
-        else:
-            row = math.prod(layer.shape[1:]) if is_whole else 1
-            most = MAX_SITES_PER_SHARD if not is_whole else max(1, most_sites // row) * row if is_shared else n_sites
-            shards += tuple(_cut(split, n_sites, batch_size, n_wanted, most, row))
-    proof = _plan_proof(shards, min(spec.verify, n_sites), sum(seconds.values()), facts, layer, threads)
-    n_proved = sum(len(examples) for examples in proof.examples.values())
-    all_s = START_S + sum(seconds.values()) + proof_s(n_proved, len(splits), proof.n_sites, facts, layer, threads)
+    lanes, batch_size = _choose_lanes(facts, layer, path, n_sites, options)
+    work = _Work(spec, facts, layer, path, n_sites, splits, batch_size, lanes, options.threads)
+    shards = tuple(shard for split in splits for shard in _cut_split(work, split, options))
+    proof = _plan_proof(work, shards)
     return Plan(
         parameter=layer.parameter,
         kind=layer.kind,
@@ -293,13 +290,13 @@ def _cut_job(
         path=path,
         precision=spec.precision,
         batch_size=batch_size,
-        n_halved=n_halved,
+        n_halved=options.n_halved,
         lanes=lanes,
-        threads=threads,
+        threads=options.threads,
         splits=splits,
         shards=shards,
         proof=proof,
-        estimate=_estimate(spec, splits, shards, facts, layer, path, n_sites, batch_size, lanes, threads, all_s, pace),
+        estimate=_estimate(work, shards, proof, options.machine.pace),
     )
 
 
@@ -352,12 +349,13 @@ def _choose_batch_size(facts: ModelFacts) -> int:
 
 
 def _choose_lanes(
-    facts: ModelFacts, layer: LayerFacts, path: Path, n_sites: int, batch_size: int | None, n_halved: int
+    facts: ModelFacts, layer: LayerFacts, path: Path, n_sites: int, options: PlanOptions
 ) -> tuple[int, int]:
     """How many sites at once on how many examples: as many pairs as their deltas fit, sites before examples.
 
     Many sites share one run of the intact network, and one look at which of its units are active.
     """
+    batch_size, n_halved = options.batch_size, options.n_halved
     if path == "response" and len(layer.shape) == 2:  # every batch fetches the sums of all weights once
         return 1, batch_size or max(1, MAX_BATCH >> n_halved)
     if path != "finite":
@@ -368,6 +366,23 @@ def _choose_lanes(
         return max(1, lanes >> n_halved), batch_size
     whole = min(_choose_batch_size(facts), 1 << ((n_pairs // lanes).bit_length() - 1))
     return max(1, lanes >> max(0, n_halved - whole.bit_length() + 1)), max(1, whole >> n_halved)  # examples, then sites
+
+
+def _cut_split(work: _Work, split: SplitPlan, options: PlanOptions) -> list[Shard]:
+    """The shards of one split: whole rows of a Linear are cut by rows, anything else by examples and sites."""
+    layer, n_sites = work.layer, work.n_sites
+    n_wanted = work.split_s(split) / options.shard_s
+    if options.is_shared:
+        n_wanted = max(n_wanted, min(N_SHARED, int(work.split_s(split) / SHARED_S)))
+    most_sites = PARTIAL_BYTES // _partial_bytes(split, work.spec)
+    is_whole = work.path == "response" and work.spec.sites == "all"
+    if is_whole and len(layer.shape) == 2:
+        return _cut_rows(split, layer, n_wanted, most_sites) if options.is_shared else _in_one(split, n_sites)
+    if not is_whole:
+        return _cut(split, n_sites, work.batch_size, n_wanted, MAX_SITES_PER_SHARD, row=1)
+    row = math.prod(layer.shape[1:])
+    most_sites = max(1, most_sites // row) * row if options.is_shared else n_sites
+    return _cut(split, n_sites, work.batch_size, n_wanted, most_sites, row)
 
 
 def _cut(split: SplitPlan, n_sites: int, batch_size: int, n_wanted: float, most_sites: int, row: int) -> list[Shard]:
@@ -429,19 +444,18 @@ def _intervals(n: int, length: int) -> list[tuple[int, int]]:
     return [(start, min(start + length, n)) for start in range(0, n, length)]
 
 
-def _plan_proof(
-    shards: tuple[Shard, ...], n_sites: int, seconds: float, facts: ModelFacts, layer: LayerFacts, threads: int
-) -> ProofPlan:
+def _plan_proof(work: _Work, shards: tuple[Shard, ...]) -> ProofPlan:
     """Examples for the proof, drawn from every shard: as many as the job's cost allows, but at least one of each."""
+    n_sites = min(work.spec.verify, work.n_sites)
     if not n_sites:
         return ProofPlan(n_sites=0, examples={})
+    seconds = sum(work.split_s(split) for split in work.splits)
     blocks = sorted({(shard.split, *shard.examples) for shard in shards})
     n_all = sum(last - first for _, first, last in blocks)
-    splits = {split for split, _, _ in blocks}
     paid = (
         n
         for n in range(PROVED_AT_ONCE, PROOF_EXAMPLES + 1, PROVED_AT_ONCE)
-        if proof_s(n, len(splits), n_sites, facts, layer, threads) <= PROOF_SHARE * seconds
+        if work.proof_s(n, n_sites) <= PROOF_SHARE * seconds
     )
     n_wanted = max(paid, default=PROVED_AT_ONCE)
     random = np.random.default_rng(0)
@@ -453,37 +467,26 @@ def _plan_proof(
     return ProofPlan(n_sites=n_sites, examples=examples)
 
 
-def _estimate(
-    spec: JobSpec,
-    splits: tuple[SplitPlan, ...],
-    shards: tuple[Shard, ...],
-    facts: ModelFacts,
-    layer: LayerFacts,
-    path: Path,
-    n_sites: int,
-    batch_size: int,
-    lanes: int,
-    threads: int,
-    seconds: float,
-    pace: float,
-) -> Estimate:
-    n_examples = sum(split.n_examples for split in splits)
-    n_parameters = sum(each.n_weights for each in facts.layers)
-    sum_bytes = {split.name: _partial_bytes(split, spec) for split in splits}
-    row_bytes = _row_bytes(splits, spec)
+def _estimate(work: _Work, shards: tuple[Shard, ...], proof: ProofPlan, pace: float) -> Estimate:
+    n_examples = sum(split.n_examples for split in work.splits)
+    n_proved = sum(len(examples) for examples in proof.examples.values())
+    seconds = START_S + sum(work.split_s(split) for split in work.splits) + work.proof_s(n_proved, proof.n_sites)
+    n_parameters = sum(each.n_weights for each in work.facts.layers)
+    sum_bytes = {split.name: _partial_bytes(split, work.spec) for split in work.splits}
+    row_bytes = _row_bytes(work.splits, work.spec)
     carried_bytes = 0
-    if path == "finite":  # deltas, and the products of the intact network in float64
-        carried_bytes = batch_size * (12 * lanes * layer.widest_spread + 8 * layer.values_after)
+    if work.path == "finite":  # deltas, and the products of the intact network in float64
+        carried_bytes = work.batch_size * (12 * work.lanes * work.layer.widest_spread + 8 * work.layer.values_after)
     return Estimate(
         n_examples=n_examples,
-        passes=(seconds - START_S) / (n_examples * pass_s(facts, threads)),
+        passes=(seconds - START_S) / (n_examples * pass_s(work.facts, work.threads)),
         seconds=seconds / pace,
         memory_bytes=12 * n_parameters
-        + 12 * batch_size * facts.widest
+        + 12 * work.batch_size * work.facts.widest
         + carried_bytes
         + WORKSPACE_BYTES
-        + n_sites * (sum(sum_bytes.values()) + row_bytes + WORKING_BYTES),
+        + work.n_sites * (sum(sum_bytes.values()) + row_bytes + WORKING_BYTES),
         redis_bytes=sum((shard.sites[1] - shard.sites[0]) * sum_bytes[shard.split] for shard in shards)
-        + n_sites * row_bytes
+        + work.n_sites * row_bytes
         + (len(shards) + 1) * FORM_BYTES,
     )

@@ -9,6 +9,7 @@ The service does the same with `run_shard` in many workers and `finish_job` in o
 import platform
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 
 from ablation.inputs.folders import Folders
 from ablation.job import Job, load_job, plan_here
-from ablation.machine import find_memory, measure_pace
+from ablation.machine import measure_machine
 from ablation.memory import run_smaller
 from ablation.partial import Gathered, PartialSums
-from ablation.plan import SHARD_S, Plan
+from ablation.plan import Plan, PlanOptions
 from ablation.proof import rms, run_proof
 from ablation.shard import drop_notes, run_shard, threads_of
 from ablation.sites import EveryWeight
@@ -31,22 +32,21 @@ from ablation.table import ImportanceTable, make_table
 def run_spec(
     spec: JobSpec,
     folders: Folders,
+    options: PlanOptions | None = None,
     *,
     device: str | None = None,
-    engine: str = "auto",
-    batch_size: int | None = None,
-    threads: int | None = None,
-    shard_s: float = SHARD_S,
     on_progress: Callable[[float, str], None] = lambda fraction, what: None,
 ) -> ImportanceTable:
-    """Load, plan and run a job in this process."""
+    """Load, plan and run a job in this process.
+
+    `options`: how it is cut; None: by the plan, for as many threads as torch has. It is not shared, and the machine is
+    this one, whatever they say.
+    """
     on_progress(0.0, "reading the model and the data")
-    options: dict[str, Any] = {"threads": threads or torch.get_num_threads(), "shard_s": shard_s, "engine": engine}
-    options |= {"pace": measure_pace(), "memory_bytes": find_memory()}
+    options = replace(options or PlanOptions(torch.get_num_threads()), is_shared=False, machine=measure_machine())
 
     def make(n_halved: int) -> Job:
-        plan = plan_here(spec, folders, batch_size=batch_size, is_shared=False, n_halved=n_halved, **options)
-        return load_job(spec, plan, folders, device=device)
+        return load_job(spec, plan_here(spec, folders, replace(options, n_halved=n_halved)), folders, device=device)
 
     def show(part: float) -> None:
         on_progress(part, "examples x sites" if part < 1 else "checking against the reference")
@@ -54,7 +54,7 @@ def run_spec(
     return run_smaller(
         make,
         lambda job: run_job(job, on_progress=show),
-        may_halve=batch_size is None,
+        may_halve=options.batch_size is None,
         on_smaller=lambda plan: on_progress(0.0, f"memory ran out: again, in batches of {plan.batch_size}"),
     )
 

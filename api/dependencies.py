@@ -9,6 +9,7 @@ from fastapi import Depends, Path, Request
 
 from ablation.errors import SpecError, nearest
 from ablation.inputs.catalog import NOTHING, Registered, dataset_names, model_names
+from ablation.machine import Machine
 from ablation.plan import Plan
 from ablation.spec import JobSpec
 from api.errors import AWAY, gone, not_found
@@ -78,12 +79,12 @@ def get_planner(desk: Annotated[Desk, Depends(get_desk)]) -> Callable[[JobSpec],
     return plan
 
 
-def get_machine(desk: Desk) -> dict[str, float]:
-    """The workers' pace and memory; empty while Redis is away, which makes the estimate coarser."""
+def get_machine(desk: Desk) -> Machine | None:
+    """The workers' machine; None while Redis is away, which makes the estimate coarser."""
     try:
         return desk.hasty_store.machine()
     except AWAY:
-        return {}
+        return None
 
 
 async def refuse_unknown_parameters(request: Request) -> None:

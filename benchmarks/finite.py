@@ -28,7 +28,7 @@ from ablation.engine.rerun import Rerun
 from ablation.inputs.catalog import SplitCounts, find_layer
 from ablation.inputs.models import build_model
 from ablation.layers import describe_model
-from ablation.plan import make_plan
+from ablation.plan import PlanOptions, make_plan
 from ablation.precision import FromTargetOn, as_found, run_with
 from ablation.sites import make_sites
 from ablation.spec import make_spec
@@ -96,7 +96,7 @@ def measure(name: str, parameter: str, n_sites: int, n_examples: int, active: fl
          "sites": {"count": n_sites}}
     )  # fmt: skip
     plan = make_plan(
-        spec, facts, {"test": SplitCounts(n_examples=n_examples)}, threads=torch.get_num_threads(), engine="finite"
+        spec, facts, {"test": SplitCounts(n_examples=n_examples)}, PlanOptions(torch.get_num_threads(), engine="finite")
     )
     weights = model.get_parameter(parameter)
     chosen = np.random.default_rng(0).choice(weights.numel(), n_sites, replace=False)

@@ -3,11 +3,10 @@
 In: a spec, settings, what is registered. Out: a plan that fits into Redis. Torch-free.
 """
 
-from collections.abc import Mapping
-
 from ablation.errors import SpecError
 from ablation.inputs.catalog import Registered, SplitCounts
-from ablation.plan import Plan, plan_spec
+from ablation.machine import Machine
+from ablation.plan import Plan, PlanOptions, plan_spec
 from ablation.spec import JobSpec
 from worker.settings import Settings
 
@@ -18,18 +17,18 @@ def plan_job(
     registered: Registered,
     counts: dict[str, SplitCounts] | None = None,
     *,
-    machine: Mapping[str, float] | None = None,
+    machine: Machine | None = None,
     n_halved: int = 0,
 ) -> Plan | None:
     """Plan a job with these settings; None where a worker must open its data first, for the `counts`.
 
-    `machine`: the workers' `pace` and `memory_bytes`, as far as they are known. `n_halved` as in `make_plan`.
+    `machine`: the workers' machine; None where it is not known. `n_halved`: how often memory ran out with this job.
 
     Raises:
         SpecError: the spec names something that doesn't exist, or the job needs more than Redis may hold.
     """
-    options = {"threads": settings.threads, "shard_s": settings.shard_s, "n_halved": n_halved, **(machine or {})}
-    plan = plan_spec(spec, settings.folders, registered, counts=counts, **options)
+    options = PlanOptions(settings.threads, settings.shard_s, n_halved=n_halved, machine=machine or Machine())
+    plan = plan_spec(spec, settings.folders, options, registered, counts)
     if plan and plan.estimate.redis_bytes > settings.max_redis_bytes:
         raise SpecError(
             "sites",

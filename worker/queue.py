@@ -11,7 +11,7 @@ from worker.redis_server import broker_url
 from worker.settings import Settings
 
 RUN_SHARD = "worker.run_shard"
-FINALIZE = "worker.finalize"
+RUN_FINALIZE = "worker.finalize"
 
 # Redis redelivers an unacknowledged message after this long. Short values run long shards twice, and even then recovery
 # took 93 s. So it is long, and the sweeper, which uses the leases, does the recovery.
@@ -46,7 +46,7 @@ def make_celery(settings: Settings) -> Celery:
         task_ignore_result=True,
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
         task_reject_on_worker_lost=True,
-        task_routes={RUN_SHARD: {"queue": keys.SHARD_QUEUE}, FINALIZE: {"queue": keys.FINALIZE_QUEUE}},
+        task_routes={RUN_SHARD: {"queue": keys.SHARD_QUEUE}, RUN_FINALIZE: {"queue": keys.FINALIZE_QUEUE}},
         task_serializer="json",
         visibility_timeout=VISIBILITY_S,
         worker_concurrency=1,
@@ -77,4 +77,4 @@ def enqueue_shards(celery: Celery, n: int) -> None:
 
 def enqueue_finalize(celery: Celery, job_id: str) -> None:
     """Send the message for a merge, which also runs the proof and stores the table."""
-    celery.send_task(FINALIZE, args=[job_id], ignore_result=True)
+    celery.send_task(RUN_FINALIZE, args=[job_id], ignore_result=True)

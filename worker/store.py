@@ -8,6 +8,7 @@ import json
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from redis.retry import Retry
 
 from ablation.errors import ServiceError, SpecError
 from ablation.inputs.catalog import FactsTable, Registered, line_from_facts
+from ablation.machine import Machine
 from ablation.plan import Plan
 from ablation.spec import JobSpec, Record
 from ablation.table import count_rows, cut_rows
@@ -192,10 +194,6 @@ class JobStore:
         for i in range(len(self._block_rows(job_id))):
             yield self._block(job_id, i)
 
-    def table_about(self, job_id: str) -> dict[str, Any]:
-        """The table's `about`: the job, and its results as a whole."""
-        return json.loads(self._result(job_id, "about"))
-
     def summary(self, job_id: str) -> dict[str, Any]:
         """The statistics of the table."""
         return json.loads(self._result(job_id, "summary"))
@@ -222,17 +220,17 @@ class JobStore:
             FactsTable(lines), tuple(sorted(name.decode() for name in self.client.smembers(keys.DATASETS)))
         )
 
-    def machine(self) -> dict[str, float]:
-        """`pace` and `memory_bytes` of the worker that started last, as far as they are known."""
+    def machine(self) -> Machine:
+        """The machine of the worker that started last; the cost table's machine where none has started."""
         known = self.client.hgetall(keys.MACHINE)
-        return {name.decode(): float(number) for name, number in known.items()}
+        return Machine(**{name.decode(): float(number) for name, number in known.items()})
 
     # For the workers
 
-    def publish(self, registered: Registered, *, pace: float, memory_bytes: int) -> None:
+    def publish(self, registered: Registered, machine: Machine) -> None:
         """Replace the published models, data sets and machine facts by this worker's."""
         with self.client.pipeline() as pipeline:
-            pipeline.hset(keys.MACHINE, mapping={"pace": pace, "memory_bytes": memory_bytes})
+            pipeline.hset(keys.MACHINE, mapping=asdict(machine))
             pipeline.delete(keys.MODELS, keys.DATASETS)
             for name, facts in registered.models.items():
                 pipeline.hset(keys.MODELS, name, line_from_facts(facts))

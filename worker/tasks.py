@@ -23,9 +23,10 @@ from redis.exceptions import RedisError
 
 from ablation.errors import SpecError
 from ablation.inputs.catalog import Registered
+from ablation.machine import Machine
 from worker import inventory, runner
 from worker.parent_death import tether
-from worker.queue import FINALIZE, RUN_SHARD, enqueue, make_celery
+from worker.queue import RUN_FINALIZE, RUN_SHARD, enqueue, make_celery
 from worker.settings import load_settings
 from worker.store import JobStore, connect
 from worker.sweeper import Sweeper, make_lost_error
@@ -67,7 +68,7 @@ def run_shard() -> None:
     runner.run_next(child_store(), app, settings, OWNER)
 
 
-@app.task(name=FINALIZE, Request=Request)
+@app.task(name=RUN_FINALIZE, Request=Request)
 def finalize(job_id: str) -> None:
     """Merge the partials, run the proof, and store the table."""
     runner.finalize(child_store(), app, settings, OWNER, job_id)
@@ -83,7 +84,7 @@ def start_child(**_: Any) -> None:
     import ablation.run
     import ablation.statistics  # noqa: F401
     from ablation.devices import describe_device, find_device
-    from ablation.machine import find_memory, measure_pace
+    from ablation.machine import measure_machine
 
     try:
         device = describe_device(find_device(settings.device, field="ABLATION_DEVICE"))
@@ -96,17 +97,17 @@ def start_child(**_: Any) -> None:
     print(f"worker: device {device}, {settings.threads} threads", file=sys.__stdout__, flush=True)
     offered = runner.find_registered()
     print(inventory.describe_registered(offered), file=sys.__stdout__, flush=True)
-    machine = {"pace": measure_pace(), "memory_bytes": settings.memory_bytes or find_memory()}
+    machine = measure_machine(settings.memory_bytes)
     while not begin(offered, machine):  # wait for Redis
         time.sleep(1)
     loaded.set()
 
 
-def begin(offered: Registered, machine: dict[str, Any]) -> bool:
+def begin(offered: Registered, machine: Machine) -> bool:
     """Publish what is registered here, and report this worker as ready; False where Redis is away."""
     store = JobStore(connect(settings))
     try:
-        store.publish(offered, **machine)
+        store.publish(offered, machine)
         give_up_orphans(store)
         store.note_worker(OWNER)
     except (RedisError, KombuError, OSError) as error:

@@ -10,8 +10,8 @@ from ablation.cli.display import print_json, print_table, say_bytes, say_number,
 from ablation.cli.options import home_option, json_option, located, run_options, spec_options
 from ablation.inputs.catalog import NOTHING, Registered, dataset_facts, dataset_names, model_facts, model_names
 from ablation.inputs.registered import GROUPS, registered_names
-from ablation.machine import find_memory, measure_pace
-from ablation.plan import Plan, plan_spec
+from ablation.machine import measure_machine
+from ablation.plan import Plan, PlanOptions, plan_spec
 from ablation.spec import JobSpec
 from ablation.views import layer_view, model_view, plan_view
 from worker.settings import Settings
@@ -89,15 +89,20 @@ def datasets(as_json: bool) -> None:
 @json_option
 def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None, as_json: bool) -> None:
     """Show how a job would be computed and what it would cost; nothing is computed."""
-    cut: dict[str, Any] = {"threads": settings.threads, "shard_s": settings.shard_s}
-    machine = {"pace": measure_pace(), "memory_bytes": settings.memory_bytes or find_memory()}
-    options = {**cut, **machine, "engine": engine, "batch_size": batch_size, "is_shared": False}
+    options = PlanOptions(
+        settings.threads,
+        settings.shard_s,
+        engine,
+        batch_size,
+        is_shared=False,
+        machine=measure_machine(settings.memory_bytes),
+    )
     with located(spec, settings.folders) as (spec, folders):
-        made = plan_spec(spec, folders, own_registered(), **options)
+        made = plan_spec(spec, folders, options, own_registered())
         if made is None:  # registered data, which must be opened first
             from ablation.job import plan_here
 
-            made = plan_here(spec, folders, **options)
+            made = plan_here(spec, folders, options)
     if as_json:
         print_json(plan_view(made).model_dump(mode="json"))
     else:

@@ -8,6 +8,7 @@ import click
 from ablation.cli.display import print_results, progress_bar
 from ablation.cli.files import results_folder, write_results
 from ablation.cli.options import home_option, json_option, located, out_option, run_options, spec_options
+from ablation.plan import PlanOptions
 from ablation.spec import JobSpec
 from worker.settings import Settings
 
@@ -38,11 +39,8 @@ def run(
             table = run_spec(
                 spec,
                 folders,
+                PlanOptions(settings.threads, settings.shard_s, engine, batch_size),
                 device=str(find_device(device or settings.device)),
-                engine=engine,
-                batch_size=batch_size,
-                threads=settings.threads,
-                shard_s=settings.shard_s,
                 on_progress=update,
             )
         summary = make_summary(table)

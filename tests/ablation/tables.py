@@ -1,11 +1,13 @@
 """Partials and tables from raw per-example deltas, computed the long way: what the fast sums must agree with."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from ablation.partial import PartialSums
+from ablation.partial import Gathered, PartialSums
 from ablation.table import ImportanceTable, make_table
 
 LOSS = 0.25  # of every intact example
@@ -41,6 +43,24 @@ def sums_of(deltas: np.ndarray, per_class: int | None = None) -> PartialSums:
         broken=(deltas > 1e-6).sum(axis=1, dtype=np.int32),
         fixed=(deltas < -1e-6).sum(axis=1, dtype=np.int32),
     )
+
+
+def merged(partials: Sequence[PartialSums]) -> PartialSums:
+    """Partials of the same sites, put together in this order."""
+    n_sites = partials[0].delta.size
+    gathered = Gathered(n_sites)
+    for partial in partials:
+        gathered.add((0, n_sites), deepcopy(partial))  # the first one's arrays become those of the result
+    return gathered.finish()
+
+
+def joined(partials: Sequence[PartialSums]) -> PartialSums:
+    """Partials of the same examples, each for the sites after those of the one before it."""
+    ends = np.cumsum([0, *(partial.delta.size for partial in partials)]).tolist()
+    gathered = Gathered(ends[-1])
+    for sites, partial in zip(pairwise(ends), partials, strict=True):
+        gathered.add(sites, deepcopy(partial))
+    return gathered.finish()
 
 
 def table_of(

@@ -12,7 +12,7 @@ import torch
 from ablation.cache import Activations, hash_of
 from ablation.inputs.folders import Folders
 from ablation.job import load_job
-from ablation.plan import plan_spec
+from ablation.plan import PlanOptions, plan_spec
 from ablation.run import run_job
 from ablation.spec import make_spec
 from ablation.table import ImportanceTable
@@ -150,7 +150,7 @@ def test_a_second_job_on_the_same_prefix_computes_none_of_it(
             {"model": {"name": "digits_alexnet"}, "layer": layer, "data": {"name": "digits", "test": {"count": 90}},
              "sites": {"count": 20, "seed": seed}, "loss": loss}
         )  # fmt: skip
-        plan = plan_spec(spec, folders, threads=1, batch_size=32)
+        plan = plan_spec(spec, folders, PlanOptions(threads=1, batch_size=32))
         assert plan is not None
         return run_job(load_job(spec, plan, folders))
 

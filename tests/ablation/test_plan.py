@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ablation.cost import START_S
 from ablation.errors import SpecError
 from ablation.inputs.catalog import LayerFacts, ModelFacts
-from ablation.plan import LANE_VALUES, MAX_SITES_PER_SHARD, PARTIAL_BYTES, Plan, SplitCounts, make_plan
+from ablation.plan import LANE_VALUES, MAX_SITES_PER_SHARD, PARTIAL_BYTES, Plan, PlanOptions, SplitCounts, make_plan
 from ablation.spec import make_spec
 
 FACTS = ModelFacts(
@@ -48,7 +48,7 @@ def plan(layer="fc", sites=100, train="all", test=None, n=5000, **options) -> Pl
         {"model": {"name": "net"}, "layer": layer, "data": {"name": "d", "train": train, "test": test}, "sites": asked,
          "verify": verify, "loss": options.pop("loss", "cross_entropy")}
     )  # fmt: skip
-    return make_plan(spec, facts, counts, **{"threads": 2, **options})
+    return make_plan(spec, facts, counts, PlanOptions(**{"threads": 2, **options}))
 
 
 @given(

@@ -11,7 +11,7 @@ from ablation.errors import Cancelled, DataError
 from ablation.inputs import catalog
 from ablation.inputs.folders import Folders
 from ablation.job import load_job
-from ablation.plan import make_plan
+from ablation.plan import PlanOptions, make_plan
 from ablation.run import finish_job, run_spec
 from ablation.shard import run_shard
 from ablation.spec import make_spec
@@ -39,14 +39,16 @@ def test_a_job_with_a_delta_of_classes_that_cancel_is_proved(folders: Folders) -
     """One in ten thousand small jobs failed: float32 was off by 1e-13 in a delta of 1e-9, beside others of 1e-4."""
     data = {"name": "digits", "test": {"count": 50, "seed": 7546}}
     spec = digits_spec(data=data, sites={"count": 64, "seed": 7546}, verify=2)
-    assert run_spec(spec, folders, threads=2).about["proof"]["arithmetic_error"] < 1e-6
+    assert run_spec(spec, folders, PlanOptions(threads=2)).about["proof"]["arithmetic_error"] < 1e-6
 
 
 @pytest.mark.parametrize("layer", ["fc3", "fc2", "conv2"])
 def test_digits_against_brute_force(folders: Folders, layer: str) -> None:
     spec = digits_spec(layer=layer, sites={"count": 24, "seed": 3})
-    table = run_spec(spec, folders, threads=2)
-    plan = make_plan(spec, catalog.model_facts("digits_alexnet"), catalog.split_counts(spec.data, folders), threads=2)
+    table = run_spec(spec, folders, PlanOptions(threads=2))
+    plan = make_plan(
+        spec, catalog.model_facts("digits_alexnet"), catalog.split_counts(spec.data, folders), PlanOptions(threads=2)
+    )
     job = load_job(spec, plan, folders, device="cpu")
     for name, split in job.splits.items():
         pairs = [split.dataset[int(index)] for index in split.indices]
@@ -73,7 +75,7 @@ def test_the_cut_changes_rounding_only_and_the_same_plan_nothing(folders: Folder
     facts, counts = catalog.model_facts("digits_alexnet"), catalog.split_counts(spec.data, folders)
     tables = []
     for shard_s, batch_size in ((60.0, 64), (60.0, 64), (1e-3, 64), (60.0, 50)):
-        plan = make_plan(spec, facts, counts, threads=1, shard_s=shard_s, batch_size=batch_size)
+        plan = make_plan(spec, facts, counts, PlanOptions(threads=1, shard_s=shard_s, batch_size=batch_size))
         job = load_job(spec, plan, folders, device="cpu")
         # Backwards: the order in which shards run is nobody's business.
         partials = {shard.id: run_shard(job, shard) for shard in reversed(plan.shards)}
@@ -89,7 +91,7 @@ def test_the_cut_changes_rounding_only_and_the_same_plan_nothing(folders: Folder
 def test_cancelling_takes_effect_between_batches(folders: Folders) -> None:
     spec = digits_spec(layer="conv1", sites={"count": 72, "seed": 0})
     facts, counts = catalog.model_facts("digits_alexnet"), catalog.split_counts(spec.data, folders)
-    job = load_job(spec, make_plan(spec, facts, counts, threads=1, batch_size=16), folders, device="cpu")
+    job = load_job(spec, make_plan(spec, facts, counts, PlanOptions(threads=1, batch_size=16)), folders, device="cpu")
     seen = []
 
     def on_batch(fraction: float) -> None:
@@ -107,14 +109,16 @@ def test_cancelling_takes_effect_between_batches(folders: Folders) -> None:
 
 def test_progress_runs_from_0_to_1(folders: Folders) -> None:
     seen = []
-    run_spec(digits_spec(), folders, threads=1, on_progress=lambda fraction, what: seen.append(fraction))
+    run_spec(digits_spec(), folders, PlanOptions(threads=1), on_progress=lambda fraction, what: seen.append(fraction))
     assert seen == sorted(seen)
     assert seen[0] == 0
     assert seen[-1] == pytest.approx(1)
 
 
 def test_float64_and_top1(folders: Folders) -> None:
-    table = run_spec(digits_spec(precision="float64", top1=True, sites={"indices": [5, 99, 3]}), folders, threads=1)
+    table = run_spec(
+        digits_spec(precision="float64", top1=True, sites={"indices": [5, 99, 3]}), folders, PlanOptions(threads=1)
+    )
     assert table.about["proof"]["arithmetic_error"] <= 1e-9
     assert list(table.columns)[-4:] == ["broken_train", "fixed_train", "broken_test", "fixed_test"]
 
@@ -147,11 +151,13 @@ def test_alexnet_end_to_end(folders: Folders, thousand_classes: str) -> None:
             "sites": {"count": 128, "seed": 0},
         }
     )  # fmt: skip
-    table = run_spec(spec, folders, threads=2)
+    table = run_spec(spec, folders, PlanOptions(threads=2))
     assert len(table) == 128
     assert table.about["proof"]["arithmetic_error"] <= 1e-4
     assert table.about["baseline"]["train"]["loss"] == pytest.approx(np.log(1000), rel=0.05)
-    plan = make_plan(spec, catalog.model_facts("alexnet"), catalog.split_counts(spec.data, folders), threads=2)
+    plan = make_plan(
+        spec, catalog.model_facts("alexnet"), catalog.split_counts(spec.data, folders), PlanOptions(threads=2)
+    )
     job = load_job(spec, plan, folders, device="cpu")
     split = job.splits["test"]
     pairs = [split.dataset[int(index)] for index in split.indices]

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ablation.partial import merge
 from ablation.table import Rows, count_rows, cut_rows
-from tests.ablation.tables import heavy_deltas, sums_of, table_of
+from tests.ablation.tables import heavy_deltas, merged, sums_of, table_of
 
 HEADER = "index,out,in,weight,magnitude,utility_train,stderr_train,touched_train,utility_test,stderr_test,touched_test"
 COUNTS = ("touched", "broken", "fixed")
@@ -163,7 +162,7 @@ def test_a_merged_partial_gives_the_same_columns_as_the_whole() -> None:
     deltas = heavy_deltas(20, 60)
     whole, cut = (
         table_of({"test": sums_of(deltas, 5)}, per_class={"test": 5}),
-        table_of({"test": merge([sums_of(deltas[:, :25], 5), sums_of(deltas[:, 25:], 5)])}, per_class={"test": 5}),
+        table_of({"test": merged([sums_of(deltas[:, :25], 5), sums_of(deltas[:, 25:], 5)])}, per_class={"test": 5}),
     )
     for name, values in whole.columns.items():
         np.testing.assert_allclose(cut.columns[name], values, rtol=1e-12, atol=1e-22, err_msg=name)

@@ -17,7 +17,7 @@ from ablation.inputs import catalog
 from ablation.inputs.folders import Folders
 from ablation.job import Job, load_job
 from ablation.partial import held
-from ablation.plan import ProofPlan, make_plan
+from ablation.plan import PlanOptions, ProofPlan, make_plan
 from ablation.run import finish_job, run_job
 from ablation.shard import run_shard
 from ablation.spec import make_spec
@@ -45,10 +45,10 @@ def whole_job(
     }
     spec = make_spec(fields | asked)
     facts, counts = catalog.model_facts("digits_alexnet"), catalog.split_counts(spec.data, folders)
-    options = {"threads": 1, "batch_size": 15, "engine": "response"}
+    options = PlanOptions(threads=1, batch_size=15, engine="response")
     layer = catalog.find_layer(facts, spec.layer)
     seconds = split_s(70, facts, layer, "response", n_sites=layer.n_weights, batch_size=15, lanes=1, threads=1)
-    plan = make_plan(spec, facts, counts, **options, shard_s=seconds / n_shards)
+    plan = make_plan(spec, facts, counts, replace(options, shard_s=seconds / n_shards))
     job = load_job(spec, plan.model_copy(update={"path": path}), folders, device="cpu", name="one")
     limited = Activations(cache, cache_bytes, path, 250) if cache_bytes else None
     return replace(job, activations=limited)
@@ -101,7 +101,9 @@ def test_rows_of_any_cut_agree_with_the_direct_path(path: str, home: Path, tmp_p
     spec = whole_job(home, tmp_path).spec
     facts, counts = catalog.model_facts("digits_alexnet"), catalog.split_counts(spec.data, Folders(home, home, home))
     job = whole_job(home, tmp_path, path, n_shards=5)
-    expected = run_job(replace(job, plan=make_plan(spec, facts, counts, threads=1, batch_size=64, engine="direct")))
+    expected = run_job(
+        replace(job, plan=make_plan(spec, facts, counts, PlanOptions(1, batch_size=64, engine="direct")))
+    )
     found = run_job(job).columns
     for name, values in expected.columns.items():
         scale = np.abs(values).max()

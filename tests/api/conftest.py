@@ -14,11 +14,11 @@ import pytest
 import uvicorn
 
 from ablation.inputs.catalog import NOTHING
-from ablation.partial import zero
 from ablation.spec import JobSpec, make_spec
 from ablation.table import ImportanceTable
 from api.app import make_app
 from api.examples import EXAMPLES
+from tests.worker.conftest import make_partial
 from worker import codec
 from worker.planner import plan_job
 from worker.redis_server import RedisServer
@@ -128,7 +128,7 @@ def succeeded(store: JobStore, settings: Settings, spec: JobSpec) -> JobRecord:
 
 def bring_partials(store: JobStore, job: JobRecord) -> None:
     assert job.plan
-    payload = codec.encode_partial(zero(11))
+    payload = codec.encode_partial(make_partial(0, 11))
     for shard in job.plan.shards:
         store.claim(job.id, shard.id, OWNER)
         store.complete(job.id, shard.id, OWNER, payload)

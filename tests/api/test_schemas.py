@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 
 from ablation.inputs.catalog import NOTHING
-from ablation.plan import Plan
+from ablation.plan import Plan, PlanOptions
 from ablation.run import run_spec
 from ablation.spec import JobSpec, make_spec
 from ablation.statistics import make_summary
@@ -77,7 +77,7 @@ def test_a_view_of_a_plan_leaves_out_the_shards_and_nothing_else() -> None:
 )
 def test_a_real_summary_is_what_the_schema_says_and_nothing_else(settings: Settings, change: dict[str, object]) -> None:
     asked = {**FIELDS, "data": {"name": "digits", "train": {"per_class": 3}, "test": {"per_class": 7}}, **change}
-    summary = make_summary(run_spec(make_spec(asked), settings.folders, threads=1))
+    summary = make_summary(run_spec(make_spec(asked), settings.folders, PlanOptions(threads=1)))
     jsonschema.Draft202012Validator(Summary.model_json_schema()).validate(summary)
     assert Summary.model_validate(summary).model_dump(exclude_unset=True) == summary
     n_splits = len(make_spec(asked).data.splits)

@@ -1,14 +1,17 @@
 """Jobs for the store's tests: a plan of a few shards, and partials made by hand."""
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ablation.inputs.catalog import LayerFacts, ModelFacts
 from ablation.partial import PartialSums
-from ablation.plan import Plan, SplitCounts, make_plan
+from ablation.plan import Plan, PlanOptions, SplitCounts, make_plan
 from ablation.spec import JobSpec, make_spec
+from worker import keys
 from worker.store import JobRecord, JobStore
 
 N_SITES = 7
@@ -33,7 +36,7 @@ def make_toy(n_shards: int = 3) -> tuple[JobSpec, Plan]:
         }
     )
     counts = {"test": SplitCounts(n_examples=10 * n_shards)}
-    plan = make_plan(spec, FACTS, counts, threads=1, batch_size=10, shard_s=1e-9)
+    plan = make_plan(spec, FACTS, counts, PlanOptions(threads=1, batch_size=10, shard_s=1e-9))
     assert len(plan.shards) >= n_shards
     return spec, plan.model_copy(update={"shards": plan.shards[:n_shards]})
 
@@ -44,6 +47,11 @@ def make_partial(number: int, n_sites: int = N_SITES) -> PartialSums:
     floats = {name: random.normal(size=n_sites) for name in ("delta", "delta_squared", "within", "proof")}
     counts = {name: random.integers(0, 100, size=n_sites, dtype=np.int32) for name in ("touched", "broken", "fixed")}
     return PartialSums(n_examples=10, n_correct=number, loss=0.1 + number, **floats, **counts)
+
+
+def about_of(store: JobStore, job_id: str) -> dict[str, Any]:
+    """What is stored beside a job's table: what the job was, and what it found as a whole."""
+    return json.loads(store.client.hget(keys.result(job_id), "about"))
 
 
 @pytest.fixture

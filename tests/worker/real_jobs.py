@@ -6,7 +6,7 @@ from celery import Celery
 
 from ablation.inputs import catalog
 from ablation.job import load_job
-from ablation.plan import Plan, make_plan
+from ablation.plan import Plan, PlanOptions, make_plan
 from ablation.run import run_job
 from ablation.spec import JobSpec, make_spec
 from ablation.table import ImportanceTable
@@ -26,7 +26,7 @@ def plan_real(settings: Settings, shard_s: float, *, engine: str = "auto", **ask
     }
     spec = make_spec(fields | asked)
     facts, counts = catalog.model_facts(spec.model.name), catalog.split_counts(spec.data, settings.folders)
-    return spec, make_plan(spec, facts, counts, threads=1, shard_s=shard_s, batch_size=16, engine=engine)
+    return spec, make_plan(spec, facts, counts, PlanOptions(1, shard_s, engine, batch_size=16))
 
 
 def run_undisturbed(settings: Settings, spec: JobSpec, plan: Plan) -> ImportanceTable:

@@ -12,11 +12,13 @@ from redis.retry import Retry
 from ablation.errors import Cancelled, DataError, ProofError, SpecError
 from ablation.inputs.catalog import NOTHING
 from ablation.job import load_job
+from ablation.machine import Machine
 from ablation.run import finish_job
 from ablation.shard import run_shard
 from ablation.spec import make_spec
 from ablation.statistics import make_summary
 from tests.ablation.inputs.test_mnist_and_cifar import write_mnist
+from tests.worker.conftest import about_of
 from tests.worker.real_jobs import encode, plan_real, run_undisturbed
 from tests.worker.test_queue import messages
 from worker import codec, keys, planner, runner
@@ -62,7 +64,7 @@ def test_shards_in_any_order_give_the_table_of_one_process(
     assert reload(store, quick_job).status is State.SUCCEEDED
     expected = run_undisturbed(settings, quick_job.spec, quick_job.plan)
     assert b"".join(store.table_blocks(quick_job.id)) == encode(expected)
-    told, about = store.table_about(quick_job.id), dict(expected.about)
+    told, about = about_of(store, quick_job.id), dict(expected.about)
     assert 0 < told.pop("seconds") < 60
     about.pop("seconds")
     assert told == json.loads(codec.encode_json(about))
@@ -281,7 +283,7 @@ STRIPES = {
 
 @pytest.mark.usefixtures("registered")
 def test_a_worker_plans_what_only_it_can_open(store: JobStore, celery: Celery, settings: Settings) -> None:
-    store.publish(runner.find_registered(), pace=1.0, memory_bytes=1 << 40)
+    store.publish(runner.find_registered(), Machine(1.0, 1 << 40))
     published = store.registered()
     assert {"stripe_net", "batch_net"} < set(published.models)
     assert "broken_net" not in published.models  # it can't be described

@@ -14,8 +14,9 @@ import pytest
 from celery import Celery
 from redis.exceptions import ResponseError
 
+from ablation.machine import Machine
 from ablation.spec import make_spec
-from tests.worker.conftest import make_partial, make_toy
+from tests.worker.conftest import about_of, make_partial, make_toy
 from tests.worker.real_jobs import encode, plan_real, run_undisturbed
 from tests.worker.test_queue import messages
 from tests.worker.waiting import wait_for
@@ -50,7 +51,7 @@ def test_where_memory_runs_out_the_job_is_cut_smaller_and_says_so(
     store: JobStore, celery: Celery, settings: Settings
 ) -> None:
     """The net takes few examples at once; what it wants for more no machine has."""
-    store.publish(runner.find_registered(), pace=1.0, memory_bytes=1 << 40)
+    store.publish(runner.find_registered(), Machine(1.0, 1 << 40))
     job = store.create(make_spec({**STRIPES, "model": {"name": "hungry_net"}}), None)
     assert job
     seen = []
@@ -63,7 +64,7 @@ def test_where_memory_runs_out_the_job_is_cut_smaller_and_says_so(
     assert (record.status, record.n_cut) == (State.FINALIZING, 4)
     runner.finalize(store, celery, settings, "a", job.id)
     assert reload(store, job).status is State.SUCCEEDED
-    about = store.table_about(job.id)["plan"]
+    about = about_of(store, job.id)["plan"]
     assert (about["batch_size"], about["n_halved"]) == (32, 3)
     assert record.plan
     assert b"".join(store.table_blocks(job.id)) == encode(run_undisturbed(settings, record.spec, record.plan))
@@ -92,7 +93,7 @@ def test_one_example_that_is_too_large_ends_the_job(
 ) -> None:
     import example_zoo
 
-    store.publish(runner.find_registered(), pace=1.0, memory_bytes=1 << 40)
+    store.publish(runner.find_registered(), Machine(1.0, 1 << 40))
     job = store.create(make_spec({**STRIPES, "model": {"name": "hungry_net"}}), None)
     assert job
     monkeypatch.setattr(example_zoo, "FEW", 0)
@@ -114,14 +115,14 @@ def test_a_job_is_cut_for_the_memory_that_workers_have(settings: Settings) -> No
     free = plan_job(spec, settings, NOTHING)
     assert free
     need = free.estimate.memory_bytes
-    tight = plan_job(spec, settings, NOTHING, machine={"memory_bytes": need - 1})
+    tight = plan_job(spec, settings, NOTHING, machine=Machine(memory_bytes=need - 1))
     assert tight
     assert tight.n_halved > 0 == free.n_halved
     assert tight.estimate.memory_bytes < need
     with pytest.raises(
         SpecError, match=r"^sites: got '100 sites in batches of 1 .* at most 1000 bytes of memory; this"
     ):
-        plan_job(spec, settings, NOTHING, machine={"memory_bytes": 1000})
+        plan_job(spec, settings, NOTHING, machine=Machine(memory_bytes=1000))
 
 
 # --- a shard that kills its worker -----------------------------------------------------------------------------------

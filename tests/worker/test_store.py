@@ -9,9 +9,10 @@ from redis import Redis
 
 from ablation.errors import ServiceError, SpecError
 from ablation.inputs.catalog import Registered
+from ablation.machine import Machine
 from ablation.plan import Plan
 from ablation.table import ImportanceTable
-from tests.worker.conftest import FACTS, make_partial, make_toy
+from tests.worker.conftest import FACTS, about_of, make_partial, make_toy
 from worker import codec, keys
 from worker.settings import Settings
 from worker.states import MOVES, TERMINAL, State
@@ -165,7 +166,7 @@ def test_the_life_of_a_job(store: JobStore, toy_job: MakeJob) -> None:
     assert record.status is State.SUCCEEDED
     assert record.created_at <= record.started_at <= record.finished_at
     assert record.progress.done == record.progress.total == 3
-    assert store.table_about(job.id) == {"seconds": 2.5}
+    assert about_of(store, job.id) == {"seconds": 2.5}
     assert store.summary(job.id) == {"n_sites": 5}
 
 
@@ -513,8 +514,8 @@ def test_a_job_cancelled_while_it_is_planned_stays_so(store: JobStore) -> None:
 
 def test_what_is_registered_is_what_was_published_last(store: JobStore) -> None:
     assert (dict(store.registered().models), store.registered().datasets) == ({}, ())
-    store.publish(Registered({"toy": FACTS}, ("mine", "also")), pace=2.5, memory_bytes=10)
-    assert store.machine() == {"pace": 2.5, "memory_bytes": 10}
+    store.publish(Registered({"toy": FACTS}, ("mine", "also")), Machine(2.5, 10))
+    assert store.machine() == Machine(pace=2.5, memory_bytes=10)
     assert (dict(store.registered().models), store.registered().datasets) == ({"toy": FACTS}, ("also", "mine"))
-    store.publish(Registered({}, ("mine",)), pace=1.0, memory_bytes=20)
+    store.publish(Registered({}, ("mine",)), Machine(1.0, 20))
     assert (dict(store.registered().models), store.registered().datasets) == ({}, ("mine",))

@@ -17,9 +17,10 @@ from ablation.engine.paths import PATHS, find_paths, open_path
 from ablation.errors import ExampleError, ModelError, SpecError
 from ablation.layers import describe_model
 from ablation.loss import CROSS_ENTROPY, CrossEntropy
-from ablation.partial import PartialSums, merge
+from ablation.partial import PartialSums
 from ablation.plan import ENGINES
 from ablation.sites import make_sites
+from tests.ablation.tables import merged
 from tests.cases import Case, confident_net, make_cases
 from tests.compare import BOUND, brute_force, count_moved, utility_error
 from tests.losses import NAMES as LOSSES
@@ -267,8 +268,8 @@ def test_any_cut_equals_the_uncut_run() -> None:
     for part in (slice(0, 10), slice(10, 23)):
         half = Case(case.name, case.model, case.parameter, case.inputs[part], case.labels[part], case.path)
         halves.append(run(half, "direct", "float64", some(case), cut=4))
-    np.testing.assert_allclose(merge(halves).delta, whole.delta, rtol=1e-11)
-    assert merge(halves).n_examples == 23
+    np.testing.assert_allclose(merged(halves).delta, whole.delta, rtol=1e-11)
+    assert merged(halves).n_examples == 23
 
 
 def test_same_cut_same_bytes() -> None:

@@ -15,6 +15,7 @@ from ablation.inputs.models import load_model
 from ablation.inputs.registered import DATASETS, MODELS, registered_names
 from ablation.job import plan_here
 from ablation.layers import describe_registered, registered_here
+from ablation.plan import PlanOptions
 from ablation.run import run_spec
 from ablation.spec import DataSpec, make_spec
 from tests.compare import brute_force
@@ -79,22 +80,26 @@ def test_where_memory_runs_out_the_job_begins_again_with_smaller_batches(folders
     smaller = [what for what in dict.fromkeys(told) if what.startswith("memory")]
     assert smaller == [f"memory ran out: again, in batches of {size}" for size in (128, 64, 32)]
     assert (table.about["plan"]["batch_size"], table.about["plan"]["n_halved"]) == (32, 3)
-    small = run_spec(spec, folders, batch_size=32)
+    small = run_spec(spec, folders, PlanOptions(2, batch_size=32))
     np.testing.assert_allclose(table.columns["utility_train"], small.columns["utility_train"], rtol=1e-5, atol=1e-12)
     with pytest.raises(OutOfMemory, match=r"^memory ran out in batches of 33 .*Choose a smaller batch size"):
-        run_spec(spec, folders, batch_size=33)
+        run_spec(spec, folders, PlanOptions(2, batch_size=33))
 
 
 @pytest.mark.usefixtures("registered")
 def test_the_root_of_registered_data_may_be_named(folders: Folders) -> None:
     far = make_spec({**SPEC, "data": {"name": "stripes", "root": "far", "train": "all", "test": "all"}})
-    plan = plan_here(far, folders, threads=1)
+    plan = plan_here(far, folders, PlanOptions(threads=1))
     assert [(split.name, split.n_examples) for split in plan.splits] == [("train", 21), ("test", 12)]
     assert catalog.split_counts(far.data, folders, registered_here()) is None  # only a worker can count
     with pytest.raises(SpecError, match="no such folder"):
         catalog.find_root(DataSpec(name="stripes", root="near", test="all"), folders, registered_here())
     with pytest.raises(SpecError, match="1 to 7, the examples of class 0"):
-        plan_here(make_spec({**SPEC, "data": {**far.data.model_dump(), "train": {"per_class": 8}}}), folders, threads=1)
+        plan_here(
+            make_spec({**SPEC, "data": {**far.data.model_dump(), "train": {"per_class": 8}}}),
+            folders,
+            PlanOptions(threads=1),
+        )
 
 
 @pytest.mark.usefixtures("registered")
