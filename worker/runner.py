@@ -1,6 +1,6 @@
 """What does a worker do with one shard, and with the merge? Plain functions that take all they need as arguments.
 
-In: a store, Celery (to send what follows), settings, an owner's token, ids. Out: a partial or a table in the store.
+In: a `Worker` and ids. Out: a partial or a table in the store, and messages for what follows.
 Not here: signals and Celery's wrappers (`tasks.py`), recovery (`sweeper.py`), the computation (`ablation.shard`,
 `ablation.run`).
 """
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from celery import Celery
@@ -42,6 +43,16 @@ FULL = {
 
 _loaded: dict[tuple[str, int], "Job"] = {}  # the last job's model and data, by its id and cut: at most one
 _unfit: set[str] = set()  # jobs that this worker must not work on
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Who works on shards: its store, its way to send messages, its settings, and its name on leases."""
+
+    store: JobStore
+    celery: Celery
+    settings: Settings
+    owner: str
 
 
 class Heartbeat:
@@ -80,10 +91,10 @@ class Heartbeat:
 
 
 @contextmanager
-def beating(store: JobStore, settings: Settings, job_id: str, shard_id: str, owner: str) -> Iterator[Heartbeat]:
+def beating(worker: Worker, job_id: str, shard_id: str) -> Iterator[Heartbeat]:
     """Run a heartbeat in a thread; torch and the compiled loops release the interpreter lock while they compute."""
-    heart = Heartbeat(store, job_id, shard_id, owner)
-    thread = threading.Thread(target=heart.run, args=(settings.beat_s,), name="heartbeat", daemon=True)
+    heart = Heartbeat(worker.store, job_id, shard_id, worker.owner)
+    thread = threading.Thread(target=heart.run, args=(worker.settings.beat_s,), name="heartbeat", daemon=True)
     thread.start()
     try:
         yield heart
@@ -92,94 +103,96 @@ def beating(store: JobStore, settings: Settings, job_id: str, shard_id: str, own
         thread.join()
 
 
-def run_next(store: JobStore, celery: Celery, settings: Settings, owner: str) -> None:
+def run_next(worker: Worker) -> None:
     """Compute the shard in turn, or plan its job; if another worker claims it first, try the next."""
     unfit: set[str] = set()
-    while turn := store.next_shard(settings.turn_s, unfit):
+    while turn := worker.store.next_shard(worker.settings.turn_s, unfit):
         job_id, shard_id = turn
-        if refuse_unfit(store, celery, owner, job_id, shard_id):
+        if refuse_unfit(worker, job_id, shard_id):
             unfit.add(job_id)
         elif shard_id == keys.PLAN:
-            if plan_job(store, celery, settings, owner, job_id):
+            if plan_job(worker, job_id):
                 return
-        elif run_shard(store, celery, settings, owner, job_id, shard_id):
+        elif run_shard(worker, job_id, shard_id):
             return
     if unfit:  # the remaining shards and this message are for other workers
         time.sleep(UNFIT_S)
-        enqueue_shards(celery, 1)
+        enqueue_shards(worker.celery, 1)
 
 
-def refuse_unfit(store: JobStore, celery: Celery, owner: str, job_id: str, shard_id: str) -> bool:
+def refuse_unfit(worker: Worker, job_id: str, shard_id: str) -> bool:
     """Refuse the job, and return True, if another version of the package accepted it."""
     if job_id in _unfit:
         return True
-    package = store.package_of(job_id)
+    package = worker.store.package_of(job_id)
     if package in (None, PACKAGE):  # None: the job is gone
         return False
-    note_unfit(store, celery, owner, job_id, shard_id, f"the API is weight-ablation {package}, the worker {PACKAGE}")
+    note_unfit(worker, job_id, shard_id, f"the API is weight-ablation {package}, the worker {PACKAGE}")
     return True
 
 
-def note_unfit(store: JobStore, celery: Celery, owner: str, job_id: str, shard_id: str, why: str) -> None:
+def note_unfit(worker: Worker, job_id: str, shard_id: str, why: str) -> None:
     """Refuse the job, since this worker's numbers would differ from those of the worker that began it."""
     log.error("job %s: refused here: %s", job_id, why)
     _unfit.add(job_id)
-    if store.refuse(job_id, shard_id, owner, make_unfit_error(why)):
-        enqueue(celery, job_id, shard_id)
+    if worker.store.refuse(job_id, shard_id, worker.owner, make_unfit_error(why)):
+        enqueue(worker.celery, job_id, shard_id)
 
 
-def run_shard(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str, shard_id: str) -> bool:
+def run_shard(worker: Worker, job_id: str, shard_id: str) -> bool:
     """Compute one shard and store its partial; the worker that stores the last one sends the merge. It may run twice.
 
     Returns False where another worker holds the shard, or it is not wanted any more.
     """
-    if not store.claim(job_id, shard_id, owner):
+    if not worker.store.claim(job_id, shard_id, worker.owner):
         return False
-    with settled(store, celery, settings, owner, job_id, shard_id) as heart:
+    with settled(worker, job_id, shard_id) as heart:
         from ablation.devices import is_out_of_memory
         from ablation.shard import run_shard as compute
 
-        record = get_record(store, job_id)
+        record = get_record(worker.store, job_id)
         shard = next((shard for shard in stored_plan(record).shards if shard.id == shard_id), None)
         if shard is None:
             raise Cancelled(f"job {job_id} has been cut anew")
-        job = load(store, record, settings)
+        job = load(worker, record)
         heart.on_batch(0.0)
         try:
             partial = compute(job, shard, on_batch=heart.on_batch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            cut_smaller(store, celery, settings, job_id, error)
+            cut_smaller(worker, job_id, error)
             return True
-        if store.complete(job_id, shard_id, owner, codec.encode_partial(partial)):
-            enqueue_finalize(celery, job_id)
+        if worker.store.complete(job_id, shard_id, worker.owner, codec.encode_partial(partial)):
+            enqueue_finalize(worker.celery, job_id)
     return True
 
 
-def plan_job(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> bool:
+def plan_job(worker: Worker, job_id: str) -> bool:
     """Open the job's data, plan the job, and send its shards; returns False as `run_shard` does. It may run twice."""
-    if not store.claim(job_id, keys.PLAN, owner):
+    if not worker.store.claim(job_id, keys.PLAN, worker.owner):
         return False
-    with settled(store, celery, settings, owner, job_id, keys.PLAN):
-        plan = cut(store, settings, get_record(store, job_id).spec)
-        if store.set_plan(job_id, owner, plan):
-            enqueue_shards(celery, len(plan.shards))
+    with settled(worker, job_id, keys.PLAN):
+        plan = cut(worker, get_record(worker.store, job_id).spec)
+        if worker.store.set_plan(job_id, worker.owner, plan):
+            enqueue_shards(worker.celery, len(plan.shards))
     return True
 
 
-def cut(store: JobStore, settings: Settings, spec: JobSpec, n_halved: int = 0) -> Plan:
+def cut(worker: Worker, spec: JobSpec, n_halved: int = 0) -> Plan:
     """Plan a job from the data as this worker counts them."""
     from ablation.job import count_splits
     from ablation.layers import registered_here
 
-    counts = count_splits(spec, settings.folders)
-    plan = planner.plan_job(spec, settings, registered_here(), counts, machine=store.machine(), n_halved=n_halved)
+    counts = count_splits(spec, worker.settings.folders)
+    plan = planner.plan_job(
+        spec, worker.settings, registered_here(), counts, machine=worker.store.machine(), n_halved=n_halved
+    )
     assert plan is not None  # never None with counts
     return plan
 
 
-def cut_smaller(store: JobStore, celery: Celery, settings: Settings, job_id: str, error: Exception) -> None:
+def cut_smaller(worker: Worker, job_id: str, error: Exception) -> None:
     """Plan the job again with half the batch, since memory ran out here.
 
     Raises:
@@ -188,11 +201,11 @@ def cut_smaller(store: JobStore, celery: Celery, settings: Settings, job_id: str
     from ablation.memory import halve
 
     _loaded.clear()
-    record = get_record(store, job_id)
-    plan = mark_cut(cut(store, settings, record.spec, halve(stored_plan(record), error)), record.n_cut)
-    if store.cut_again(job_id, record.n_cut, plan):
+    record = get_record(worker.store, job_id)
+    plan = mark_cut(cut(worker, record.spec, halve(stored_plan(record), error)), record.n_cut)
+    if worker.store.cut_again(job_id, record.n_cut, plan):
         log.warning("job %s: memory ran out; cut anew in batches of %d", job_id, plan.batch_size)
-        enqueue_shards(celery, len(plan.shards))
+        enqueue_shards(worker.celery, len(plan.shards))
 
 
 def mark_cut(plan: Plan, n_cut: int) -> Plan:
@@ -233,56 +246,56 @@ def without_built_in(names: Iterable[str], built_in: Sequence[str], kind: str) -
     return tuple(name for name in names if name not in built_in)
 
 
-def finalize(store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str) -> None:
+def finalize(worker: Worker, job_id: str) -> None:
     """Merge the partials, prove the table and store it. It may run twice."""
-    if refuse_unfit(store, celery, owner, job_id, keys.FINALIZE):
+    if refuse_unfit(worker, job_id, keys.FINALIZE):
         time.sleep(UNFIT_S)
-        if not store.is_over(job_id):
-            enqueue_finalize(celery, job_id)
+        if not worker.store.is_over(job_id):
+            enqueue_finalize(worker.celery, job_id)
         return
-    if not store.claim_finalize(job_id, owner):
+    if not worker.store.claim_finalize(job_id, worker.owner):
         return
-    with settled(store, celery, settings, owner, job_id, keys.FINALIZE):
+    with settled(worker, job_id, keys.FINALIZE):
         from ablation.run import finish_job
         from ablation.statistics import make_summary
 
-        record = get_record(store, job_id)
-        partials = map(read_partial, store.partials(job_id, stored_plan(record)))
-        seconds = store.now() - (record.started_at or record.created_at).timestamp()
-        table = finish_job(load(store, record, settings), partials, seconds=seconds)
-        store.save_table(job_id, owner, table.about, make_summary(table), codec.encode_blocks(table))
+        record = get_record(worker.store, job_id)
+        partials = map(read_partial, worker.store.partials(job_id, stored_plan(record)))
+        seconds = worker.store.now() - (record.started_at or record.created_at).timestamp()
+        table = finish_job(load(worker, record), partials, seconds=seconds)
+        worker.store.save_table(job_id, worker.owner, table.about, make_summary(table), codec.encode_blocks(table))
         _loaded.clear()
 
 
 @contextmanager
-def settled(
-    store: JobStore, celery: Celery, settings: Settings, owner: str, job_id: str, shard_id: str
-) -> Iterator[Heartbeat]:
+def settled(worker: Worker, job_id: str, shard_id: str) -> Iterator[Heartbeat]:
     """Record how the work inside ends: cancelled, failed with an error of this package, or to be tried again."""
     try:
-        with beating(store, settings, job_id, shard_id, owner) as heart:
+        with beating(worker, job_id, shard_id) as heart:
             yield heart
     except Cancelled:
-        if store.release(job_id, shard_id, owner):
-            enqueue(celery, job_id, shard_id)
+        if worker.store.release(job_id, shard_id, worker.owner):
+            enqueue(worker.celery, job_id, shard_id)
     except Unfit as error:
-        note_unfit(store, celery, owner, job_id, shard_id, str(error))
+        note_unfit(worker, job_id, shard_id, str(error))
     except AblationError as error:
         log.warning("job %s, shard %s: %s", job_id, shard_id, error)
-        fail(store, owner, job_id, shard_id, make_error(error, settings))
+        fail(worker, job_id, shard_id, make_error(error, worker.settings))
     except OutOfMemoryError as error:
         log.error("job %s, shard %s: %s", job_id, shard_id, error)
-        fail(store, owner, job_id, shard_id, FULL)
+        fail(worker, job_id, shard_id, FULL)
     except Exception as error:
         log.exception("job %s, shard %s: unexpected", job_id, shard_id)
-        if store.retry(job_id, shard_id, owner, settings.max_attempts, make_unexpected_error(error, shard_id)):
-            enqueue(celery, job_id, shard_id)
+        if worker.store.retry(
+            job_id, shard_id, worker.owner, worker.settings.max_attempts, make_unexpected_error(error, shard_id)
+        ):
+            enqueue(worker.celery, job_id, shard_id)
 
 
-def fail(store: JobStore, owner: str, job_id: str, shard_id: str, error: dict[str, str]) -> None:
+def fail(worker: Worker, job_id: str, shard_id: str, error: dict[str, str]) -> None:
     """Mark the job as failed; or release the shard, if the job is being cancelled."""
-    if not store.fail(job_id, error):
-        store.release(job_id, shard_id, owner)
+    if not worker.store.fail(job_id, error):
+        worker.store.release(job_id, shard_id, worker.owner)
 
 
 def get_record(store: JobStore, job_id: str) -> JobRecord:
@@ -303,7 +316,7 @@ def stored_plan(record: JobRecord) -> Plan:
     return record.plan
 
 
-def load(store: JobStore, record: JobRecord, settings: Settings) -> "Job":
+def load(worker: Worker, record: JobRecord) -> "Job":
     """Load the job's model and data, which are kept until another job comes or this one is planned again.
 
     Raises:
@@ -314,8 +327,10 @@ def load(store: JobStore, record: JobRecord, settings: Settings) -> "Job":
     key = record.id, record.n_cut
     if key not in _loaded:
         _loaded.clear()
-        job = load_job(record.spec, stored_plan(record), settings.folders, device=settings.device, name=record.id)
-        began_with = store.agree(record.id, job.found)
+        job = load_job(
+            record.spec, stored_plan(record), worker.settings.folders, device=worker.settings.device, name=record.id
+        )
+        began_with = worker.store.agree(record.id, job.found)
         if began_with != job.found:
             names = [name for name in began_with if began_with[name] != job.found.get(name)]
             raise Unfit(f"{' and '.join(names)} here are not those that the job was begun with on another worker")

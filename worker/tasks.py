@@ -27,6 +27,7 @@ from ablation.machine import Machine
 from worker import inventory, runner
 from worker.parent_death import tether
 from worker.queue import RUN_FINALIZE, RUN_SHARD, enqueue, make_celery
+from worker.runner import Worker
 from worker.settings import load_settings
 from worker.store import JobStore, connect
 from worker.sweeper import Sweeper, make_lost_error
@@ -45,9 +46,9 @@ refused = multiprocessing.Event()  # set by the child: a setting is wrong, so th
 
 
 @cache
-def child_store() -> JobStore:
-    """Make the child's own store, since a connection must not be shared across a fork."""
-    return JobStore(connect(settings, n_retries=PATIENCE))
+def child() -> Worker:
+    """Make the worker that the child is; its store is its own, since a connection must not be shared across a fork."""
+    return Worker(JobStore(connect(settings, n_retries=PATIENCE)), app, settings, OWNER)
 
 
 class Request(celery.worker.request.Request):
@@ -65,13 +66,13 @@ class Request(celery.worker.request.Request):
 @app.task(name=RUN_SHARD, Request=Request)
 def run_shard() -> None:
     """Compute the shard in turn, or plan its job if it has no plan yet."""
-    runner.run_next(child_store(), app, settings, OWNER)
+    runner.run_next(child())
 
 
 @app.task(name=RUN_FINALIZE, Request=Request)
 def finalize(job_id: str) -> None:
     """Merge the partials, run the proof, and store the table."""
-    runner.finalize(child_store(), app, settings, OWNER, job_id)
+    runner.finalize(child(), job_id)
 
 
 @worker_process_init.connect

@@ -23,6 +23,7 @@ from tests.worker.real_jobs import encode, plan_real, run_undisturbed
 from tests.worker.test_queue import messages
 from worker import codec, keys, planner, runner
 from worker.queue import make_celery
+from worker.runner import Worker
 from worker.settings import Settings
 from worker.states import State
 from worker.store import JobRecord, JobStore
@@ -55,11 +56,11 @@ def test_shards_in_any_order_give_the_table_of_one_process(
 ) -> None:
     ids = [shard.id for shard in quick_job.plan.shards]
     for shard_id in [ids[2], ids[0], ids[2], *ids[:0:-1]]:
-        runner.run_shard(store, celery, settings, "a", quick_job.id, shard_id)
+        runner.run_shard(Worker(store, celery, settings, "a"), quick_job.id, shard_id)
     assert reload(store, quick_job).status is State.FINALIZING
     assert messages(store.client, keys.FINALIZE_QUEUE) == [("worker.finalize", [quick_job.id])]
-    runner.finalize(store, celery, settings, "b", quick_job.id)
-    runner.finalize(store, celery, settings, "b", quick_job.id)
+    runner.finalize(Worker(store, celery, settings, "b"), quick_job.id)
+    runner.finalize(Worker(store, celery, settings, "b"), quick_job.id)
 
     assert reload(store, quick_job).status is State.SUCCEEDED
     expected = run_undisturbed(settings, quick_job.spec, quick_job.plan)
@@ -80,10 +81,10 @@ def test_a_whole_layer_by_its_rows_takes_no_more_of_redis_than_was_planned(
     job = store.create(spec, plan)
     n_bytes = held_bytes(store)
     for shard in reversed(plan.shards):
-        runner.run_shard(store, celery, settings, "a", job.id, shard.id)
+        runner.run_shard(Worker(store, celery, settings, "a"), job.id, shard.id)
     n_bytes = held_bytes(store) - n_bytes
     assert len({shard.examples for shard in plan.shards if shard.split == "test"}) == 1
-    runner.finalize(store, celery, settings, "b", job.id)
+    runner.finalize(Worker(store, celery, settings, "b"), job.id)
     assert reload(store, job).status is State.SUCCEEDED
     table = run_undisturbed(settings, spec, plan)
     assert b"".join(store.table_blocks(job.id)) == encode(table)
@@ -101,12 +102,12 @@ def held_bytes(store: JobStore) -> int:
 
 
 def test_the_model_is_loaded_once_for_shards_of_one_job(
-    settings: Settings, quick_job: JobRecord, store: JobStore
+    settings: Settings, quick_job: JobRecord, store: JobStore, celery: Celery
 ) -> None:
-    other = store.create(quick_job.spec, quick_job.plan)
-    first = runner.load(store, quick_job, settings)
-    assert runner.load(store, quick_job, settings) is first
-    assert runner.load(store, other, settings) is not first
+    other, worker = store.create(quick_job.spec, quick_job.plan), Worker(store, celery, settings, "a")
+    first = runner.load(worker, quick_job)
+    assert runner.load(worker, quick_job) is first
+    assert runner.load(worker, other) is not first
     assert len(runner._loaded) == 1
     runner._loaded.clear()
 
@@ -117,10 +118,10 @@ def test_a_task_that_is_not_wanted_does_nothing(
     shard_id = quick_job.plan.shards[0].id
     store.claim(quick_job.id, shard_id, "somebody else")
     before = reload(store, quick_job)
-    runner.run_shard(store, celery, settings, "a", quick_job.id, shard_id)
-    runner.run_shard(store, celery, settings, "a", quick_job.id, "no-such-shard")
-    runner.run_shard(store, celery, settings, "a", "no-such-job", shard_id)
-    runner.finalize(store, celery, settings, "a", quick_job.id)
+    runner.run_shard(Worker(store, celery, settings, "a"), quick_job.id, shard_id)
+    runner.run_shard(Worker(store, celery, settings, "a"), quick_job.id, "no-such-shard")
+    runner.run_shard(Worker(store, celery, settings, "a"), "no-such-job", shard_id)
+    runner.finalize(Worker(store, celery, settings, "a"), quick_job.id)
     assert reload(store, quick_job) == before
 
 
@@ -130,7 +131,7 @@ def test_cancelling_takes_effect_within_one_batch(
     shard_id = quick_job.plan.shards[0].id
     store.claim(quick_job.id, shard_id, "a")
     batches = []
-    with runner.settled(store, celery, settings, "a", quick_job.id, shard_id) as heart:
+    with runner.settled(Worker(store, celery, settings, "a"), quick_job.id, shard_id) as heart:
         for batch in range(10):
             if batch == 3:
                 assert store.cancel(quick_job.id).state is State.CANCELLING
@@ -146,7 +147,7 @@ def test_a_lease_that_is_taken_away_stops_the_shard(
     shard_id = quick_job.plan.shards[0].id
     store.claim(quick_job.id, shard_id, "a")
     stopped = True
-    with runner.settled(store, celery, settings, "a", quick_job.id, shard_id) as heart:
+    with runner.settled(Worker(store, celery, settings, "a"), quick_job.id, shard_id) as heart:
         assert store.release(quick_job.id, shard_id, "a")
         heart.on_batch(0.5)
         stopped = False
@@ -165,7 +166,7 @@ def test_data_that_are_damaged_later_are_named_as_they_were_given(
     assert plan
     job = store.create(spec, plan)
     (tmp_path / "deep" / "er" / "t10k-labels-idx1-ubyte").unlink()
-    runner.run_shard(store, celery, here, "a", job.id, plan.shards[0].id)
+    runner.run_shard(Worker(store, celery, here, "a"), job.id, plan.shards[0].id)
     error = reload(store, job).error
     assert error
     assert error["detail"].startswith(
@@ -180,7 +181,7 @@ def test_an_error_of_ours_fails_the_job_with_its_words(store: JobStore, celery: 
     spec, plan = plan_real(settings, 60, sites=SITES)
     gone = spec.model_dump() | {"data": {"name": "imagefolder", "root": "gone", "test": "all"}}
     job = store.create(make_spec(gone), plan)
-    runner.run_shard(store, celery, settings, "a", job.id, plan.shards[0].id)
+    runner.run_shard(Worker(store, celery, settings, "a"), job.id, plan.shards[0].id)
     record = reload(store, job)
     assert record.status is State.FAILED
     assert record.error
@@ -205,7 +206,7 @@ def test_an_unexpected_error_is_tried_again_then_fails_the_job(
     with caplog.at_level(logging.ERROR):
         for _ in range(settings.max_attempts):
             assert reload(store, quick_job).status is State.FINALIZING
-            runner.finalize(store, celery, settings, "a", quick_job.id)
+            runner.finalize(Worker(store, celery, settings, "a"), quick_job.id)
     assert messages(store.client, keys.FINALIZE_QUEUE) == [("worker.finalize", [quick_job.id])] * (
         settings.max_attempts - 1
     )
@@ -231,7 +232,7 @@ def test_a_table_that_fails_its_proof_fails_the_job(
     for shard, partial in zip(quick_job.plan.shards, partials, strict=True):
         store.claim(quick_job.id, shard.id, "a")
         store.complete(quick_job.id, shard.id, "a", codec.encode_partial(partial))
-    runner.finalize(store, celery, settings, "a", quick_job.id)
+    runner.finalize(Worker(store, celery, settings, "a"), quick_job.id)
     record = reload(store, quick_job)
     assert record.status is State.FAILED
     assert record.error
@@ -247,12 +248,14 @@ def test_the_heart_beats_on_while_redis_is_away(caplog: pytest.LogCaptureFixture
     assert "no beat" in caplog.text
 
 
-def test_the_heart_keeps_the_lease_between_batches(store: JobStore, settings: Settings, toy_job: MakeJob) -> None:
+def test_the_heart_keeps_the_lease_between_batches(
+    store: JobStore, celery: Celery, settings: Settings, toy_job: MakeJob
+) -> None:
     job = toy_job(1)
     shard_id = job.plan.shards[0].id
     store.claim(job.id, shard_id, "a")
     quick = settings.model_copy(update={"beat_s": 0.05})
-    with runner.beating(store, quick, job.id, shard_id, "a") as heart:
+    with runner.beating(Worker(store, celery, quick, "a"), job.id, shard_id) as heart:
         heart.stopping.wait(0.5)
         assert [*store.stale_leases(0.3)] == []
     heart.stopping.wait(0.5)
@@ -294,7 +297,7 @@ def test_a_worker_plans_what_only_it_can_open(store: JobStore, celery: Celery, s
     assert (job.plan, job.progress.total) == (None, 1)
 
     for _ in range(2):
-        runner.plan_job(store, celery, settings, "a", job.id)
+        runner.plan_job(Worker(store, celery, settings, "a"), job.id)
     planned = reload(store, job)
     assert planned.plan is not None
     assert [(split.name, split.n_examples, split.per_class) for split in planned.plan.splits] == [
@@ -304,8 +307,8 @@ def test_a_worker_plans_what_only_it_can_open(store: JobStore, celery: Celery, s
     shards = [shard.id for shard in planned.plan.shards]
     assert messages(store.client, keys.SHARD_QUEUE) == [("worker.run_shard", [])] * len(shards)
     for shard in shards:
-        runner.run_shard(store, celery, settings, "b", job.id, shard)
-    runner.finalize(store, celery, settings, "b", job.id)
+        runner.run_shard(Worker(store, celery, settings, "b"), job.id, shard)
+    runner.finalize(Worker(store, celery, settings, "b"), job.id)
     assert reload(store, job).status is State.SUCCEEDED
     assert b"".join(store.table_blocks(job.id)) == encode(run_undisturbed(settings, spec, planned.plan))
 
@@ -325,7 +328,7 @@ def test_what_a_job_can_t_name_is_not_offered_and_the_log_says_why(caplog: pytes
 def test_what_can_not_be_planned_fails_with_the_reason(store: JobStore, celery: Celery, settings: Settings) -> None:
     job = store.create(make_spec({**STRIPES, "data": {"name": "stripes", "train": {"count": 61}}}), None)
     assert job is not None
-    runner.plan_job(store, celery, settings, "a", job.id)
+    runner.plan_job(Worker(store, celery, settings, "a"), job.id)
     failed = reload(store, job)
     assert failed.status is State.FAILED
     assert failed.error is not None

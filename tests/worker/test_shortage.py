@@ -24,6 +24,7 @@ from worker import codec, keys, runner
 from worker.planner import plan_job
 from worker.queue import enqueue_shards, make_celery
 from worker.redis_server import start_redis
+from worker.runner import Worker
 from worker.settings import Settings
 from worker.states import TERMINAL, State
 from worker.store import JobRecord, JobStore, connect
@@ -56,13 +57,13 @@ def test_where_memory_runs_out_the_job_is_cut_smaller_and_says_so(
     assert job
     seen = []
     for _ in range(10):
-        runner.run_next(store, celery, settings, "a")
+        runner.run_next(Worker(store, celery, settings, "a"))
         record = reload(store, job)
         if record.plan and record.plan.batch_size not in seen:
             seen.append(record.plan.batch_size)
     assert seen == [256, 128, 64, 32]
     assert (record.status, record.n_cut) == (State.FINALIZING, 4)
-    runner.finalize(store, celery, settings, "a", job.id)
+    runner.finalize(Worker(store, celery, settings, "a"), job.id)
     assert reload(store, job).status is State.SUCCEEDED
     about = about_of(store, job.id)["plan"]
     assert (about["batch_size"], about["n_halved"]) == (32, 3)
@@ -98,7 +99,7 @@ def test_one_example_that_is_too_large_ends_the_job(
     assert job
     monkeypatch.setattr(example_zoo, "FEW", 0)
     for _ in range(20):
-        runner.run_next(store, celery, settings, "a")
+        runner.run_next(Worker(store, celery, settings, "a"))
     record = reload(store, job)
     assert record.status is State.FAILED
     assert record.error
@@ -180,7 +181,7 @@ def test_a_store_without_room_fails_the_job_with_the_reason_and_goes_on_later(
     assert job
     store.client.config_set("maxmemory", 1)
     for _ in plan.shards:
-        runner.run_next(store, celery, settings, "a")
+        runner.run_next(Worker(store, celery, settings, "a"))
     record = reload(store, job)
     assert record.status is State.FAILED
     assert record.error
@@ -191,8 +192,8 @@ def test_a_store_without_room_fails_the_job_with_the_reason_and_goes_on_later(
     again = store.create(spec, plan)
     assert again
     for _ in plan.shards:
-        runner.run_next(store, celery, settings, "a")
-    runner.finalize(store, celery, settings, "a", again.id)
+        runner.run_next(Worker(store, celery, settings, "a"))
+    runner.finalize(Worker(store, celery, settings, "a"), again.id)
     assert b"".join(store.table_blocks(again.id)) == encode(run_undisturbed(settings, spec, plan))
 
 
@@ -246,12 +247,12 @@ def test_a_full_disk_stops_what_writes_and_nothing_that_was_taken_in_is_lost(
             with pytest.raises(ResponseError, match="MISCONF"):
                 store.create(spec, plan)
             with pytest.raises(ResponseError, match="MISCONF"):
-                runner.run_next(store, celery, here, "a")
+                runner.run_next(Worker(store, celery, here, "a"))
             assert reload(store, job).status is State.QUEUED
             filler.unlink()
             wait_for(lambda: not refused(), 20)
             for _ in plan.shards:
-                runner.run_next(store, celery, here, "a")
-            runner.finalize(store, celery, here, "a", job.id)
+                runner.run_next(Worker(store, celery, here, "a"))
+            runner.finalize(Worker(store, celery, here, "a"), job.id)
             assert b"".join(store.table_blocks(job.id)) == encode(run_undisturbed(here, spec, plan))
         server.stop()

@@ -12,6 +12,7 @@ from tests.worker.real_jobs import plan_real
 from tests.worker.test_queue import messages
 from worker import keys, runner, sweeper
 from worker.queue import make_celery
+from worker.runner import Worker
 from worker.settings import Settings
 from worker.states import State
 from worker.store import PACKAGE, JobRecord, JobStore
@@ -95,7 +96,7 @@ def test_messages_of_cancelled_jobs_hold_nobody_up(store: JobStore, celery: Cele
     spec, plan = plan_real(settings, 60, sites={"count": 5})
     job = store.create(spec, plan)
     assert job
-    runner.run_next(store, celery, settings, "a")
+    runner.run_next(Worker(store, celery, settings, "a"))
     record = store.get(job.id)
     assert record
     assert record.progress.done == 1
@@ -113,15 +114,15 @@ def test_a_worker_of_another_version_is_refused_and_others_are_not(
     assert same
     store.client.hset(keys.job(newer.id), "package", "99.0")
     for _ in plan.shards:
-        runner.run_next(store, celery, settings, "a")
+        runner.run_next(Worker(store, celery, settings, "a"))
     progress = [record.progress.done for job in (newer, same) if (record := store.get(job.id))]
     assert progress == [0, len(plan.shards)]
-    runner.run_next(store, celery, settings, "a")
+    runner.run_next(Worker(store, celery, settings, "a"))
     assert messages(store.client, keys.SHARD_QUEUE) == [("worker.run_shard", [])], "it is for others to take"
     refusal = store.client.hget(keys.refusals(newer.id), "a")
     assert refusal
     assert f"the API is weight-ablation 99.0, the worker {PACKAGE}" in refusal.decode()
-    runner.finalize(store, celery, settings, "a", same.id)
+    runner.finalize(Worker(store, celery, settings, "a"), same.id)
     record = store.get(same.id)
     assert record
     assert record.status is State.SUCCEEDED
@@ -147,7 +148,7 @@ def test_a_worker_with_other_weights_is_refused_its_shard(
     for here, owner, done in ((hosts[0], "a", 1), (hosts[2], "c", 1), (hosts[1], "b", 2), (hosts[2], "c", 2)):
         runner._loaded.clear()
         monkeypatch.setattr(runner, "_unfit", {job.id} if owner == "c" and done == 2 else set())
-        runner.run_next(store, celery, here, owner)
+        runner.run_next(Worker(store, celery, here, owner))
         record = store.get(job.id)
         assert record
         assert (record.status, record.progress.done) == (State.RUNNING, done)
@@ -165,14 +166,14 @@ def test_where_every_worker_refuses_a_job_it_fails_with_the_reason(
     store.client.hset(keys.job(job.id), "package", "99.0")
     for worker in ("a", "b"):
         store.note_worker(worker)
-    runner.run_next(store, celery, settings, "a")
+    runner.run_next(Worker(store, celery, settings, "a"))
     at_once = settings.model_copy(update={"lost_s": -1.0})
     sweeper.sweep(store, celery, at_once)
     record = store.get(job.id)
     assert record
     assert record.status is State.QUEUED, "worker b may be fit"
     runner._unfit.clear()
-    runner.run_next(store, celery, settings, "b")
+    runner.run_next(Worker(store, celery, settings, "b"))
     sweeper.sweep(store, celery, settings)
     record = store.get(job.id)
     assert record
