@@ -77,6 +77,11 @@ def split_s(
     return base_s + n_sites * (n * flops * FLOP_S["float64"] / threads + n_batches * CALL_S)
 
 
+def gradient_s(n_examples: int, facts: ModelFacts, layer: LayerFacts, threads: int) -> float:
+    """One forward pass, and back through all that depends on the layer: twice its flops, in float64 as it is."""
+    return n_examples * (pass_s(facts, threads) + 3 * layer.flops_after * FLOP_S["float64"] / threads)
+
+
 def proof_s(n_examples: int, n_splits: int, n_sites: int, facts: ModelFacts, layer: LayerFacts, threads: int) -> float:
     """Seconds of the reference: in float64 from the layer on, and for a few examples of the whole network."""
     one_s = facts.flops * FLOP_S["float32"] + min(facts.flops, layer.flops_after) * PROOF_FLOP_S

@@ -63,6 +63,7 @@ class Table(ImportanceTable):
         return make_figure(self)
 
 
+@torch.inference_mode(False)  # tensors made under it keep no version, which caches go by
 def ablate(
     model: torch.nn.Module,
     layer: str,
@@ -103,7 +104,8 @@ def ablate(
         batch_size: examples per batch; default: by the plan.
         verify: how many sites to prove against the reference; 0: no proof.
         top1: also count `broken` and `fixed` examples.
-        criteria: cheap criteria to compute beside; none in this version.
+        criteria: names of cheap criteria to compute beside, a column of each split: `"taylor1"`, the utility that the
+            gradient g of the mean loss predicts to first order, g (r - w). A prediction is not exact.
         loss: `"cross_entropy"`; that with options, as a dict (`{"name": "cross_entropy", "label_smoothing": 0.1,
             "class_weights": [...]}`) or as a `torch.nn.CrossEntropyLoss`; or an object with `values(logits, labels)`
             that gives each example's loss (`ablation.loss.Loss`). Utilities are plain means over the examples, also
@@ -111,7 +113,8 @@ def ablate(
         progress: show a progress bar.
 
     Returns:
-        One row per site: `index`, coordinates, `weight`, `magnitude`, and per split `utility`, `stderr`, `touched`.
+        One row per site: `index`, coordinates, `weight`, `magnitude`, and per split `utility`, `stderr`, `touched`;
+        then, where asked, per split `broken` and `fixed`, and the criteria.
 
     Raises:
         SpecError: an argument is not possible. ModelError, DataError: this model or data can't be measured exactly.

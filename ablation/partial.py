@@ -6,7 +6,9 @@ gives the same bytes. What a job does not ask for is None and takes no room: 28 
 Torch-free: partials travel through Redis.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int32
@@ -22,6 +24,7 @@ class PartialSums:
     sum over classes h of n_h / (n_h - 1) * (S2_h - S_h^2 / n_h). None for splits that are not `per_class`.
     `broken`, `fixed`: None where the job does not ask for `top1`.
     `left_out`: what response functions' series have left out of any site's `delta` at most, in nats; NaN: not known.
+    `statistics`: the sums that the job's criteria need, by their names in `criteria.py`; none where it asks for none.
     """
 
     n_examples: int
@@ -35,16 +38,24 @@ class PartialSums:
     broken: Int32[np.ndarray, " sites"] | None = None
     fixed: Int32[np.ndarray, " sites"] | None = None
     left_out: float = 0.0
+    statistics: Mapping[str, Float64[np.ndarray, " sites"]] = field(default_factory=dict)
 
 
 TOTALS = ("n_examples", "n_correct", "loss", "left_out")
-PER_SITE = tuple(field.name for field in fields(PartialSums) if field.name not in TOTALS)
+PER_SITE = tuple(each.name for each in fields(PartialSums) if each.name not in (*TOTALS, "statistics"))
 
 
 def held(partial: PartialSums) -> dict[str, np.ndarray]:
-    """The arrays that this partial has."""
+    """The arrays that this partial has, its statistics among them."""
     arrays = {name: getattr(partial, name) for name in PER_SITE}
-    return {name: values for name, values in arrays.items() if values is not None}
+    return {name: values for name, values in arrays.items() if values is not None} | dict(partial.statistics)
+
+
+def make_partial(totals: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PartialSums:
+    """The partial with these totals and arrays, as `held` gives them; arrays that are no fields are statistics."""
+    own: dict[str, Any] = {name: values for name, values in arrays.items() if name in PER_SITE}
+    statistics = {name: values for name, values in arrays.items() if name not in PER_SITE}
+    return PartialSums(**totals, **own, statistics=statistics)
 
 
 class Gathered:
@@ -99,4 +110,5 @@ class Gathered:
             raise ValueError(f"join takes partials of the same examples: got {counts} of them")
         n_examples, n_correct, loss, _ = next(iter(self.totals.values()))
         left_out = max(each[3] for each in self.totals.values())
-        return PartialSums(n_examples, n_correct, loss, **self.arrays, left_out=left_out)
+        totals = {"n_examples": n_examples, "n_correct": n_correct, "loss": loss, "left_out": left_out}
+        return make_partial(totals, self.arrays)

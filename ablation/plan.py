@@ -12,7 +12,8 @@ from typing import get_args
 import numpy as np
 from pydantic import Field
 
-from ablation.cost import START_S, Path, carried_flops, pass_s, proof_s, split_s
+from ablation.cost import START_S, Path, carried_flops, gradient_s, pass_s, proof_s, split_s
+from ablation.criteria import find_statistics
 from ablation.errors import SpecError
 from ablation.inputs.catalog import (
     NOTHING,
@@ -56,6 +57,8 @@ BATCH_VALUES = 1 << 24  # numbers that one batch of inputs may hold
 MAX_LANES = 1024  # sites carried at once
 LANE_VALUES = 1 << 26  # numbers that their deltas may have at the widest place: 256 MB in float32
 LANE_FLOPS = 5e11  # of one run with deltas: some seconds, after which a job can be cancelled
+GRADIENT_VALUES = 1 << 26  # numbers that a backward pass keeps at once: 512 MB in float64
+GRADIENT_BYTES = 16  # a number that it keeps: itself, and what is made on the way back
 PROOF_EXAMPLES = 64
 PROVED_AT_ONCE = 4  # and no fewer: products of 8 rows take less time than those of 5, 6 or 7
 PROOF_SHARE = 0.05  # of the job's cost, at most: it is one worker's, while the others wait
@@ -115,6 +118,9 @@ class Plan(Record):
     batch_size: int
     n_halved: int = Field(default=0, description="how often what is carried at once was halved, for want of memory")
     lanes: int = Field(description="sites whose deltas are carried at once; 1 where each is run by itself")
+    gradient_batch_size: int | None = Field(
+        default=None, description="examples that a backward pass takes at once; null: no criterion needs gradients"
+    )
     threads: int
     splits: tuple[SplitPlan, ...] = Field(strict=False)
     shards: tuple[Shard, ...] = Field(strict=False)
@@ -257,14 +263,31 @@ class _Work:
     splits: tuple[SplitPlan, ...]
     batch_size: int
     lanes: int
+    gradient_batch_size: int | None
     threads: int
 
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether its shards are whole rows of a Linear over all examples of a split."""
+        return self.path == "response" and self.spec.sites == "all" and len(self.layer.shape) == 2
+
     def split_s(self, split: SplitPlan) -> float:
-        """Seconds that all sites take on one split."""
-        return split_s(
+        """Seconds that all sites take on one split, but for gradients that every shard of rows computes anew."""
+        seconds = split_s(
             split.n_examples, self.facts, self.layer, self.path,
             n_sites=self.n_sites, batch_size=self.batch_size, lanes=self.lanes, threads=self.threads,
         )  # fmt: skip
+        return seconds if self.is_by_rows else seconds + self.gradient_s(split.n_examples)
+
+    def gradient_s(self, n_examples: int) -> float:
+        """Seconds that the gradients take that criteria need."""
+        return gradient_s(n_examples, self.facts, self.layer, self.threads) if self.gradient_batch_size else 0.0
+
+    def shards_s(self, shards: tuple[Shard, ...]) -> float:
+        """Seconds that all shards take; each block of sites computes the gradients of its examples anew."""
+        again = [shard.examples for shard in shards if self.is_by_rows or shard.sites[0]]
+        once = sum(self.split_s(split) for split in self.splits)
+        return once + self.gradient_s(sum(last - first for first, last in again))
 
     def proof_s(self, n_examples: int, n_sites: int) -> float:
         """Seconds that a proof of so many sites takes on so many examples."""
@@ -278,7 +301,8 @@ def _cut_job(spec: JobSpec, facts: ModelFacts, counts: dict[str, SplitCounts], o
     path = _choose_path(spec, layer, n_sites, options.engine)
     splits = tuple(count_asked(name, asked, counts[name]) for name, asked in spec.data.splits.items())
     lanes, batch_size = _choose_lanes(facts, layer, path, n_sites, options)
-    work = _Work(spec, facts, layer, path, n_sites, splits, batch_size, lanes, options.threads)
+    at_once = _choose_gradient_batch_size(spec, facts, layer, batch_size, options.n_halved)
+    work = _Work(spec, facts, layer, path, n_sites, splits, batch_size, lanes, at_once, options.threads)
     shards = tuple(shard for split in splits for shard in _cut_split(work, split, options))
     proof = _plan_proof(work, shards)
     return Plan(
@@ -292,6 +316,7 @@ def _cut_job(spec: JobSpec, facts: ModelFacts, counts: dict[str, SplitCounts], o
         batch_size=batch_size,
         n_halved=options.n_halved,
         lanes=lanes,
+        gradient_batch_size=at_once,
         threads=options.threads,
         splits=splits,
         shards=shards,
@@ -368,6 +393,21 @@ def _choose_lanes(
     return max(1, lanes >> max(0, n_halved - whole.bit_length() + 1)), max(1, whole >> n_halved)  # examples, then sites
 
 
+def _choose_gradient_batch_size(
+    spec: JobSpec, facts: ModelFacts, layer: LayerFacts, batch_size: int, n_halved: int
+) -> int | None:
+    """Choose how many examples a backward pass takes at once; None where no criterion needs gradients."""
+    if "gradient" not in find_statistics(spec.criteria):
+        return None
+    fits = GRADIENT_VALUES // _gradient_values(facts, layer)
+    return max(1, min(batch_size, fits >> n_halved))
+
+
+def _gradient_values(facts: ModelFacts, layer: LayerFacts) -> int:
+    """About how many numbers per example a backward pass to this layer keeps."""
+    return max(1, layer.values_after + layer.values_spread + 2 * facts.widest)
+
+
 def _cut_split(work: _Work, split: SplitPlan, options: PlanOptions) -> list[Shard]:
     """The shards of one split: whole rows of a Linear are cut by rows, anything else by examples and sites."""
     layer, n_sites = work.layer, work.n_sites
@@ -376,7 +416,7 @@ def _cut_split(work: _Work, split: SplitPlan, options: PlanOptions) -> list[Shar
         n_wanted = max(n_wanted, min(N_SHARED, int(work.split_s(split) / SHARED_S)))
     most_sites = PARTIAL_BYTES // _partial_bytes(split, work.spec)
     is_whole = work.path == "response" and work.spec.sites == "all"
-    if is_whole and len(layer.shape) == 2:
+    if work.is_by_rows:
         return _cut_rows(split, layer, n_wanted, most_sites) if options.is_shared else _in_one(split, n_sites)
     if not is_whole:
         return _cut(split, n_sites, work.batch_size, n_wanted, MAX_SITES_PER_SHARD, row=1)
@@ -432,12 +472,13 @@ def _in_one(split: SplitPlan, n_sites: int) -> list[Shard]:
 
 def _partial_bytes(split: SplitPlan, spec: JobSpec) -> int:
     """What a partial holds a site; `partial.py` has the fields."""
-    return 20 + 8 * (spec.verify > 0) + 8 * bool(split.per_class) + 8 * spec.top1
+    statistics = find_statistics(spec.criteria)
+    return 20 + 8 * (spec.verify > 0) + 8 * bool(split.per_class) + 8 * spec.top1 + 8 * len(statistics)
 
 
 def _row_bytes(splits: tuple[SplitPlan, ...], spec: JobSpec) -> int:
     """What the store holds of one row of the table: what `table.Rows` keeps, of a float32 model."""
-    return 8 * (spec.sites != "all") + 4 + len(splits) * (20 + 8 * spec.top1)
+    return 8 * (spec.sites != "all") + 4 + len(splits) * (20 + 8 * spec.top1 + 8 * len(spec.criteria))
 
 
 def _intervals(n: int, length: int) -> list[tuple[int, int]]:
@@ -449,7 +490,7 @@ def _plan_proof(work: _Work, shards: tuple[Shard, ...]) -> ProofPlan:
     n_sites = min(work.spec.verify, work.n_sites)
     if not n_sites:
         return ProofPlan(n_sites=0, examples={})
-    seconds = sum(work.split_s(split) for split in work.splits)
+    seconds = work.shards_s(shards)
     blocks = sorted({(shard.split, *shard.examples) for shard in shards})
     n_all = sum(last - first for _, first, last in blocks)
     paid = (
@@ -470,13 +511,17 @@ def _plan_proof(work: _Work, shards: tuple[Shard, ...]) -> ProofPlan:
 def _estimate(work: _Work, shards: tuple[Shard, ...], proof: ProofPlan, pace: float) -> Estimate:
     n_examples = sum(split.n_examples for split in work.splits)
     n_proved = sum(len(examples) for examples in proof.examples.values())
-    seconds = START_S + sum(work.split_s(split) for split in work.splits) + work.proof_s(n_proved, proof.n_sites)
+    seconds = START_S + work.shards_s(shards) + work.proof_s(n_proved, proof.n_sites)
     n_parameters = sum(each.n_weights for each in work.facts.layers)
     sum_bytes = {split.name: _partial_bytes(split, work.spec) for split in work.splits}
     row_bytes = _row_bytes(work.splits, work.spec)
     carried_bytes = 0
     if work.path == "finite":  # deltas, and the products of the intact network in float64
         carried_bytes = work.batch_size * (12 * work.lanes * work.layer.widest_spread + 8 * work.layer.values_after)
+    gradient_bytes = 0
+    if work.gradient_batch_size:  # what is kept for the way back, and the layer in float64 with its gradient
+        values = work.gradient_batch_size * _gradient_values(work.facts, work.layer)
+        gradient_bytes = GRADIENT_BYTES * values + 24 * work.layer.n_weights
     return Estimate(
         n_examples=n_examples,
         passes=(seconds - START_S) / (n_examples * pass_s(work.facts, work.threads)),
@@ -484,6 +529,7 @@ def _estimate(work: _Work, shards: tuple[Shard, ...], proof: ProofPlan, pace: fl
         memory_bytes=12 * n_parameters
         + 12 * work.batch_size * work.facts.widest
         + carried_bytes
+        + gradient_bytes
         + WORKSPACE_BYTES
         + work.n_sites * (sum(sum_bytes.values()) + row_bytes + WORKING_BYTES),
         redis_bytes=sum((shard.sites[1] - shard.sites[0]) * sum_bytes[shard.split] for shard in shards)

@@ -110,9 +110,11 @@ def make_result(job: Job, totals: dict[str, PartialSums], *, seconds: float) -> 
         indices=None if isinstance(sites, EveryWeight) else sites.indices.cpu().numpy(),
         shape=job.plan.shape,
         weights=sites.weights.cpu().numpy(),
+        replacements=sites.replacements.cpu().numpy(),
         splits=totals,
         per_class={split.name: split.per_class for split in job.plan.splits},
         top1=job.spec.top1,
+        criteria=job.spec.criteria,
         not_finite=None,
         about=about,
     )

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ablation import baseline
 from ablation.cache import Notes, find_next, find_start, make_known
+from ablation.criteria import find_statistics
 from ablation.devices import freed_memory_kept
-from ablation.engine.batches import run_batches
+from ablation.engine.batches import open_statistics, run_batches
 from ablation.engine.interface import EnginePath, HasPrefix, Setup
 from ablation.engine.paths import open_path
 from ablation.errors import DataError, ExampleError
@@ -51,11 +52,15 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
                 baseline.check_used(job.model, job.plan.parameter, inputs)
             on_batch(0.0)
         path = open_engine(job, job.sites[rows], example)
+        setup = make_setup(job, job.sites[rows])
+        at_once = job.plan.gradient_batch_size or job.plan.batch_size
+        statistics = open_statistics(find_statistics(job.spec.criteria), setup, at_once)
         filled, batches = 0.0, read(job, shard.split, positions)
         if isinstance(path, HasPrefix) and (notes := notes_of(job, shard)):
             filled = FILL_SHARE * len(notes.missing()) / len(notes.batches)
             fill(job, shard, path, notes, lambda part: on_batch(filled * part))
-            batches = read_noted(job, shard, notes)
+            if not statistics:  # which need the inputs themselves
+                batches = read_noted(job, shard, notes)
         return run_batches(
             path,
             job.model,
@@ -73,6 +78,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
             ),
             proof=bool(job.plan.proof.n_sites),
             top1=job.spec.top1,
+            statistics=statistics,
         )
 
 
@@ -141,12 +147,14 @@ def read_noted(job: Job, shard: Shard, notes: Notes) -> Iterator[tuple[Tensor, T
 
 def open_engine(job: Job, sites: Sites, example: Tensor) -> EnginePath:
     """The plan's path for these sites."""
+    setup = make_setup(job, sites if job.plan.path == "response" else sites.listed())
+    return open_path(job.plan.path, setup, example)
+
+
+def make_setup(job: Job, sites: Sites) -> Setup:
+    """What the engine is told of the job, for these sites."""
     plan = job.plan
-    sites = sites if plan.path == "response" else sites.listed()
-    setup = Setup(
-        job.model, plan.parameter, sites, plan.precision, job.spec.top1, plan.lanes, job.activations, job.loss
-    )
-    return open_path(plan.path, setup, example)
+    return Setup(job.model, plan.parameter, sites, plan.precision, job.spec.top1, plan.lanes, job.activations, job.loss)
 
 
 def read(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,9 +9,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
 
+from ablation.criteria import CRITERIA
 from ablation.errors import SpecError, nearest
 
 Precision = Literal["mixed", "float32", "float64"]
@@ -168,6 +180,19 @@ def check_cross_entropy(options: Mapping[str, Any]) -> CrossEntropySpec:
         ) from None
 
 
+def _find_criterion(name: str) -> str:
+    if name not in CRITERIA:
+        about = {"names": ", ".join(CRITERIA), "next_step": nearest(name, CRITERIA)}
+        raise PydanticCustomError("unknown_criterion", "one of {names}", about)
+    return name
+
+
+# The schema has the names, for whoever reads it; that they are known is checked when a spec is made.
+CriterionName = Annotated[
+    str, AfterValidator(_find_criterion), WithJsonSchema({"type": "string", "enum": list(CRITERIA)})
+]
+
+
 class JobSpec(Record):
     """One job: how much does the loss change when these weights of this layer are replaced, on this data?"""
 
@@ -181,7 +206,15 @@ class JobSpec(Record):
     precision: Precision = "mixed"
     verify: Annotated[int, Field(ge=0, le=1024)] = 8
     top1: bool = False
-    criteria: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    criteria: Annotated[
+        tuple[CriterionName, ...],
+        Field(
+            strict=False,
+            description="cheap criteria to compute beside, a column of each split: "
+            + "; ".join(f"{criterion.name}: {criterion.description}" for criterion in CRITERIA.values()),
+            json_schema_extra={"uniqueItems": True},
+        ),
+    ] = ()
     loss: LossSpec = "cross_entropy"
 
     @property
@@ -191,9 +224,10 @@ class JobSpec(Record):
 
     @field_validator("criteria")
     @classmethod
-    def _known_criteria(cls, criteria: tuple[str, ...]) -> tuple[str, ...]:
-        if criteria:
-            raise ValueError("none in this version: leave it empty")
+    def _each_once(cls, criteria: tuple[str, ...]) -> tuple[str, ...]:
+        twice = next((name for name in criteria if criteria.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"distinct names; {twice!r} is given twice")
         return criteria
 
     @field_validator("value", mode="before", json_schema_input_type=ValueSpec | float)
@@ -243,6 +277,7 @@ _ALLOWED = {
     "less_than": "less than {lt}",
     "less_than_equal": "{le} or less",
     "value_error": "{error}",
+    "unknown_criterion": "one of {names}",
 }
 # Errors that say only that a value is not this alternative (the last is FastAPI's).
 _OTHER_FORM = ("literal_error", "missing", "extra_forbidden", "model_type", "model_attributes_type")
@@ -267,7 +302,8 @@ def spec_error(errors: Sequence[Mapping[str, Any]]) -> SpecError:
         return SpecError(field or "spec", None, "a value; it is required")
     if first["type"] == "extra_forbidden":
         return _unknown_field(field, first["input"])
-    return SpecError(field or "spec", first.get("input"), allowed_by(first))
+    next_step = first.get("ctx", {}).get("next_step", "")
+    return SpecError(field or "spec", first.get("input"), allowed_by(first), next_step)
 
 
 def allowed_by(error: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64
 
+from ablation.criteria import find_criteria
 from ablation.table import ImportanceTable
 
 FEWEST_SITES = 3  # two always correlate by 1 or -1
@@ -35,6 +36,10 @@ def make_summary(table: ImportanceTable) -> dict[str, Any]:
         "precision": plan["precision"],
         "splits": {split: describe_split(table, split) for split in splits},
         "magnitude": {split: compare_magnitude(table, split) for split in splits},
+        "criteria": {
+            criterion.name: {split: compare_criterion(table, criterion.name, split) for split in splits}
+            for criterion in find_criteria(table.about["spec"]["criteria"])
+        },
         "proof": _plain(table.about["proof"]),
         "not_finite": table.about["n_not_finite"],
         "seconds": table.about["seconds"],
@@ -70,6 +75,12 @@ def compare_magnitude(table: ImportanceTable, split: str) -> dict[str, float | N
     """Correlations of |utility| with |w|."""
     touched = table.columns[f"touched_{split}"] > 0
     return _correlations(table.columns["magnitude"], np.abs(table.columns[f"utility_{split}"]), touched)
+
+
+def compare_criterion(table: ImportanceTable, name: str, split: str) -> dict[str, float | None]:
+    """Correlations of a criterion's column with the utility: how good is what it predicts?"""
+    touched = table.columns[f"touched_{split}"] > 0
+    return _correlations(table.columns[f"{name}_{split}"], table.columns[f"utility_{split}"], touched)
 
 
 def compare_splits(table: ImportanceTable) -> dict[str, Any]:
@@ -229,6 +240,8 @@ def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         examples = f"{found['n_examples']:,} example{'s' if found['n_examples'] > 1 else ''}"
         lines.append((f"{split}: intact", f"loss {found['loss']:.6g}, accuracy {found['accuracy']:.2%} ({examples})"))
         lines.append((f"{split}: |utility| with |w|", _say_correlations(summary["magnitude"][split])))
+        for name, found_by_split in summary["criteria"].items():
+            lines.append((f"{split}: utility with {name}", _say_correlations(found_by_split[split])))
         lines.append((f"{split}: provably without effect", _say_share(found["provably_without_effect"], n)))
         lines.append((f"{split}: float32 would call zero", _say_share(found["float32_would_call_zero"], n)))
         lines.append((f"{split}: better without", _say_share(found["negative"], n)))

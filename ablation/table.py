@@ -7,13 +7,14 @@ A whole layer has millions of rows. Only the numbers that can't be computed are 
 one split, instead of 64); code that reads a whole table does so a slice at a time (`cut_rows`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
+from ablation.criteria import Criterion, find_criteria
 from ablation.partial import PartialSums
 
 COORDINATES = {  # by the rank of the parameter tensor
@@ -110,9 +111,11 @@ def make_table(
     indices: Int64[np.ndarray, " sites"] | None,
     shape: tuple[int, ...],
     weights: Float[np.ndarray, " sites"],
+    replacements: Float64[np.ndarray, " sites"],
     splits: Mapping[str, PartialSums],
     per_class: Mapping[str, int | None],
     top1: bool,
+    criteria: Iterable[str] = (),
     not_finite: Bool[np.ndarray, " sites"] | None,
     about: Mapping[str, Any],
 ) -> ImportanceTable:
@@ -127,11 +130,13 @@ def make_table(
         indices: flat indices into the parameter tensor, in the order of the rows; None: every weight in its order.
         shape: of the parameter tensor.
         weights: intact values.
+        replacements: what they were replaced by.
         splits: merged and joined sums, in column order.
         per_class: length of the one-class blocks that a split was drawn in, None where it was not.
         top1: whether to add the columns `broken_*` and `fixed_*`.
-        not_finite: sites whose replacement is not a finite number, so that they were not run: their utility and
-            stderr are NaN and all examples count as touched.
+        criteria: names of the criteria whose columns to add, which come last, split by split.
+        not_finite: sites whose replacement is not a finite number, so that they were not run: their utility, stderr
+            and criteria are NaN and all examples count as touched.
         about: stored in the table as it is.
 
     Numerics: float64 throughout; the sums are taken as they are, nothing is summed here.
@@ -144,7 +149,29 @@ def make_table(
             assert sums.broken is not None
             assert sums.fixed is not None
             counts |= {f"broken_{split}": sums.broken, f"fixed_{split}": sums.fixed}
-    return ImportanceTable(columns=Rows(kept | counts, shape, first=0 if indices is None else None), about=about)
+    asked, of_criteria = find_criteria(criteria), {}
+    for split, sums in splits.items():
+        for criterion in asked:
+            column = _predict(criterion, weights.astype(np.float64, copy=False), replacements, sums, not_finite)
+            of_criteria[f"{criterion.name}_{split}"] = column
+    first = 0 if indices is None else None
+    return ImportanceTable(columns=Rows(kept | counts | of_criteria, shape, first), about=about)
+
+
+def _predict(
+    criterion: Criterion,
+    weights: Float64[np.ndarray, " sites"],
+    replacements: Float64[np.ndarray, " sites"],
+    sums: PartialSums,
+    not_finite: Bool[np.ndarray, " sites"] | None,
+) -> Float64[np.ndarray, " sites"]:
+    """One column of a criterion; NaN for sites that were not run, and where the criterion is no finite number."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        column = criterion.column(weights, replacements, sums.statistics, sums.n_examples)
+    known = np.isfinite(column)
+    if not_finite is not None:
+        known &= ~not_finite
+    return np.where(known, column + 0.0, np.nan)  # -0.0 becomes 0.0
 
 
 def _narrow(weights: Float[np.ndarray, " sites"]) -> Float[np.ndarray, " sites"]:

@@ -47,6 +47,7 @@ class PlanView(BaseModel):
     batch_size: int
     n_halved: int
     lanes: int
+    gradient_batch_size: int | None
     threads: int
     splits: tuple[SplitPlan, ...]
     n_shards: int

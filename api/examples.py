@@ -39,6 +39,7 @@ _PLAN: dict[str, Any] = {
     "batch_size": 256,
     "n_halved": 0,
     "lanes": 1,
+    "gradient_batch_size": None,
     "threads": 2,
     "splits": [
         {"name": "train", "n_examples": 1297, "per_class": None},
@@ -135,6 +136,7 @@ _SUMMARY: dict[str, Any] = {
     "precision": "mixed",
     "splits": {"train": _SPLIT_SUMMARY, "test": {**_SPLIT_SUMMARY, "n_examples": 100, "reliability": None}},
     "magnitude": {"train": _CORRELATIONS, "test": _CORRELATIONS},
+    "criteria": {},
     "proof": {
         "n_sites": 8,
         "n_examples": 8,

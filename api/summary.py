@@ -80,6 +80,9 @@ class Summary(_Exactly):
     precision: Precision
     splits: dict[str, SplitSummary]
     magnitude: dict[str, Correlations] = Field(description="of |utility| with |w|, by split")
+    criteria: dict[str, dict[str, Correlations]] = Field(
+        description="of the utility with what a criterion predicts, by criterion and split; empty where none was asked"
+    )
     proof: Proof | None = Field(description="null: `verify` was 0")
     not_finite: int = Field(description="sites that were not run, since their replacement is not a finite number")
     seconds: float = Field(description="from the first shard's start to the table")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from ablation.export import ROWS_AT_A_TIME
-from ablation.partial import TOTALS, PartialSums, held
+from ablation.partial import TOTALS, PartialSums, held, make_partial
 from ablation.table import Columns, ImportanceTable, Rows, cut_rows
 
 MAX_CHUNK_BYTES = (16 << 20) - 4096  # largest value sent to Redis; 16 MiB with its header
@@ -44,8 +44,7 @@ def encode_partial(partial: PartialSums) -> bytes:
 def decode_partial(payload: bytes) -> PartialSums:
     """Decode a partial; it equals the encoded one to the bit."""
     columns, totals = _decode(payload)
-    fields: dict[str, Any] = {**totals, **columns}
-    return PartialSums(**fields)
+    return make_partial(totals, columns)
 
 
 def encode_json(value: Any) -> str:

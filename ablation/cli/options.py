@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from ablation.criteria import CRITERIA
 from ablation.errors import SpecError, as_given
 from ablation.inputs.folders import Folders
 from ablation.plan import ENGINES
@@ -78,7 +79,12 @@ _SPEC_OPTIONS = [
     ),
     click.option("--verify", type=INTEGER, default=8, show_default=True, help="Weights checked by brute force."),
     click.option("--top1", is_flag=True, help="Also count the answers that become wrong and right."),
-    click.option("--criteria", help="Cheap criteria to compute beside, with commas between; none in this version."),
+    click.option(
+        "--criteria", multiple=True, metavar="NAME",
+        help="Cheap criteria to compute beside; may be repeated, or names with commas between. "
+        + "; ".join(f"{criterion.name}: {criterion.description}" for criterion in CRITERIA.values())
+        + ".",
+    ),
     click.option("--label-smoothing", help="Label smoothing of the cross-entropy, as torch's.  [default: 0]"),
     click.option("--class-weights", help="One weight for each class, with commas between: 1,2.5,0  [default: all 1]"),
 ]  # fmt: skip
@@ -130,7 +136,7 @@ def out_option(default: str) -> Callable[[Command], Command]:
 def read_spec(
     *, model: str, weights: str | None, model_seed: int, layer: str, data: str, root: str | None, train: str | None,
     test: str | None, data_seed: int, sites: str, seed: int, value: str, precision: str, verify: int, top1: bool,
-    criteria: str | None, label_smoothing: str | None, class_weights: str | None,
+    criteria: Sequence[str], label_smoothing: str | None, class_weights: str | None,
 ) -> JobSpec:  # fmt: skip
     """Make the job spec from the options.
 
@@ -187,9 +193,9 @@ def read_value(text: str) -> str | dict[str, float]:
         raise SpecError("value", text, "zero or a number") from None
 
 
-def read_criteria(text: str | None) -> list[str]:
-    """Parse names with commas between them."""
-    return [name for part in (text or "").split(",") if (name := part.strip())]
+def read_criteria(given: Sequence[str]) -> list[str]:
+    """Parse names, each text one or several with commas between them."""
+    return [name for text in given for part in text.split(",") if (name := part.strip())]
 
 
 def read_loss(smoothing: str | None, weights: str | None) -> str | dict[str, Any]:

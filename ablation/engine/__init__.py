@@ -11,6 +11,7 @@ The map, in reading order (a file imports only files above it; neither wing impo
     deltas       what every path yields
     interface    what every path is made from, and what it can do
     sums         from deltas to partial sums
+    gradients    the sums of gradients that criteria are made of
     prefix       what comes before the target, computed once per batch
     reference    the path `reference`: the whole network again for each site, in float64
     rerun        the path `rerun`: any target, one site at a time

@@ -1,11 +1,12 @@
 """Run the batches of one shard through a path, and sum up what it yields: batches in, `PartialSums` out.
 
-In: an open path (`paths.py`) and the shard's batches. Out: a partial. Not here: where batches come from
-(`inputs/data.py`), what the sums become (`table.py`).
+In: an open path (`paths.py`), the statistics that criteria need, and the shard's batches. Out: a partial. Not here:
+where batches come from (`inputs/data.py`), what the sums become (`table.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float64
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ablation import baseline
 from ablation.engine.deltas import Deltas, Responses
-from ablation.engine.interface import EnginePath
+from ablation.engine.gradients import Gradients
+from ablation.engine.interface import EnginePath, Setup, Statistic
 from ablation.engine.loss import Intact
 from ablation.engine.sums import Sums
 from ablation.errors import ExampleError
@@ -21,6 +23,14 @@ from ablation.partial import PartialSums
 from ablation.reference import intact_logits
 
 N_COMPARED = 32  # examples at the beginning of a shard that the model is run on as it is, for its logits
+
+# How each statistic of `criteria.py` is made ready for one shard: its setup, and how many examples to take at once.
+STATISTICS: dict[str, Callable[[Setup, int], Statistic]] = {"gradient": Gradients}
+
+
+def open_statistics(names: Iterable[str], setup: Setup, examples_at_once: int) -> dict[str, Statistic]:
+    """Make these statistics ready for one shard."""
+    return {name: STATISTICS[name](setup, examples_at_once) for name in names}
 
 
 def run_batches(
@@ -36,13 +46,16 @@ def run_batches(
     on_step: Callable[[int, int], None],
     proof: bool = True,
     top1: bool = True,
+    statistics: Mapping[str, Statistic] = MappingProxyType({}),
 ) -> PartialSums:
     """Sum the deltas of all sites over the batches of one shard; `proof`, `top1`: whether their sums are wanted.
+
+    The `statistics` are summed up beside them. They look at the inputs of every batch, so none may be a `cache.Known`.
 
     `on_step(n_examples, n_sites)` is called after each piece of work with how much of it is done: examples of whole
     batches, and sites of the batch under way. It may raise, to cancel.
     """
-    sums = Sums(n_sites, per_class, device, proof=proof, top1=top1)
+    sums = Sums(n_sites, per_class, device, proof=proof, top1=top1, statistics=statistics)
     position = first_example
     for inputs, labels in batches:
         with counting_from(position):
@@ -61,8 +74,12 @@ def run_batches(
             with counting_from(position):
                 check_deltas(deltas, intact, sums.float["delta"])
             on_step(position - first_example, deltas.rows.stop)
+        for name, statistic in statistics.items():
+            statistic.add(sums.statistics[name], inputs, labels)
         sums.add_intact(intact)
         position += len(labels)
+    for statistic in statistics.values():
+        statistic.check(any_touched=bool(sums.count["touched"].any()))
     return sums.finish()
 
 

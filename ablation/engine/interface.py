@@ -1,4 +1,4 @@
-"""The interface of paths: a `Setup` is what a path is made from, an `EnginePath` what it can do.
+"""The interface of paths: a `Setup` is what a path is made from, an `EnginePath` what it can do; and of statistics.
 
 The paths themselves are listed in `paths.py`; `deltas.py` has their results.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ablation.cache import Activations
@@ -64,4 +64,17 @@ class HasPrefix(Protocol):
 
     def keep_prefix(self, inputs: Tensor) -> None:
         """Compute the layer's input and put it into the cache, if there is room."""
+        ...
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """A sum over examples at every site that criteria need; the table of statistics is in `batches.py`."""
+
+    def add(self, sums: Float64[Tensor, " sites"], inputs: Tensor, labels: Int64[Tensor, " examples"]) -> None:
+        """Add the sum over the examples of one batch to `sums`."""
+        ...
+
+    def check(self, any_touched: bool) -> None:
+        """Refuse sums over a shard that can't be right; `any_touched`: whether any weight has moved any logit."""
         ...

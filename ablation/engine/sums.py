@@ -4,6 +4,7 @@ For splits sorted into blocks of one class, the variance within a class is compu
 added, so that nothing is stored per class.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ablation.engine.deltas import Deltas, DeviceResponses, Responses, make_runs
 from ablation.engine.loss import Intact
-from ablation.partial import PartialSums
+from ablation.partial import PartialSums, make_partial
 
 
 class Sums:
@@ -26,6 +27,7 @@ class Sums:
         *,
         proof: bool,
         top1: bool,
+        statistics: Iterable[str] = (),
     ) -> None:
         self.n_sites = n_sites
         self.per_class = per_class
@@ -47,6 +49,7 @@ class Sums:
             name: torch.zeros(n_sites, dtype=torch.int32, device=device)
             for name in ("touched", *(("broken", "fixed") if top1 else ()))
         }
+        self.statistics = {name: torch.zeros(n_sites, dtype=torch.float64, device=device) for name in statistics}
 
     def add_intact(self, intact: Intact) -> None:
         """Add one batch of the intact network, after that batch's deltas."""
@@ -125,7 +128,12 @@ class Sums:
     def finish(self) -> PartialSums:
         """Return the frozen partial."""
         self._add_proved()
-        floats: dict[str, Any] = {name: self.float[name].cpu().numpy() for name in self.float if "open" not in name}
-        left_out = 0.0 if self.bounds is None else float(self.bounds.max())
-        counts: dict[str, Any] = {name: self.count[name].cpu().numpy() for name in self.count}
-        return PartialSums(self.n_seen, self.n_correct, self.loss, **floats, **counts, left_out=left_out)
+        floats = {name: values for name, values in self.float.items() if "open" not in name}
+        totals = {
+            "n_examples": self.n_seen,
+            "n_correct": self.n_correct,
+            "loss": self.loss,
+            "left_out": 0.0 if self.bounds is None else float(self.bounds.max()),
+        }
+        arrays = {name: values.cpu().numpy() for name, values in (floats | self.count | self.statistics).items()}
+        return make_partial(totals, arrays)

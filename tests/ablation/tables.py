@@ -72,6 +72,7 @@ def table_of(
     shape: tuple[int, ...] = (97, 89),
     per_class: Mapping[str, int | None] | None = None,
     top1: bool = False,
+    criteria: Sequence[str] = (),
     not_finite: np.ndarray | None = None,
     proof: Any = PROOF,
 ) -> ImportanceTable:
@@ -92,12 +93,14 @@ def table_of(
         indices=None if every_weight else np.arange(n_sites) * 2 + 1 if indices is None else indices,
         shape=shape,
         weights=weights,
+        replacements=np.zeros(n_sites),
         splits=sums,
         per_class=dict.fromkeys(sums) if per_class is None else per_class,
         top1=top1,
+        criteria=criteria,
         not_finite=not_finite,
         about={
-            "spec": {"layer": "fc2"},
+            "spec": {"layer": "fc2", "criteria": [*criteria]},
             "plan": {"parameter": "fc2.weight", "path": "direct", "precision": "mixed", "shape": list(shape)},
             "baseline": baseline,
             "proof": proof,

@@ -197,7 +197,7 @@ X, Y = torch.randn(6, 11), torch.tensor([0, 1, 2, 3, 4, 0])
         ((relu_mlp(), "3", {"test": (X, Y)}), {"engine": "quick"}, SpecError, "engine"),
         ((relu_mlp(), "0", {"test": (X, Y)}), {"engine": "direct"}, SpecError, "classifier head"),
         ((relu_mlp(), "3", {"test": (X, Y)}), {"batch_size": 0}, SpecError, "batch_size"),
-        ((relu_mlp(), "3", {"test": (X, Y)}), {"criteria": ["taylor1"]}, SpecError, "criteria"),
+        ((relu_mlp(), "3", {"test": (X, Y)}), {"criteria": ["taylor9"]}, SpecError, "criteria.0: got 'taylor9'"),
         ((relu_mlp(), "3", {"test": Stream()}), {}, DataError, "no examples by index"),
         ((relu_mlp(), "3", {"test": (X, Y[:5])}), {}, DataError, "5"),
         ((relu_mlp(), "3", {"test": (X, torch.rand(6, 5))}), {}, DataError, "soft labels"),

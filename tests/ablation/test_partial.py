@@ -23,6 +23,9 @@ def assert_equal(a: PartialSums, b: PartialSums, rtol: float = 0.0) -> None:
         assert x.dtype == y.dtype, name
         assert x.shape == y.shape, name
         np.testing.assert_allclose(x, y, rtol=0 if name in COUNTS else rtol, atol=0, err_msg=name)
+    assert a.statistics.keys() == b.statistics.keys()
+    for name, values in a.statistics.items():
+        np.testing.assert_allclose(values, b.statistics[name], rtol=rtol, atol=0, err_msg=name)
 
 
 def cut(deltas: np.ndarray, ends: list[int], axis: int) -> list[np.ndarray]:
@@ -43,6 +46,7 @@ def part(deltas: np.ndarray) -> PartialSums:
         touched=(deltas != 0).sum(axis=1, dtype=np.int32),
         broken=(deltas > 0).sum(axis=1, dtype=np.int32),
         fixed=(deltas < -1e-7).sum(axis=1, dtype=np.int32),
+        statistics={"gradient": np.abs(deltas).sum(axis=1) / 7},
     )
 
 
@@ -73,7 +77,7 @@ def test_merge_and_join_commute() -> None:
     by_site = joined([merged(row) for row in blocks])
     by_example = merged([joined([top, bottom]) for top, bottom in zip(*blocks, strict=True)])
     for name in held(by_site):
-        np.testing.assert_array_equal(getattr(by_site, name), getattr(by_example, name), err_msg=name)
+        np.testing.assert_array_equal(held(by_site)[name], held(by_example)[name], err_msg=name)
     assert len(by_site.delta) == 12
 
 
@@ -88,7 +92,7 @@ def test_no_examples_change_no_bit() -> None:
     whole, nothing = part(heavy_deltas(6, 9)), part(heavy_deltas(6, 9)[:, :0])
     assert_equal(merged([nothing, whole]), whole)
     assert_equal(merged([whole, nothing]), whole)
-    assert {field.name for field in fields(PartialSums)} == {*TOTALS, *PER_SITE}
+    assert {field.name for field in fields(PartialSums)} == {*TOTALS, *PER_SITE, "statistics"}
 
 
 def test_the_order_of_a_merge_decides_its_bytes() -> None:
@@ -113,11 +117,11 @@ def test_blocks_of_sites_and_examples_are_added_and_put_in_their_rows_to_the_bit
             gathered.add(sites, partial)
     whole = gathered.finish()
     for name in held(whole):
-        expected = [reduce(np.add, [getattr(partial, name) for partial in parts]) for parts in blocks]
-        assert getattr(whole, name).tobytes() == np.concatenate(expected).tobytes(), name
+        expected = [reduce(np.add, [held(partial)[name] for partial in parts]) for parts in blocks]
+        assert held(whole)[name].tobytes() == np.concatenate(expected).tobytes(), name
     assert whole.n_examples == 30
     assert np.signbit(whole.delta[0])
-    assert list(held(whole)) == [name for name in PER_SITE if name not in fields]
+    assert list(held(whole)) == [*(name for name in PER_SITE if name not in fields), "gradient"]
 
 
 def test_what_does_not_fit_together_is_not_gathered() -> None:

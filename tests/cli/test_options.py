@@ -94,11 +94,21 @@ def test_value() -> None:
         read_value("nothing")
 
 
-def test_criteria_reach_the_spec_which_knows_none() -> None:
-    assert read_criteria("saliency, magnitude") == ["saliency", "magnitude"]
+def test_criteria_reach_the_spec_which_knows_their_names() -> None:
+    assert read_criteria(["saliency, magnitude", "taylor1"]) == ["saliency", "magnitude", "taylor1"]
     assert read("--test", "all", "--criteria", "").criteria == ()
-    with pytest.raises(SpecError, match=r'criteria: got \["saliency"\].*none in this version'):
-        read("--test", "all", "--criteria", "saliency")
+    assert read("--test", "all", "--criteria", "taylor1").criteria == ("taylor1",)
+    with pytest.raises(
+        SpecError, match=r"criteria\.1: got 'tailor1'; allowed: one of taylor1\. Did you mean 'taylor1'"
+    ):
+        read("--test", "all", "--criteria", "taylor1", "--criteria", "tailor1")
+    with pytest.raises(SpecError, match="'taylor1' is given twice"):
+        read("--test", "all", "--criteria", "taylor1,taylor1")
+
+
+def test_help_has_the_names_of_the_criteria() -> None:
+    said = " ".join(CliRunner().invoke(commands, ["plan", "--help"]).output.split())
+    assert "taylor1: predicted utility g (r - w), to first order" in said
 
 
 def test_losses() -> None:

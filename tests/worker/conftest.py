@@ -46,7 +46,8 @@ def make_partial(number: int, n_sites: int = N_SITES) -> PartialSums:
     random = np.random.default_rng(number)
     floats = {name: random.normal(size=n_sites) for name in ("delta", "delta_squared", "within", "proof")}
     counts = {name: random.integers(0, 100, size=n_sites, dtype=np.int32) for name in ("touched", "broken", "fixed")}
-    return PartialSums(n_examples=10, n_correct=number, loss=0.1 + number, **floats, **counts)
+    statistics = {"gradient": random.normal(size=n_sites)}
+    return PartialSums(n_examples=10, n_correct=number, loss=0.1 + number, **floats, **counts, statistics=statistics)
 
 
 def about_of(store: JobStore, job_id: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ablation.export import ROWS_AT_A_TIME, parquet_chunks
-from ablation.partial import PartialSums
+from ablation.partial import PER_SITE, TOTALS, PartialSums, held
 from ablation.table import ImportanceTable, Rows
 from tests.ablation.tables import heavy_deltas, table_of
 from tests.worker.conftest import make_partial
@@ -31,9 +31,14 @@ def test_a_partial_comes_back_to_the_bit(n_sites: int, absent: tuple[str, ...]) 
     partial.delta[0] = 5e-324
     back = codec.decode_partial(codec.encode_partial(partial))
     assert all(getattr(back, name) is None for name in absent)
-    for field in fields(PartialSums):
-        sent, got = np.asarray(getattr(partial, field.name)), np.asarray(getattr(back, field.name))
-        assert (sent.dtype, sent.tobytes()) == (got.dtype, got.tobytes()), field.name
+    assert {field.name for field in fields(PartialSums)} == {*TOTALS, *PER_SITE, "statistics"}
+    totals = [{name: getattr(one, name) for name in TOTALS} for one in (partial, back)]
+    assert totals[0] == totals[1]
+    assert list(held(back)) == list(held(partial))
+    assert list(back.statistics) == ["gradient"]
+    for name, sent in held(partial).items():
+        got = held(back)[name]
+        assert (sent.dtype, sent.tobytes()) == (got.dtype, got.tobytes()), name
 
 
 def test_the_same_partial_has_the_same_bytes() -> None:
