@@ -75,7 +75,7 @@ async def read_json(request: Request) -> bytes:
         raise HTTPException(
             415,
             f"Content-Type: got {given[:200]!r}; allowed: application/json, application/*+json. "
-            "Say what you send, e.g. curl -H 'Content-Type: application/json'.",
+            "Set the content type, e.g. curl -H 'Content-Type: application/json'.",
         )
     return await request.body()
 

@@ -14,9 +14,11 @@ from api.schemas import JobView, Pending, Problem
 
 Responses = dict[int | str, dict[str, Any]]
 
-RETRY_AFTER = {"Retry-After": {"description": "seconds until it pays to ask again", "schema": {"type": "integer"}}}
+RETRY_AFTER = {
+    "Retry-After": {"description": "seconds until the next request is useful", "schema": {"type": "integer"}}
+}
 LOCATION = {"Location": {"description": "the address of the job", "schema": {"type": "string"}}}
-ETAG = {"ETag": {"description": "weak; over everything that is said", "schema": {"type": "string"}}}
+ETAG = {"ETag": {"description": "weak tag of the whole answer", "schema": {"type": "string"}}}
 ALLOW = {"Allow": {"description": "the methods that the address has", "schema": {"type": "string"}}}
 VARY = {"Vary": {"description": "Accept, where that chooses the format", "schema": {"type": "string"}}}
 ATTACHMENT = {
@@ -56,7 +58,7 @@ _NO_RESULTS: Responses = {202: says("pending", RETRY_AFTER, VARY, model=Pending)
 
 # Every answer of each address, beside those of `EVERYWHERE`.
 EVERYWHERE = problems(405, 413, 422, 500)
-EVERYWHERE[405] |= {"description": "to any method that the address has not", **_headers(ALLOW)}
+EVERYWHERE[405] |= {"description": "for a method that the address does not have", **_headers(ALLOW)}
 POST_JOB = {202: says("job", LOCATION, RETRY_AFTER), **problems(400, 415, 429, 503)}
 LIST_JOBS = {200: says("jobs"), **problems(503)}
 GET_JOB: Responses = {

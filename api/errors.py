@@ -54,12 +54,12 @@ def make_problem(request: Request, status: int, detail: str, **more: Any) -> JSO
 
 def gone(what: str) -> HTTPException:
     """Make the error for something that has expired."""
-    return HTTPException(410, f"{what} has expired or was deleted; send its spec again to have it computed again.")
+    return HTTPException(410, f"{what} has expired or was deleted; send its spec again to compute it again.")
 
 
 def not_found(what: str, where: str, next_step: str = "") -> HTTPException:
     """Make the error for something that doesn't exist; `where` lists what exists."""
-    return HTTPException(404, f"There is no {what}; {where} lists those there are. {next_step}".rstrip())
+    return HTTPException(404, f"There is no {what}; {where} lists those that exist. {next_step}".rstrip())
 
 
 def conflict(what: str) -> HTTPException:
@@ -116,7 +116,7 @@ def _answer_http_error(request: Request, error: Exception) -> Response:
         detail = f"{request.method} is not possible here; allowed: {allowed}."
         headers = {"Allow": allowed}
     elif detail == "Not Found":  # raised by the framework, not by a route
-        detail = f"There is no address {shorten(request.url.path)!r}; GET /docs shows those there are."
+        detail = f"There is no address {shorten(request.url.path)!r}; GET /docs shows those that exist."
     return make_problem(request, error.status_code, detail, headers=headers)
 
 
@@ -144,7 +144,7 @@ def _answer_unavailable(request: Request, error: Exception) -> JSONResponse:
 def _answer_refusal(request: Request, error: Exception) -> JSONResponse:
     """Answer an error of Redis: 503 if it or its disk is full, else a fault of the service."""
     if isinstance(error, redis.exceptions.OutOfMemoryError) or str(error).startswith("MISCONF"):
-        log.error("Redis takes nothing in: %s", error)
+        log.error("Redis refuses writes: %s", error)
         return unavailable(request, "The store has no room: nothing was changed. Delete jobs that are over.")
     raise error
 

@@ -205,14 +205,14 @@ _DATASET: dict[str, Any] = {
 
 _DETAILS = {
     400: "The body is not JSON: EOF while parsing a value at line 1 column 9. Send a job spec; /docs shows one.",
-    404: f"There is no job '{_JOB_ID}'; GET /v1/jobs lists those there are.",
+    404: f"There is no job '{_JOB_ID}'; GET /v1/jobs lists those that exist.",
     405: "PUT is not possible here; allowed: GET, HEAD, POST.",
     409: f"Job {_JOB_ID} is running; cancel it first, or wait until it is over.",
-    410: f"Job {_JOB_ID} has expired or was deleted; send its spec again to have it computed again.",
+    410: f"Job {_JOB_ID} has expired or was deleted; send its spec again to compute it again.",
     413: "The body is too large; allowed: 8388608 bytes. Ask for fewer indices, or for a count.",
     415: "Content-Type: got 'text/plain'; allowed: application/json, application/*+json.",
     422: "sites.count: got 0; allowed: 1 or more.",
-    429: "10000 jobs are queued or at work, and no more are allowed at once.",
+    429: "10000 jobs are queued or running, and no more are allowed at once.",
     500: "This is a fault of the service, not of the request; its log has the details.",
     503: "A part of the service is away. Ask again in 5 seconds.",
 }

@@ -29,7 +29,7 @@ def main() -> None:
     try:
         with connect(load_settings()) as client:
             if not has_worker(JobStore(client), host):
-                sys.exit(f"No worker on {host} has been heard of for {SILENT_S:g} s.")
+                sys.exit(f"No worker on {host} has reported for {SILENT_S:g} s.")
     except ServiceError as error:
         sys.exit(f"Error: {error}")
     except RedisError as error:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 UNFIT_S = 1.0  # delay before the message of a job that this worker refuses goes back
 FULL = {
     "type": "store-full",
-    "title": "The store has no room for what the job found.",
+    "title": "The store has no room for the job's results.",
     "detail": "Redis holds as much as it may (maxmemory), so the job's sums could not be kept. Delete jobs that are "
     "over (DELETE /v1/jobs/ID), ask for fewer sites, or let the operator give Redis more memory; then post it again.",
 }
@@ -153,7 +153,7 @@ def run_shard(worker: Worker, job_id: str, shard_id: str) -> bool:
         record = get_record(worker.store, job_id)
         shard = next((shard for shard in stored_plan(record).shards if shard.id == shard_id), None)
         if shard is None:
-            raise Cancelled(f"job {job_id} has been cut anew")
+            raise Cancelled(f"job {job_id} has been planned again")
         job = load(worker, record)
         heart.on_batch(0.0)
         try:
@@ -204,7 +204,7 @@ def cut_smaller(worker: Worker, job_id: str, error: Exception) -> None:
     record = get_record(worker.store, job_id)
     plan = mark_cut(cut(worker, record.spec, halve(stored_plan(record), error)), record.n_cut)
     if worker.store.cut_again(job_id, record.n_cut, plan):
-        log.warning("job %s: memory ran out; cut anew in batches of %d", job_id, plan.batch_size)
+        log.warning("job %s: memory ran out; planned again with batches of %d", job_id, plan.batch_size)
         enqueue_shards(worker.celery, len(plan.shards))
 
 
@@ -358,7 +358,7 @@ def make_unexpected_error(error: Exception, shard_id: str) -> dict[str, str]:
     """Describe an unexpected error by its kind only, since its message may contain anything."""
     return {
         "type": "unexpected-error",
-        "title": "The worker ran into an error that it was not made for.",
+        "title": "The worker failed with an unexpected error.",
         "detail": f"{keys.in_words(shard_id)} ended with {type(error).__name__} each time it was tried. "
         "The worker's log has the details.",
     }

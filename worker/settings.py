@@ -203,7 +203,7 @@ def warn_of_unknown_variables(names: Iterable[str]) -> None:
         if name.startswith(PREFIX) and name not in known:
             near = get_close_matches(name.removeprefix(PREFIX), endings, n=1)
             hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
-            print(f"Warning: {name} is no setting and has no effect.{hint}", file=sys.stderr, flush=True)
+            print(f"Warning: {name} is not a setting and has no effect.{hint}", file=sys.stderr, flush=True)
 
 
 def make_writable(folder: Path, name: str) -> None:

@@ -88,7 +88,7 @@ def connect(settings: Settings, n_retries: int = 5) -> Redis:
     if not settings.redis_url:
         raise ServiceError(
             "REDIS_URL: got nothing; allowed: redis://host:6379/0 or unix:///path. "
-            "Set it, or use `ablation serve`, which brings its own Redis."
+            "Set it, or use `ablation serve`, which starts its own Redis."
         )
     return Redis.from_url(
         settings.redis_url,
@@ -134,7 +134,7 @@ class JobStore:
         outcome = self._run(scripts.CREATE, job_id, *texts, posted, IDEMPOTENCY_S, max_jobs, PACKAGE, *shards)
         if outcome == b"full":
             raise TooManyJobs(
-                f"{max_jobs} jobs are queued or at work, and no more are allowed at once. "
+                f"{max_jobs} jobs are queued or running, and no more are allowed at once. "
                 "Wait until some are over, cancel some, or let the operator raise ABLATION_MAX_JOBS."
             )
         return self.get(job_id) if outcome == b"made" else None

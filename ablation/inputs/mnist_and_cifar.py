@@ -20,7 +20,7 @@ import numpy as np
 from ablation.errors import SpecError, as_given
 
 
-class _Form(NamedTuple):
+class _Format(NamedTuple):
     """The format in which a data set was published."""
 
     folders: tuple[str, ...]  # below the root; files are searched in each, and messages name the first
@@ -34,11 +34,11 @@ _IDX = {
     for split, start in (("train", "train"), ("test", "t10k"))
 }
 _BATCHES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
-_FORMS = {
-    "mnist": _Form(("MNIST/raw", "raw", "."), _IDX, "the four .gz files of MNIST"),
-    "fashionmnist": _Form(("FashionMNIST/raw", "raw", "."), _IDX, "the four .gz files of Fashion-MNIST"),
-    "cifar10": _Form(("cifar-10-batches-py", "."), _BATCHES, "cifar-10-python.tar.gz, unpacked", "labels"),
-    "cifar100": _Form(
+_FORMATS = {
+    "mnist": _Format(("MNIST/raw", "raw", "."), _IDX, "the four .gz files of MNIST"),
+    "fashionmnist": _Format(("FashionMNIST/raw", "raw", "."), _IDX, "the four .gz files of Fashion-MNIST"),
+    "cifar10": _Format(("cifar-10-batches-py", "."), _BATCHES, "cifar-10-python.tar.gz, unpacked", "labels"),
+    "cifar100": _Format(
         folders=("cifar-100-python", "."),
         files={"train": ("train",), "test": ("test",)},
         source="cifar-100-python.tar.gz, unpacked",
@@ -61,8 +61,8 @@ def read_labels(name: str, root: Path, split: str) -> np.ndarray:
 @lru_cache(maxsize=16)
 def _read_labels(name: str, files: tuple[tuple[Path, int, int], ...]) -> np.ndarray:
     paths = [path for path, _, _ in files]
-    if _FORMS[name].label_key:
-        labels = _read_cifar(paths, _FORMS[name].label_key)[1]
+    if _FORMATS[name].label_key:
+        labels = _read_cifar(paths, _FORMATS[name].label_key)[1]
     else:
         labels = _read_idx(paths[0], 1).astype(np.int64)
         pictures, n_bytes, _ = files[1]
@@ -82,8 +82,8 @@ def read_examples(name: str, root: Path, split: str) -> tuple[np.ndarray, np.nda
     """
     with as_given({"data.root": str(root)}):
         files = _find_files(name, root, split)
-        if _FORMS[name].label_key:
-            return _read_cifar(files, _FORMS[name].label_key)
+        if _FORMATS[name].label_key:
+            return _read_cifar(files, _FORMATS[name].label_key)
         labels, pixels = _read_idx(files[0], 1), _read_idx(files[1], 3)
         _check_counts(files[0], len(labels), len(pixels))
         return pixels, labels.astype(np.int64)
@@ -114,14 +114,14 @@ def check_classes(name: str, root: Path, labels: np.ndarray, n_classes: int) -> 
 
 
 def _find_files(name: str, root: Path, split: str) -> list[Path]:
-    form = _FORMS[name]
-    names = form.files[split]
-    found = [[_existing(root / folder / file) for file in names] for folder in form.folders]
+    published = _FORMATS[name]
+    names = published.files[split]
+    found = [[_existing(root / folder / file) for file in names] for folder in published.folders]
     best = max(found, key=lambda paths: sum(path is not None for path in paths))  # the first of equals
     missing = [file for file, path in zip(names, best, strict=True) if path is None]
     if missing:
-        allowed = f"a folder with {form.folders[0]}/ and in it {', '.join(names)}"
-        next_step = f"Missing: {', '.join(missing)}. They are in {form.source}; place them there."
+        allowed = f"a folder with {published.folders[0]}/ and in it {', '.join(names)}"
+        next_step = f"Missing: {', '.join(missing)}. They are in {published.source}; place them there."
         raise SpecError("data.root", str(root), allowed, next_step)
     return [path for path in best if path]
 

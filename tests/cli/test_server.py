@@ -40,7 +40,7 @@ def test_a_misspelt_variable_is_warned_of(tmp_path: Path) -> None:
         command = ["serve", "--port", str(port), "--home", str(tmp_path)]
         result = CliRunner().invoke(commands, command, env={"ABLATION_TREADS": "2"})
     assert result.stderr.splitlines()[0] == (
-        "Warning: ABLATION_TREADS is no setting and has no effect. Did you mean ABLATION_THREADS?"
+        "Warning: ABLATION_TREADS is not a setting and has no effect. Did you mean ABLATION_THREADS?"
     )
 
 

@@ -32,7 +32,7 @@ def test_a_worker_says_what_it_found_and_its_parent_has_no_torch(settings: Setti
     assert told[:5] == describe(settings).splitlines()
     assert re.fullmatch(r"worker: device \S+ \(.+\), \d+ threads", told[5])
     assert told[6:] == describe_registered(NOTHING).splitlines()
-    assert errors.startswith("Warning: ABLATION_TREADS is no setting")
+    assert errors.startswith("Warning: ABLATION_TREADS is not a setting")
     assert not loaded.pop(worker.pid)
     assert [*loaded.values()] == [True]  # the child
 

@@ -193,8 +193,8 @@ def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_variable_that_nobody_reads_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     warn_of_unknown_variables(["ABLATION_TREADS", "ABLATION_XYZZY", "ABLATION_THREADS", "PATH", "ABLATION_FD"])
     assert capsys.readouterr().err.splitlines() == [
-        "Warning: ABLATION_TREADS is no setting and has no effect. Did you mean ABLATION_THREADS?",
-        "Warning: ABLATION_XYZZY is no setting and has no effect.",
+        "Warning: ABLATION_TREADS is not a setting and has no effect. Did you mean ABLATION_THREADS?",
+        "Warning: ABLATION_XYZZY is not a setting and has no effect.",
     ]
 
 
