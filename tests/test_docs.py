@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ablation.spec import JobSpec
+
 ROOT = Path(__file__).parent.parent
 START = "docs/00-overview.md"
 NAME = "weight-ablation"
@@ -91,6 +93,12 @@ def test_a_link_to_nothing_is_found() -> None:
     target, beyond = links(START, "[a](nowhere.md#part) ```\n[b](https://example.org) [c](../README.md)")
     assert not (ROOT / target).exists()
     assert (ROOT / beyond).exists()
+
+
+def test_the_page_of_the_service_has_every_field_of_a_job_spec() -> None:
+    page = (ROOT / "docs/04-service.md").read_text("utf-8")
+    table = page.split("## Job spec")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(JobSpec.model_fields)
 
 
 def missing_files(text: str, known: list[str]) -> list[str]:

@@ -47,7 +47,7 @@ _unfit: set[str] = set()  # jobs that this worker must not work on
 
 @dataclass(frozen=True)
 class Worker:
-    """Who works on shards: its store, its way to send messages, its settings, and its name on leases."""
+    """A worker: its job store, the queue for messages, its settings, and its name on leases."""
 
     store: JobStore
     celery: Celery
