@@ -60,8 +60,8 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
 @click.option("--port", envvar="ABLATION_PORT", help="Port to listen on.  [default: 8000]")
 def api(host: str | None, port: str | None) -> None:
     """Start the API alone (needs REDIS_URL)."""
-    given = {"ABLATION_HOST": host, "ABLATION_PORT": port}
-    become("api", {name: value for name, value in given.items() if value is not None})
+    variables = {"ABLATION_HOST": host, "ABLATION_PORT": port}
+    become("api", {name: value for name, value in variables.items() if value is not None})
 
 
 @click.command()

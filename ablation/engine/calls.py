@@ -94,8 +94,8 @@ class _Recorder(TorchFunctionMode):
             flops = float(counter.get_total_flops())
         else:
             result = call(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not given and (name == "__get__" or name in LOOKS):
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not tensors and (name == "__get__" or name in LOOKS):
             return result
         self.record.calls.append(
             Call(
@@ -103,9 +103,9 @@ class _Recorder(TorchFunctionMode):
                 args,
                 kwargs,
                 inputs,
-                tuple(self._new_value(tensor) for tensor in given),
+                tuple(self._new_value(tensor) for tensor in tensors),
                 tuple(tuple(tensor.shape) for tensor in taken),
-                tuple(tuple(tensor.shape) for tensor in given),
+                tuple(tuple(tensor.shape) for tensor in tensors),
                 flops,
             )
         )

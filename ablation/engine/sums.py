@@ -101,8 +101,8 @@ class Sums:
         responses = self.proved[0].joined(self.proved[1:])
         delta, unused = self.float["proof"], torch.zeros_like(self.bounds)
         on_device = isinstance(responses, DeviceResponses)
-        given = (delta, unused) if on_device else (delta.numpy(), unused.numpy())
-        responses.add({"delta": given[0]}, make_runs(self.n_proved, 0, None), given[1])
+        arrays = (delta, unused) if on_device else (delta.numpy(), unused.numpy())
+        responses.add({"delta": arrays[0]}, make_runs(self.n_proved, 0, None), arrays[1])
 
     def _add_blocks(
         self, rows: slice, delta: Float64[Tensor, "sites examples"], squared: Tensor, per_class: int
@@ -120,8 +120,8 @@ class Sums:
     def _close(self, rows: slice, per_class: int) -> None:
         total, total_squared = self.float["open"][rows], self.float["open_squared"][rows]
         if per_class > 1:
-            spread = (total_squared - total * total / per_class).clamp(min=0)
-            self.float["within"][rows] += per_class / (per_class - 1) * spread
+            deviation = (total_squared - total * total / per_class).clamp(min=0)
+            self.float["within"][rows] += per_class / (per_class - 1) * deviation
         total.zero_()
         total_squared.zero_()
 

@@ -32,7 +32,7 @@ class Response:
         self.columns = columns
         self.is_live = (columns != 0).any(dim=1)
         wide = columns.double()
-        self.spread = wide.amax(dim=1) - wide.amin(dim=1)  # no u is larger
+        self.u_range = wide.amax(dim=1) - wide.amin(dim=1)  # |u| is at most this
         self.powers = torch.cumprod(torch.stack([torch.ones_like(wide), *[wide] * ORDER]), dim=0)
 
     def moments(self, intact: Intact) -> Float[Tensor, "orders units examples"]:
@@ -67,7 +67,7 @@ class Response:
         for moment in moments.flip(0):
             total = (total + moment).mul_(wide)
         delta = torch.log1p(total)
-        direct = moved & ~((wide.abs() * self.spread[unit, None] <= REACH) & (total.abs() <= LARGE))
+        direct = moved & ~((wide.abs() * self.u_range[unit, None] <= REACH) & (total.abs() <= LARGE))
         for pairs in direct.nonzero().split(max(1, VALUES_AT_ONCE // self.columns.shape[1])):
             row, example = pairs.unbind(1)
             dz = self.columns[unit[row]] * t[row, example, None]

@@ -30,7 +30,7 @@ def test_equals_the_direct_formula(sureness: float, size: float) -> None:
     # Of the terms that the sum is made of: where the first two orders cancel, no formula has more digits.
     from_label = columns[unit][:, None] - columns[unit][:, labels, None]
     scale = (intact.rest * torch.expm1(t[:, :, None] * from_label).abs()).sum(dim=2)
-    small = t.abs() * Response(columns).spread[unit, None] <= REACH
+    small = t.abs() * Response(columns).u_range[unit, None] <= REACH
     assert small.any() or size >= 1e3
     error = (got - truth).abs() / scale.clamp(min=1e-300)
     assert not (error[small] > 1e-9).any(), error[small].max()
