@@ -23,8 +23,8 @@ class Loss(Protocol):
     """A loss: `values` is all that it must define.
 
     A loss of the form `sum_c a_c (logsumexp(z) - z_c)`, whose soft label a depends on the label alone, may also
-    define `soft_labels(n_classes)`, the matrix of a with one row for each label (`HasSoftLabels`). Its changes are
-    then computed without cancellation. The changes of any other loss are differences of two float64 values.
+    define `soft_labels` (`HasSoftLabels`). Its changes are then computed without cancellation. The changes of any other
+    loss are differences of two float64 values.
     """
 
     def values(self, logits: Float64[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> Tensor:
@@ -40,8 +40,8 @@ class HasSoftLabels(Protocol):
         """Each example's loss, as in `Loss`."""
         ...
 
-    def soft_labels(self, n_classes: int) -> Float64[Tensor, "labels classes"]:
-        """a[y, c] >= 0 such that the loss of an example of class y is sum_c a[y, c] (logsumexp(z) - z_c)."""
+    def soft_labels(self, labels: Int64[Tensor, " examples"], n_classes: int) -> Float64[Tensor, "examples classes"]:
+        """Each example's a_c >= 0 such that its loss is sum_c a_c (logsumexp(z) - z_c)."""
         ...
 
 
@@ -90,12 +90,12 @@ class CrossEntropy:
             label_smoothing=self.label_smoothing,
         )
 
-    def soft_labels(self, n_classes: int) -> Float64[Tensor, "labels classes"]:
-        """The weights a_c of all labels, one row for each."""
-        one_hot = torch.eye(n_classes, dtype=torch.float64)
+    def soft_labels(self, labels: Int64[Tensor, " examples"], n_classes: int) -> Float64[Tensor, "examples classes"]:
+        """Each example's a_c, as above."""
+        one_hot = F.one_hot(labels, n_classes).double()
         smoothed = (1 - self.label_smoothing) * one_hot + self.label_smoothing / n_classes
         weight = self._weights()
-        return smoothed if weight is None else smoothed * weight
+        return smoothed if weight is None else smoothed * weight.to(labels.device)
 
     def _weights(self) -> Float64[Tensor, " classes"] | None:
         return None if self.class_weights is None else torch.tensor(self.class_weights, dtype=torch.float64)
@@ -130,8 +130,10 @@ def read_loss(given: Any) -> tuple[Any, Loss | None]:
         return given.spec.model_dump(), None
     if type(given) is torch.nn.CrossEntropyLoss:
         return _of_torch(given).spec.model_dump(), None
-    if isinstance(given, str | Mapping):
+    if isinstance(given, str):
         return given, None
+    if isinstance(given, Mapping):
+        return dict(given), None
     if isinstance(given, Loss) and not isinstance(given, type):
         return {"object": type(given).__name__}, given
     raise SpecError(

@@ -86,7 +86,7 @@ def make_intact(
 def _make_soft_labels(
     function: HasSoftLabels, softmax: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]
 ) -> SoftLabels:
-    a = function.soft_labels(softmax.shape[1]).to(softmax.device)[labels]
+    a = function.soft_labels(labels, softmax.shape[1])
     centre = a.argmax(dim=1)
     return SoftLabels(a, a.sum(dim=1), centre, softmax.double().scatter(1, centre[:, None], 0.0))
 
