@@ -34,7 +34,7 @@ from ablation.plots import make_figure
 from ablation.precision import fit, left_alone
 from ablation.reference import intact_logits
 from ablation.run import run_job
-from ablation.spec import SPLITS, make_spec
+from ablation.spec import FORMS, SPLITS, make_spec
 from ablation.statistics import make_summary
 from ablation.table import ImportanceTable
 
@@ -71,7 +71,7 @@ def ablate(
     sites: int | str | Sequence[int] | np.ndarray | torch.Tensor = "all",
     *,
     seed: int = 0,
-    value: str | float = "zero",
+    value: str | float | Mapping[str, float] = "zero",
     device: str | torch.device | None = None,
     precision: str = "mixed",
     engine: str = "auto",
@@ -97,7 +97,9 @@ def ablate(
         splits: `train` and/or `test`, each a map-style Dataset, a DataLoader, or a pair of tensors (inputs, labels).
         sites: how many to draw uniformly without replacement from `seed`; `"all"`; or flat indices into the parameter.
         seed: of the draw.
-        value: `"zero"`, or a number: what the weight is replaced by.
+        value: what replaces each weight w: `"zero"`; `"flip_sign"` (-w); a number, which is the same for all; or
+            `{"scale": s}` (s w). A site whose replacement is not a finite number is not run: its utility and stderr are
+            NaN, and `touched` counts all examples.
         device: where to compute; default: where the model is.
         precision: `"mixed"`, `"float32"` or `"float64"`.
         engine: `"auto"`, `"direct"`, `"response"`, `"finite"`, `"rerun"` or `"reference"`.
@@ -142,7 +144,7 @@ def ablate(
             "layer": layer,
             "data": {"name": "in memory", **dict.fromkeys(read, "all")},
             "sites": _ask_sites(sites, _whole(seed)),
-            "value": {"constant": float(value)} if _is_number(value) else value,
+            "value": _ask_value(value),
             "precision": precision,
             "verify": _whole(verify),
             "top1": top1,
@@ -210,6 +212,15 @@ def _ask_sites(sites: Any, seed: Any) -> Any:
     return {"indices": listed.tolist()}
 
 
+def _ask_value(value: Any) -> Any:
+    """The form of the job spec for what was given: numbers of any library as floats."""
+    if _is_number(value):
+        return {"constant": float(value)}
+    if isinstance(value, Mapping):
+        return {name: float(number) if _is_number(number) else number for name, number in value.items()}
+    return value
+
+
 def _whole(number: Any) -> Any:
     """A whole number of any library as an int; anything else, True and False among it, as it is."""
     if isinstance(number, bool | np.bool_ | torch.Tensor):
@@ -227,7 +238,7 @@ def _is_number(value: Any) -> bool:
     try:
         float(value)
     except OverflowError:
-        raise SpecError("value", "a number beyond float64", "'zero', or a finite number") from None
+        raise SpecError("value", "a number beyond float64", FORMS["value"], "Numbers have to be finite.") from None
     return True
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int32
+from jaxtyping import Float64, Int32, Int64
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ def make_partial(totals: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
     own: dict[str, Any] = {name: values for name, values in arrays.items() if name in PER_SITE}
     statistics = {name: values for name, values in arrays.items() if name not in PER_SITE}
     return PartialSums(**totals, **own, statistics=statistics)
+
+
+def take_rows(partial: PartialSums, rows: Int64[np.ndarray, " rows"]) -> PartialSums:
+    """The sums of some of the sites."""
+    totals = {name: getattr(partial, name) for name in TOTALS}
+    return make_partial(totals, {name: values[rows] for name, values in held(partial).items()})
 
 
 class Gathered:

@@ -38,8 +38,10 @@ from ablation.spec import (
     PerClass,
     Precision,
     Record,
+    Scale,
     SiteIndices,
     SplitSpec,
+    ValueSpec,
 )
 
 ENGINES = ("auto", *get_args(Path))
@@ -47,6 +49,7 @@ ENGINES = ("auto", *get_args(Path))
 DENSE = 40  # a row's response functions cost as much as this part of its weights one by one
 
 HUGE_STEP = 100.0  # replacement minus weight: beyond it deltas are float64, for in float32 they could drown the rest
+CLOSE = f"with a constant of at most {HUGE_STEP:g} or a scale of {1 - HUGE_STEP:g} to {1 + HUGE_STEP:g}"
 
 SHARD_S = 60.0  # a shard aims at this many seconds
 N_SHARED, SHARED_S = 8, 2.0  # a job that is shorter is cut, too, so that workers share it: into so many, each this long
@@ -345,8 +348,8 @@ def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) ->
     """The path that was asked for; else the fastest, where response functions pay only for many weights of a row."""
     if engine not in ENGINES:
         raise SpecError("engine", engine, f"one of {', '.join(ENGINES)}")
-    is_huge = isinstance(spec.value, Constant) and abs(spec.value.constant) > HUGE_STEP
-    is_plain = spec.precision != "float64" and not spec.top1 and not is_huge and spec.has_plain_loss
+    is_close = _usual_step(spec.value) <= HUGE_STEP
+    is_plain = spec.precision != "float64" and not spec.top1 and is_close and spec.has_plain_loss
     paths = possible_paths(layer, is_whole=spec.sites == "all", is_plain=is_plain)
     if engine == "auto":
         is_dense = spec.sites == "all" or n_sites * DENSE >= layer.n_weights
@@ -357,14 +360,21 @@ def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) ->
         what = (
             "not part of a classifier head"
             if layer.path != "direct"
-            else "so only in 'mixed', without top1, with a small replacement and plain cross-entropy"
+            else f"so only in 'mixed' or 'float32', without top1, {CLOSE}, and with plain cross-entropy"
         )
         raise SpecError("engine", engine, "auto, finite, rerun or reference for this layer", f"{layer.name} is {what}.")
     why = (
-        "It is for all weights of a layer with response functions: not in float64, without top1, a small constant, and "
-        "cross-entropy without label smoothing and class weights."
+        "It is for all weights of a layer with response functions, in 'mixed' or 'float32', without top1, "
+        f"{CLOSE}, and with cross-entropy without label smoothing and class weights."
     )
     raise SpecError("engine", engine, "auto, finite, rerun or reference for this job", why)
+
+
+def _usual_step(value: ValueSpec) -> float:
+    """How far a replacement is from its weight, if the weight is 1 or smaller: the plan knows no weights."""
+    if isinstance(value, Constant):
+        return abs(value.constant)
+    return abs(value.scale - 1) if isinstance(value, Scale) else 1.0
 
 
 def _choose_batch_size(facts: ModelFacts) -> int:

@@ -52,10 +52,18 @@ class Compared:
     rounding: float  # what subtracting two losses can't see
 
 
-def run_proof(job: Job, totals: dict[str, PartialSums]) -> dict[str, Any]:
-    """The job's own check: chosen sites through the reference, on the plan's proof examples of every split."""
-    chosen = choose_proved(totals, job.plan.proof.n_sites)
-    sites = job.sites.pick(chosen)
+def run_proof(
+    job: Job, totals: dict[str, PartialSums], rows: Int64[np.ndarray, " rows"] | None = None
+) -> dict[str, Any] | None:
+    """The job's own check: chosen sites through the reference, on the plan's proof examples of every split.
+
+    `rows` of the table are those whose sums `totals` are; None: all. Without a site to check there is no proof: None.
+    """
+    n_sites = min(job.plan.proof.n_sites, len(next(iter(totals.values())).delta))
+    if not n_sites:
+        return None
+    chosen = choose_proved(totals, n_sites)
+    sites = job.sites.pick(chosen if rows is None else rows[chosen])
     job = replace(job, activations=None)  # computed anew here
     compared = {}
     for name, total in totals.items():
@@ -230,7 +238,7 @@ def _spread(deltas: Float64[np.ndarray, "sites examples"]) -> Float64[np.ndarray
 
 def rms(values: Float64[np.ndarray, " _"]) -> float:
     """Root mean square, also where the squares are too large for float64: an infinite scale would prove anything."""
-    peak = float(np.abs(values).max())
+    peak = float(np.abs(values).max(initial=0.0))
     return peak * float(np.sqrt(np.mean((values / peak) ** 2))) if 0 < peak < np.inf else peak
 
 

@@ -20,11 +20,11 @@ from ablation.inputs.folders import Folders
 from ablation.job import Job, load_job, plan_here
 from ablation.machine import measure_machine
 from ablation.memory import run_smaller
-from ablation.partial import Gathered, PartialSums
+from ablation.partial import Gathered, PartialSums, take_rows
 from ablation.plan import Plan, PlanOptions
 from ablation.proof import rms, run_proof
 from ablation.shard import drop_notes, run_shard, threads_of
-from ablation.sites import EveryWeight
+from ablation.sites import EveryWeight, find_not_finite
 from ablation.spec import JobSpec
 from ablation.table import ImportanceTable, make_table
 
@@ -91,16 +91,19 @@ def make_result(job: Job, totals: dict[str, PartialSums], *, seconds: float) -> 
     Raises:
         ProofError: the table does not agree with the reference.
     """
-    with threads_of(job.plan):
-        proof = run_proof(job, totals) if job.plan.proof.n_sites else None
-    drop_notes(job)
     sites = job.sites
+    not_finite = find_not_finite(sites)
+    rows = None if not_finite is None else np.flatnonzero(~not_finite)
+    measured = totals if rows is None else {name: take_rows(total, rows) for name, total in totals.items()}
+    with threads_of(job.plan):
+        proof = run_proof(job, measured, rows)
+    drop_notes(job)
     about = {
         "spec": job.spec.model_dump(mode="json"),
         "plan": job.plan.model_dump(mode="json", exclude={"shards"}),
-        "baseline": {name: _baseline(total) for name, total in totals.items()},
+        "baseline": {name: _baseline(total) for name, total in measured.items()},
         "proof": proof,
-        "n_not_finite": 0,
+        "n_not_finite": 0 if not_finite is None else int(not_finite.sum()),
         "seconds": seconds,
         "versions": {
             "torch": torch.__version__, "torchvision": version("torchvision"), "python": platform.python_version()
@@ -115,7 +118,7 @@ def make_result(job: Job, totals: dict[str, PartialSums], *, seconds: float) -> 
         per_class={split.name: split.per_class for split in job.plan.splits},
         top1=job.spec.top1,
         criteria=job.spec.criteria,
-        not_finite=None,
+        not_finite=not_finite,
         about=about,
     )
 

@@ -3,53 +3,89 @@
 In: the spec's `sites` and `value`, and the parameter tensor. Out: frozen `Sites` in float64.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, Shaped
+from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
-from ablation.spec import Constant, CountOfSites, SiteIndices, SitesSpec, ValueSpec
+from ablation.spec import Constant, CountOfSites, Scale, SiteIndices, SitesSpec, ValueSpec
+
+BLOCK = 1 << 16  # sites whose numbers are made together: they stay in the cache
+
+
+def replace_weights(weights: Float64[Tensor, "*weights"], value: ValueSpec) -> Float64[Tensor, "*weights"]:
+    """The numbers that a spec's `value` replaces weights by.
+
+    Numerics: float64; infinite where the product with a scale overflows.
+    """
+    if isinstance(value, Constant):
+        return torch.full_like(weights, value.constant)
+    if isinstance(value, Scale):
+        return weights * value.scale
+    return torch.zeros_like(weights) if value == "zero" else -weights
 
 
 @dataclass(frozen=True)
 class Sites:
-    """Sites of one parameter: flat index, intact weight, and the number that replaces it."""
+    """Sites of one parameter: flat index, intact weight, and the number that replaces it.
+
+    A replacement that is not a finite number can't be run: the weight itself stands in its place, and the site is
+    marked as `not_finite`. So replacements are finite wherever weights are.
+    """
 
     indices: Int64[Tensor, " sites"]
     weights: Float64[Tensor, " sites"]
     replacements: Float64[Tensor, " sites"]
+    not_finite: Bool[Tensor, " sites"]
+
+    @property
+    def steps(self) -> Float64[Tensor, " sites"]:
+        """Replacement minus weight; 0.0 where the two are equal, for zeros of either sign."""
+        return self.replacements - self.weights
+
+    def steps_float32(self) -> Float32[Tensor, " sites"]:
+        """The steps rounded to float32. Only a block of the lists in float64 is there at any time."""
+        steps = torch.empty(len(self), dtype=torch.float32, device=self.indices[:0].device)
+        for rows in self.blocks():
+            steps[rows] = self[rows].steps
+        return steps
+
+    def blocks(self) -> Iterator[slice]:
+        """All rows, some at a time."""
+        return (slice(first, min(first + BLOCK, len(self))) for first in range(0, len(self), BLOCK))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, rows: slice) -> "Sites":
-        return Sites(self.indices[rows], self.weights[rows], self.replacements[rows])
+        return Sites(self.indices[rows], self.weights[rows], self.replacements[rows], self.not_finite[rows])
 
     def listed(self) -> "Sites":
         """Sites with contiguous lists in memory, which are cheap to index repeatedly."""
-        return Sites(self.indices, self.weights, self.replacements.contiguous())
+        return Sites(self.indices, self.weights, self.replacements, self.not_finite)
 
     def pick(self, rows: Int64[np.ndarray, " rows"]) -> "Sites":
         """The sites of these rows."""
         picked = torch.from_numpy(rows).to(self.indices.device)
-        return Sites(self.indices[picked], self.weights[picked], self.replacements[picked])
+        return Sites(self.indices[picked], self.weights[picked], self.replacements[picked], self.not_finite[picked])
 
 
 class EveryWeight(Sites):
-    """All weights from one flat index to before another, all replaced by one number.
+    """All weights from one flat index to before another, each replaced by what a spec's `value` says.
 
-    The three lists take 24 bytes a site. Here they are made each time they are asked for, so ask for those of a slice.
+    The lists take 25 bytes a site. Here they are made each time they are asked for, so ask for those of a slice.
     """
 
     flat: Shaped[Tensor, " weights"]
     first: int
     last: int
-    constant: float
+    value: ValueSpec
 
-    def __init__(self, flat: Shaped[Tensor, " weights"], first: int, last: int, constant: float) -> None:
-        vars(self).update(flat=flat, first=first, last=last, constant=constant)  # frozen, as all sites are
+    def __init__(self, flat: Shaped[Tensor, " weights"], first: int, last: int, value: ValueSpec) -> None:
+        vars(self).update(flat=flat, first=first, last=last, value=value)  # frozen, as all sites are
 
     @property
     def indices(self) -> Int64[Tensor, " sites"]:
@@ -69,7 +105,18 @@ class EveryWeight(Sites):
     @property
     def replacements(self) -> Float64[Tensor, " sites"]:
         """What replaces them."""
-        return torch.full((1,), self.constant, dtype=torch.float64, device=self.flat.device).expand(len(self))
+        return _replace(self.weights, self.value)[0]
+
+    @property
+    def steps(self) -> Float64[Tensor, " sites"]:
+        """Replacement minus weight; 0.0 where the two are equal, for zeros of either sign."""
+        weights = self.weights
+        return _replace(weights, self.value)[0].sub_(weights)
+
+    @property
+    def not_finite(self) -> Bool[Tensor, " sites"]:
+        """Where the value gives no finite number."""
+        return _replace(self.weights, self.value)[1]
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -78,20 +125,43 @@ class EveryWeight(Sites):
         first, last, step = rows.indices(len(self))
         if step != 1:
             return super().__getitem__(rows)
-        return EveryWeight(self.flat, self.first + first, self.first + max(first, last), self.constant)
+        return EveryWeight(self.flat, self.first + first, self.first + max(first, last), self.value)
 
     def pick(self, rows: Int64[np.ndarray, " rows"]) -> "Sites":
         """The sites of these rows."""
         picked = torch.from_numpy(rows).to(self.flat.device) + self.first
-        weights = self.flat[picked].double()
-        return Sites(picked, weights, torch.full_like(weights, self.constant))
+        return _make(picked, self.flat[picked].double(), self.value)
+
+
+def _make(indices: Int64[Tensor, " sites"], weights: Float64[Tensor, " sites"], value: ValueSpec) -> Sites:
+    """Listed sites with what a spec's `value` replaces each of them by."""
+    return Sites(indices, weights, *_replace(weights, value))
+
+
+def _replace(
+    weights: Float64[Tensor, " sites"], value: ValueSpec
+) -> tuple[Float64[Tensor, " sites"], Bool[Tensor, " sites"]]:
+    """Replacements, the weight itself where there is no finite one; and where that is.
+
+    Adding 0.0 turns -0.0 into 0.0: the step of a zero is 0.0 whichever its sign, and scale 0 gives the bytes of zero.
+    """
+    replacements = replace_weights(weights, value).add_(0.0)
+    not_finite = replacements.isfinite().logical_not_()
+    if not_finite.any():
+        replacements[not_finite] = weights[not_finite]
+    return replacements, not_finite
+
+
+def find_not_finite(sites: Sites) -> Bool[np.ndarray, " sites"] | None:
+    """Which sites have no finite replacement; None where each has one."""
+    not_finite = np.concatenate([sites[rows].not_finite.cpu().numpy() for rows in sites.blocks()])
+    return not_finite if not_finite.any() else None
 
 
 def list_sites(parameter: Tensor, asked: SitesSpec, value: ValueSpec) -> Sites:
     """The sites of `parameter` that a spec asks for; of a whole layer without a list of them."""
     if asked == "all":
-        constant = value.constant if isinstance(value, Constant) else 0.0
-        return EveryWeight(parameter.detach().reshape(-1), 0, parameter.numel(), constant)
+        return EveryWeight(parameter.detach().reshape(-1), 0, parameter.numel(), value)
     return make_sites(parameter, draw_indices(asked, parameter.numel()), value)
 
 
@@ -109,6 +179,4 @@ def draw_indices(asked: SitesSpec, n_weights: int) -> Int64[np.ndarray, " sites"
 def make_sites(parameter: Tensor, indices: Int64[np.ndarray, " sites"], value: ValueSpec) -> Sites:
     """The sites at `indices` of `parameter`, with what the spec's `value` replaces each of them by."""
     flat_indices = torch.from_numpy(indices).to(parameter.device)
-    weights = parameter.detach().reshape(-1)[flat_indices].double()
-    constant = value.constant if isinstance(value, Constant) else 0.0
-    return Sites(flat_indices, weights, torch.full_like(weights, constant))
+    return _make(flat_indices, parameter.detach().reshape(-1)[flat_indices].double(), value)

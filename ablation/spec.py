@@ -7,11 +7,12 @@ Torch-free: the API reads specs too.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictInt,
@@ -115,20 +116,32 @@ class SiteIndices(Record):
 SitesSpec = Literal["all"] | CountOfSites | SiteIndices
 
 
+def _finite_number(given: object) -> object:
+    try:
+        if isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
+            return given
+    except OverflowError:  # a whole number beyond float64
+        pass
+    raise ValueError("a finite number")
+
+
+FiniteNumber = Annotated[float, Field(strict=False), BeforeValidator(_finite_number)]
+
+
 class Constant(Record):
-    """Replace the weight by this number."""
+    """Replace every weight by this number."""
 
-    constant: Annotated[float, Field(strict=False)]
-
-    @field_validator("constant", mode="before")
-    @classmethod
-    def _finite_number(cls, constant: object) -> object:
-        if isinstance(constant, bool) or not isinstance(constant, int | float) or not math.isfinite(constant):
-            raise ValueError("a finite number")
-        return constant
+    constant: FiniteNumber
 
 
-ValueSpec = Literal["zero"] | Constant
+class Scale(Record):
+    """Replace every weight by its product with this number."""
+
+    scale: FiniteNumber
+
+
+ValueWord = Literal["zero", "flip_sign"]
+ValueSpec = ValueWord | Constant | Scale  # what each form replaces a weight by is in `sites.replace_weights`
 
 
 class CrossEntropySpec(Record):
@@ -202,7 +215,11 @@ class JobSpec(Record):
     )
     data: DataSpec
     sites: SitesSpec
-    value: ValueSpec = "zero"
+    value: ValueSpec = Field(
+        default="zero",
+        description="what replaces each weight w: `zero`; `flip_sign` (-w); a number, the same for all; or a number "
+        "times w (`scale`)",
+    )
     precision: Precision = "mixed"
     verify: Annotated[int, Field(ge=0, le=1024)] = 8
     top1: bool = False
@@ -253,11 +270,13 @@ def make_spec(fields: dict[str, Any]) -> JobSpec:
 _SPLIT_FORMS = '"all", {"per_class": k, "seed": s} or {"count": k, "seed": s}'
 FORMS = {
     "sites": '"all", {"count": k, "seed": s} or {"indices": [...]}',
-    "value": '"zero", a number, or {"constant": number}',
+    "value": '"zero", "flip_sign", a number, {"constant": number} or {"scale": number}',
     "data.train": _SPLIT_FORMS,
     "data.test": _SPLIT_FORMS,
     "loss": '"cross_entropy" or {"name": "cross_entropy", "label_smoothing": s, "class_weights": [...]}',
 }
+# The names that such a form may have: a word, or the one key of an object.
+_NAMES = {"value": [*get_args(ValueWord), *Constant.model_fields, *Scale.model_fields]}
 # Records of a spec in fields that take nothing else.
 _RECORDS: dict[str, type[Record]] = {"": JobSpec, "model": ModelSpec, "data": DataSpec}
 # Texts of what is allowed, by the type of pydantic's error; names in braces are from that error's context.
@@ -295,7 +314,7 @@ def spec_error(errors: Sequence[Mapping[str, Any]]) -> SpecError:
         depth = union.count(".") + 1
         meant = [e for e in errors if e["loc"][:depth] == first["loc"][:depth] and e["type"] not in _OTHER_FORM]
         if not meant:
-            return SpecError(union, first["input"], FORMS.get(union, "one of its forms"))
+            return SpecError(union, first["input"], FORMS.get(union, "one of its forms"), _nearest_form(union, first))
         first = meant[0]
         field = ".".join([union, *(str(part) for part in first["loc"][depth + 1 :])])
     if first["type"] == "missing":
@@ -309,6 +328,14 @@ def spec_error(errors: Sequence[Mapping[str, Any]]) -> SpecError:
 def allowed_by(error: Mapping[str, Any]) -> str:
     """Describe what is allowed where pydantic found this error (with its context)."""
     return _ALLOWED[error["type"]].format(**error.get("ctx", {})) if error["type"] in _ALLOWED else error["msg"]
+
+
+def _nearest_form(field: str, error: Mapping[str, Any]) -> str:
+    """The names of forms closest to the word or the key that was given."""
+    given = error["input"]
+    if isinstance(given, Mapping) and len(given) == 1:
+        given = next(iter(given))
+    return nearest(given, _NAMES.get(field, ())) if isinstance(given, str) else ""
 
 
 def _unknown_field(field: str, given: object) -> SpecError:

@@ -249,7 +249,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines += _say_agreement(summary["train_test"])
     if summary["not_finite"]:
         lines.append(("not run", f"{_say_share(summary['not_finite'], n)}: the replacement is not a finite number"))
-    return [*lines, ("largest error", _say_proof(summary["proof"])), ("time", f"{summary['seconds']:.3g} s")]
+    return [*lines, ("largest error", _say_proof(summary)), ("time", f"{summary['seconds']:.3g} s")]
 
 
 def _say_agreement(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -279,10 +279,11 @@ def _say_share(count: int, n: int) -> str:
     return f"{count:,} of {n:,} ({count / n:.1%})"
 
 
-def _say_proof(proof: Mapping[str, Any] | None) -> str:
+def _say_proof(summary: Mapping[str, Any]) -> str:
     """Describe the largest arithmetic error against the reference, and its bound."""
+    proof = summary["proof"]
     if proof is None:
-        return "not checked (verify = 0)"
+        return f"not checked ({'no site was run' if summary['not_finite'] == summary['sites'] else 'verify = 0'})"
     error, bound = proof["arithmetic_error"], proof["arithmetic_bound"]
     size = "without measure (the reference is exactly 0)" if error is None else f"{error:.2g}"
     allowed = "no bound in float32" if bound is None else f"allowed {bound:.0e}"

@@ -95,8 +95,8 @@ class ImportanceTable:
     """The columns in the order of docs/01-quantity.md, and `about`, which describes the job and its results as a whole.
 
     `about` is plain JSON: `spec`, `plan` (without its shards), `baseline` {split: {n_examples, loss, accuracy,
-    series_bound}}, `proof` (or None where verify = 0), `n_not_finite` (sites whose replacement was not finite),
-    `seconds`, `versions`.
+    series_bound}}, `proof` (or None where no site was to be proved), `n_not_finite` (sites whose replacement was not
+    finite), `seconds`, `versions`.
     """
 
     columns: Columns
@@ -136,7 +136,7 @@ def make_table(
         top1: whether to add the columns `broken_*` and `fixed_*`.
         criteria: names of the criteria whose columns to add, which come last, split by split.
         not_finite: sites whose replacement is not a finite number, so that they were not run: their utility, stderr
-            and criteria are NaN and all examples count as touched.
+            and criteria are NaN, all examples count as touched, and none as broken or fixed. None: there are none.
         about: stored in the table as it is.
 
     Numerics: float64 throughout; the sums are taken as they are, nothing is summed here.
@@ -213,6 +213,8 @@ def standard_error(sums: PartialSums, per_class: int | None) -> Float64[np.ndarr
     There is no finite population correction: a data set is itself a sample of what the network will meet, so a split
     that is used as a whole still has a standard error.
 
+    Where squares of deltas are too large for float64 (deltas beyond 1e154), it is NaN: not known.
+
     Numerics: S2 - S^2/N cancels where all deltas are nearly equal; the result is then rounding, at most about 1e-8 of
     the utility (the root of float64's 1e-16), and never negative. It is not set to 0: the true value is as small.
     """
@@ -222,4 +224,5 @@ def standard_error(sums: PartialSums, per_class: int | None) -> Float64[np.ndarr
         return np.sqrt(sums.within) / n if per_class > 1 else np.full_like(sums.delta, np.nan)
     if n == 1:
         return np.full_like(sums.delta, np.nan)
-    return np.sqrt(np.maximum(0.0, sums.delta_squared - sums.delta * sums.delta / n) / (n * (n - 1)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.sqrt(np.maximum(0.0, sums.delta_squared - sums.delta * sums.delta / n) / (n * (n - 1)))

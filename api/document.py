@@ -99,7 +99,7 @@ READYZ = {200: says("ready"), **problems(503)}
 METRICS: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 # The job spec in the body of a request; written by hand, since `body.read_spec` bypasses the framework.
-_SPEC = _content("application/json", "spec", schema={"$ref": "#/components/schemas/JobSpec"})
+_SPEC = _content("application/json", "spec flip-sign", schema={"$ref": "#/components/schemas/JobSpec"})
 SPEC_BODY: dict[str, Any] = {"requestBody": {"required": True, **_SPEC}}
 
 

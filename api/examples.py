@@ -15,6 +15,14 @@ _SPEC: dict[str, Any] = {
     "sites": {"count": 64, "seed": 0},
 }
 
+_FLIP_SIGN: dict[str, Any] = {
+    "model": {"name": "digits_alexnet"},
+    "layer": "fc2",
+    "data": {"name": "digits", "test": "all"},
+    "sites": "all",
+    "value": "flip_sign",
+}
+
 _FULL_SPEC: dict[str, Any] = {
     "model": {"name": "digits_alexnet", "weights": None, "seed": 0},
     "layer": "fc2",
@@ -225,6 +233,7 @@ def _problem(status: int, detail: str) -> dict[str, Any]:
 
 EXAMPLES: dict[str, Any] = {
     "spec": _SPEC,
+    "flip-sign": _FLIP_SIGN,
     "job": _JOB,
     "running": _RUNNING,
     "cancelling": _CANCELLING,

@@ -83,7 +83,7 @@ class Summary(_Exactly):
     criteria: dict[str, dict[str, Correlations]] = Field(
         description="of the utility with what a criterion predicts, by criterion and split; empty where none was asked"
     )
-    proof: Proof | None = Field(description="null: `verify` was 0")
+    proof: Proof | None = Field(description="null: `verify` was 0, or no site was run")
     not_finite: int = Field(description="sites that were not run, since their replacement is not a finite number")
     seconds: float = Field(description="from the first shard's start to the table")
     train_test: Agreement = Field(  # type: ignore[assignment]  # it may be absent, but never null

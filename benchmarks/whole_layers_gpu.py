@@ -53,7 +53,7 @@ def make_examples(n: int, device: str) -> tuple[Tensor, Tensor]:
 def run(model: nn.Sequential, batches: Batches, activations: Activations | None = None) -> tuple[float, PartialSums]:
     """Seconds from the layer's input to the sums on the device, and the sums on the host."""
     weight = model.get_parameter("0.weight").detach()
-    sites = EveryWeight(weight.reshape(-1), 0, weight.numel(), 0.0)
+    sites = EveryWeight(weight.reshape(-1), 0, weight.numel(), "zero")
     example = torch.zeros(2, INPUTS, device=weight.device)
     path = open_path("response", Setup(model, "0.weight", sites, activations=activations), example)
     sums = Sums(len(sites), None, weight.device, proof=False, top1=False)

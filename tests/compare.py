@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Replacement = float | Callable[[float], float]  # a number, or what a weight is replaced by
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Each example's plain cross-entropy."""
@@ -24,7 +26,7 @@ def brute_force(
     indices: Any,
     inputs: Tensor,
     labels: Tensor,
-    value: float = 0.0,
+    value: Replacement = 0.0,
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
 ) -> np.ndarray:
     """Per-example loss deltas (sites, examples) of a float64 copy of the model, weight by weight."""
@@ -33,13 +35,13 @@ def brute_force(
     return torch.stack([loss(logits, labels) - before for logits in ablated]).numpy()
 
 
-def count_moved(model: nn.Module, parameter: str, indices: Any, inputs: Tensor, value: float = 0.0) -> np.ndarray:
+def count_moved(model: nn.Module, parameter: str, indices: Any, inputs: Tensor, value: Replacement = 0.0) -> np.ndarray:
     """For each weight, on how many examples any float64 logit of plain PyTorch moves."""
     intact, *ablated = _logits_of_each(model, parameter, indices, inputs, value)
     return np.array([int((logits != intact).any(dim=1).sum()) for logits in ablated])
 
 
-def _logits_of_each(model: nn.Module, parameter: str, indices: Any, inputs: Tensor, value: float) -> list[Tensor]:
+def _logits_of_each(model: nn.Module, parameter: str, indices: Any, inputs: Tensor, value: Replacement) -> list[Tensor]:
     """The float64 logits of the intact model, then with each weight replaced in turn."""
     model = copy.deepcopy(model).double().eval()
     weights = model.get_parameter(parameter).data
@@ -48,7 +50,7 @@ def _logits_of_each(model: nn.Module, parameter: str, indices: Any, inputs: Tens
         for index in indices:
             place = np.unravel_index(index, weights.shape)
             kept = weights[place].item()
-            weights[place] = value
+            weights[place] = value(kept) if callable(value) else value
             every.append(_logits(model, inputs))
             weights[place] = kept
     return every

@@ -10,15 +10,15 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from ablation.criteria import CRITERIA
-from ablation.errors import SpecError, as_given
+from ablation.errors import SpecError, as_given, nearest
 from ablation.inputs.folders import Folders
 from ablation.plan import ENGINES
-from ablation.spec import JobSpec, make_spec
+from ablation.spec import JobSpec, ValueWord, make_spec
 from worker.settings import load_settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -72,7 +72,10 @@ _SPEC_OPTIONS = [
     click.option("--data-seed", type=INTEGER, default=0, show_default=True, help="Seed of the examples drawn."),
     click.option("--sites", required=True, help="Weights to ablate: N (drawn at random), all, or flat indices: 5,17,3"),
     click.option("--seed", type=INTEGER, default=0, show_default=True, help="Seed of the weights drawn by --sites N."),
-    click.option("--value", default="zero", show_default=True, help="What to set a weight to: zero or a number."),
+    click.option(
+        "--value", metavar="[zero|flip_sign|NUMBER|scale=S]", default="zero", show_default=True,
+        help="What replaces each weight: zero, flip_sign, a number (the same for all) or scale=S (S times the weight).",
+    ),
     click.option(
         "--precision", metavar="[mixed|float32|float64]", default="mixed", show_default=True,
         help="mixed: float64 from the layer on, as exact as float64 for a model that runs in float32.",
@@ -184,13 +187,18 @@ def read_sites(text: str, seed: int) -> str | dict[str, Any]:
 
 
 def read_value(text: str) -> str | dict[str, float]:
-    """The replacement that `text` says: zero or a number."""
-    if text == "zero":
-        return text
+    """The replacement that `text` says: a name (zero, flip_sign), a number, or a name with a number (scale=0.5).
+
+    Which names there are is known to the spec.
+    """
+    name, equals, number = text.rpartition("=")
     try:
-        return {"constant": float(text)}
+        return {name if equals else "constant": float(number)}
     except ValueError:
-        raise SpecError("value", text, "zero or a number") from None
+        words = get_args(ValueWord)
+        if equals or text not in words:
+            raise SpecError("value", text, "zero, flip_sign, a number or scale=NUMBER", nearest(text, words)) from None
+    return text
 
 
 def read_criteria(given: Sequence[str]) -> list[str]:

@@ -44,8 +44,7 @@ class Setup:
     @property
     def delta_dtype(self) -> torch.dtype:
         """The type of the deltas: float32, unless the precision is `float64` or a weight changes by a large step."""
-        steps = self.sites.replacements - self.sites.weights
-        is_huge = len(self.sites) > 0 and bool(steps.abs().max() > HUGE_STEP)
+        is_huge = len(self.sites) > 0 and bool(self.sites.steps.abs().max() > HUGE_STEP)
         return torch.float64 if self.precision == "float64" or is_huge else torch.float32
 
 

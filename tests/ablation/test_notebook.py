@@ -1,6 +1,9 @@
 """`ablation.ablate` on models and data from outside: exact, polite, and clear about what it refuses."""
 
 import copy
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import ablation
 from ablation.errors import AblationError, DataError, ModelError, OutOfMemory, SpecError
+from ablation.statistics import summary_lines
 from tests.cases import Case, make_cases
 from tests.compare import BOUND, brute_force, utility_error
 
@@ -432,3 +436,65 @@ def test_memory_does_not_grow_with_the_examples() -> None:
 
     grown_kb = int(subprocess.run([sys.executable, "-c", STREAMED], check=True, capture_output=True, text=True).stdout)
     assert grown_kb < 60_000
+
+
+@pytest.mark.parametrize(
+    ("value", "replace"),
+    [("flip_sign", lambda w: -w), ({"scale": np.float32(0.5)}, lambda w: w / 2), (np.float64(0.25), lambda w: 0.25)],
+)
+def test_replacement_values(value: Any, replace: Any) -> None:
+    table = ablation.ablate(relu_mlp(), "3", {"test": (X, Y)}, sites=30, value=value, progress=False)
+    truth = brute_force(relu_mlp(), "3.weight", table.columns["index"], X, Y, replace)
+    assert utility_error(table.columns["utility_test"], truth, "mixed") <= BOUND["mixed"]
+    assert table.summary()["not_finite"] == 0
+
+
+def net_of_extremes() -> nn.Sequential:
+    """Weights of 1e-290, and two of 1e30 in a unit that no logit hears of: times 1e290, the two are infinite."""
+    model = copy.deepcopy(relu_mlp()).double()
+    with torch.no_grad():
+        model[3].weight.mul_(1e-290)
+        model[3].weight[2, 1] = model[3].weight[2, 4] = 1e30
+        model[5].weight[:, 2] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("engine", ["direct", "finite", "rerun", "reference"])
+@pytest.mark.parametrize("sites", ["all", [200, *range(30, 90)]], ids=["all", "some"])
+def test_sites_without_a_finite_replacement_are_not_run(sites: Any, engine: str, tmp_path: Path) -> None:
+    model, data = net_of_extremes(), {"train": (X.double(), Y), "test": (X[:20].double(), Y[:20])}
+    options = {"sites": sites, "engine": engine, "top1": True, "progress": False, "verify": 400}
+    table = ablation.ablate(model, "3", data, value={"scale": 1e290}, **options)
+    index = table.columns["index"]
+    not_run = np.isin(index, [2 * 17 + 1, 2 * 17 + 4])
+    for split, (inputs, labels) in data.items():
+        utility, stderr, touched = (table.columns[f"{name}_{split}"] for name in ("utility", "stderr", "touched"))
+        np.testing.assert_array_equal(np.isnan(utility), not_run)
+        np.testing.assert_array_equal(np.isnan(stderr), not_run)
+        assert touched[not_run].tolist() == [len(labels)] * 2
+        assert not table.columns[f"broken_{split}"][not_run].any()
+        assert not table.columns[f"fixed_{split}"][not_run].any()
+        truth = brute_force(model, "3.weight", index[~not_run], inputs, labels, lambda w: w * 1e290)
+        assert np.abs(truth).max() > 1e-3
+        assert utility_error(utility[~not_run], truth, "mixed") <= BOUND["mixed"]
+    summary = table.summary()
+    assert (summary["sites"], summary["not_finite"]) == (len(index), 2)
+    assert summary["proof"]["n_sites"] == len(index) - 2  # as many as `verify` asks for, of those that were run
+    json.dumps(summary, allow_nan=False)
+    assert ("not run", f"2 of {len(index)} ({2 / len(index):.1%}): the replacement is not a finite number") in (
+        summary_lines(summary)
+    )
+    table.plot()
+    table.to_csv(tmp_path / "utility.csv")
+    rows = [line.split(",") for line in (tmp_path / "utility.csv").read_text().splitlines()]
+    empty = [row[rows[0].index("utility_test")] == "" for row in rows[1:]]
+    assert empty == not_run.tolist()
+
+
+def test_where_no_site_is_run_nothing_is_proved() -> None:
+    options = {"value": {"scale": 1e290}, "progress": False, "sites": [2 * 17 + 4, 2 * 17 + 1]}
+    table = ablation.ablate(net_of_extremes(), "3", {"train": (X.double(), Y), "test": (X.double(), Y)}, **options)
+    assert np.isnan(table.columns["utility_test"]).all()
+    assert table.about["proof"] is None
+    assert ("largest error", "not checked (no site was run)") in summary_lines(table.summary())
+    table.plot()

@@ -46,7 +46,8 @@ def plan(layer="fc", sites=100, train="all", test=None, n=5000, **options) -> Pl
     facts = FACTS.model_copy(update={"layers": options.pop("facts", FACTS.layers)})
     spec = make_spec(
         {"model": {"name": "net"}, "layer": layer, "data": {"name": "d", "train": train, "test": test}, "sites": asked,
-         "verify": verify, "loss": options.pop("loss", "cross_entropy")}
+         "verify": verify, "value": options.pop("value", "zero"),
+         "loss": options.pop("loss", "cross_entropy")}
     )  # fmt: skip
     return make_plan(spec, facts, counts, PlanOptions(**{"threads": 2, **options}))
 
@@ -199,6 +200,19 @@ def test_response_functions_are_for_plain_cross_entropy(loss: dict[str, object],
 
 
 @pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("flip_sign", "response"), ({"scale": 1}, "response"), ({"scale": 101}, "response"),
+        ({"scale": -99}, "response"),
+        ({"scale": 102}, "direct"), ({"scale": -100}, "direct"), (100, "response"), (-101, "direct"),
+    ],
+)  # fmt: skip
+def test_float32_deltas_are_planned_for_small_steps_alone(value, path) -> None:
+    """A scale s moves a weight of 1 by s - 1."""
+    assert plan(sites="all", value=value).path == path
+
+
+@pytest.mark.parametrize(
     ("options", "field", "words"),
     [
         ({"layer": "fcc"}, "layer", "Did you mean 'fc'"),
@@ -214,6 +228,11 @@ def test_response_functions_are_for_plain_cross_entropy(loss: dict[str, object],
             {"loss": {"name": "cross_entropy", "class_weights": [1, 2]}},
             "loss.class_weights",
             "10 numbers, one for each",
+        ),
+        (
+            {"engine": "response", "value": {"scale": 102}},
+            "engine",
+            "a constant of at most 100 or a scale of -99 to 101",
         ),
     ],
 )

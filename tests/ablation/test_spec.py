@@ -35,6 +35,17 @@ def weighted(*weights: Any) -> dict[str, Any]:
         ({"sites": {"count": 3, "foo": 1}}, 'allowed: "all", {"count": k, "seed": s} or {"indices": [...]}'),
         ({"sites": {"indices": [5, 5]}}, "allowed: distinct indices; 5 is given twice."),
         ({"value": float("nan")}, "allowed: a finite number."),
+        ({"value": 10**400}, "allowed: a finite number."),
+        ({"value": {"scale": float("inf")}}, "value.scale: got Infinity; allowed: a finite number."),
+        ({"value": {"scale": "2"}}, "value.scale: got '2'; allowed: a finite number."),
+        ({"value": {"scale": True}}, "value.scale: got true; allowed: a finite number."),
+        (
+            {"value": {"scale": 2, "constant": 1}},
+            'allowed: "zero", "flip_sign", a number, {"constant": number} or {"sc',
+        ),
+        ({"value": "flipsign"}, 'value: got \'flipsign\'; allowed: "zero", "flip_sign", a number, '),
+        ({"value": "flipsign"}, "Did you mean 'flip_sign'?"),
+        ({"value": {"scael": 2}}, "Did you mean 'scale'?"),
         ({"layer": ""}, "layer: got ''; allowed: 1 or more characters."),
         ({"layer": 5}, "layer: got 5; allowed: text."),
         ({"layer": "x" * 501}, f"layer: got '{'x' * 197}...'; allowed: at most 500 characters."),
@@ -72,11 +83,11 @@ def test_an_error_says_what_was_given_and_what_is_allowed(change: dict[str, Any]
 
 def test_the_schema_allows_every_form_of_a_value_that_is_taken_and_no_other() -> None:
     schema = jsonschema.Draft202012Validator(JobSpec.model_json_schema())
-    for value in ("zero", 0.5, -3, {"constant": 0.5}):
+    for value in ("zero", "flip_sign", 0.5, -3, {"constant": 0.5}, {"scale": -2}):
         schema.validate({**FIELDS, "value": value})
         spec = make_spec({**FIELDS, "value": value})
         schema.validate(json.loads(spec.model_dump_json()))  # what comes back may be sent again
-    for value in ("one", True, None, [0.5], {"constant": "0.5"}):
+    for value in ("one", True, None, [0.5], {"constant": "0.5"}, {"scale": None}, {"scale": 1, "constant": 1}, {}):
         assert not schema.is_valid({**FIELDS, "value": value})
         with pytest.raises(SpecError):
             make_spec({**FIELDS, "value": value})

@@ -10,7 +10,7 @@ from ablation.cli.commands import commands
 from ablation.cli.options import locate, read_criteria, read_loss, read_sites, read_split, read_value, spec_options
 from ablation.errors import SpecError
 from ablation.inputs.folders import Folders
-from ablation.spec import JobSpec, make_spec
+from ablation.spec import JobSpec, Scale, make_spec
 
 MINIMAL = ["--model", "alexnet", "--layer", "classifier.4", "--data", "imagenet", "--sites", "9"]
 
@@ -90,8 +90,27 @@ def test_sites_of_no_form(text: str) -> None:
 def test_value() -> None:
     assert read_value("zero") == "zero"
     assert read_value("1e-3") == {"constant": 0.001}
-    with pytest.raises(SpecError, match="zero or a number"):
-        read_value("nothing")
+    assert read_value("flip_sign") == "flip_sign"
+    assert read_value("scale=-0.5") == {"scale": -0.5}
+    assert read("--test", "all", "--value", "scale=2").value == Scale(scale=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nothing", "value: got 'nothing'; allowed: zero, flip_sign, a number or scale=NUMBER."),
+        ("scale", "allowed: zero, flip_sign, a number or scale=NUMBER."),
+        ("scale=half", "value: got 'scale=half'; allowed: zero, flip_sign, a number or scale=NUMBER."),
+        ("flipsign", "Did you mean 'flip_sign'?"),
+        ("scael=2", "Did you mean 'scale'?"),
+        ("scale=inf", "value.scale: got Infinity; allowed: a finite number."),
+        ("1e400", "value.constant: got Infinity; allowed: a finite number."),
+    ],
+)
+def test_value_of_no_form(text: str, says: str) -> None:
+    with pytest.raises(SpecError) as error:
+        read("--test", "all", "--value", text)
+    assert says in str(error.value)
 
 
 def test_criteria_reach_the_spec_which_knows_their_names() -> None:

@@ -73,6 +73,9 @@ def write_checkpoints(folder: Path) -> None:
     save_file(DigitsAlexNet(n_classes=7).state_dict(), folder / "seven.safetensors")
     save_file(not_finite, folder / "nan.safetensors")
     save_file(huge, folder / "huge.safetensors")
+    unheard = {name: good[name].clone() for name in ("fc2.weight", "fc3.weight")}
+    unheard["fc2.weight"][0], unheard["fc3.weight"][:, 0] = 3e30, 0.0  # large weights of a unit that no logit hears of
+    save_file({**good, **unheard}, folder / "unheard.safetensors")
     torch.save({"state_dict": Surprise()}, folder / "code.pth")
     (folder / "code.pkl").write_bytes(pickle.dumps(Surprise()))
     (folder / "text.safetensors").write_text("this is no checkpoint")

@@ -225,6 +225,32 @@ def test_what_is_not_a_number_is_null_and_an_empty_field(service: Service, say: 
     say("GET /v1/jobs/{id}/results of a job with NaN: null in JSON, an empty field in CSV")
 
 
+def test_each_weight_has_its_own_replacement(service: Service, say: Say) -> None:
+    files = {}
+    for name, value in (("zero", "zero"), ("flip", "flip_sign"), ("scale", {"scale": -1}), ("half", {"scale": 0.5})):
+        url, job = service.over({**QUICK, "value": value})
+        assert job["spec"]["value"] == value
+        files[name] = service.client.get(f"{url}/results.csv").content
+    assert files["flip"] == files["scale"]
+    assert len(set(files.values())) == 3
+    say('POST /v1/jobs with "value": "flip_sign" or {"scale": -1}: the same table; {"scale": 0.5}: another')
+
+
+def test_a_replacement_that_is_not_finite_is_not_run(service: Service, say: Say) -> None:
+    model = {"name": "digits_alexnet", "weights": "unheard.safetensors"}
+    spec = {**QUICK, "model": model, "sites": {"indices": [0, 3, 300, 700]}, "value": {"scale": 1e280}}
+    url, job = service.over(spec)
+    assert job["status"] == "succeeded", job
+    body = service.client.get(f"{url}/results").json()
+    for split, n in (("train", 50), ("test", 40)):
+        utility, touched = (body["columns"].index(f"{name}_{split}") for name in ("utility", "touched"))
+        assert [row[utility] is None for row in body["rows"]] == [True, True, False, False]
+        assert [row[touched] for row in body["rows"]][:2] == [n, n]
+    assert body["summary"]["not_finite"] == 2
+    assert body["summary"]["proof"]["n_sites"] == 2
+    say("GET /v1/jobs/{id}/results where 1e280 w is infinite: null utility, touched = N, not_finite counted")
+
+
 def test_the_table_comes_as_a_file(service: Service, done: str, say: Say) -> None:
     csv = service.client.get(f"{done}/results.csv")
     assert csv.status_code == 200

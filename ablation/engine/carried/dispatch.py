@@ -72,7 +72,7 @@ class Carry(TorchDispatchMode):
         self.player = player
         self.target = target
         self.index = sites.indices
-        self.step = sites.replacements - sites.weights
+        self.step = sites.steps
         self.rules = rules
         self.shadows = Shadows(len(sites), dtype)
         self.without_rule: set[str] = set()  # operations that the general rule was used for

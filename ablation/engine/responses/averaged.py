@@ -195,7 +195,7 @@ class Given:
         order = np.argsort(indices // (n_inputs * n_kernel), kind="stable")
         where, sources = indices // (n_inputs * n_kernel), indices // n_kernel % n_inputs
         at, shifts = self.offsets
-        steps = (sites.replacements - sites.weights).cpu().numpy() * self.scale[where]
+        steps = sites.steps.cpu().numpy() * self.scale[where]
         args = [each[order] for each in (where, sources, shifts[indices % n_kernel], steps)]
         delta = np.empty((len(indices), len(self.labels)))
         touched = np.empty(delta.shape, np.bool_)
@@ -247,7 +247,7 @@ class ChannelResponses:
         def run(first: int, last: int) -> None:
             part, of_class = slice(first, last), slice(first, last if runs.per_class else first)
             own = self.sites[first * shape[1] * shape[2] : last * shape[1] * shape[2]]
-            steps = (own.replacements - own.weights).cpu().numpy().reshape(last - first, *shape[1:])
+            steps = own.steps.cpu().numpy().reshape(last - first, *shape[1:])
             steps = steps * batch.scale[first_channel + first : first_channel + last, None, None]
             where = (
                 np.arange(first_channel + first, first_channel + last),

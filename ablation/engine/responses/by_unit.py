@@ -29,17 +29,13 @@ class ByUnit:
         indices = sites.indices.cpu().numpy()
         places = np.searchsorted(self.units[block], indices // self.n_inputs), indices % self.n_inputs
         steps = np.zeros(shape, np.float32)
-        steps[places] = (sites.replacements - sites.weights).cpu().numpy()
+        steps[places] = sites.steps_float32().cpu().numpy()
         return steps, places
 
     @cached_property
     def _whole_steps(self) -> np.ndarray:
         """Of whole rows, kept: every batch asks for them, and for the proof's examples once more."""
-        steps = np.empty((len(self.units), self.n_inputs), np.float32)
-        for unit in range(len(self.units)):
-            sites = self.sites[self.starts[unit] : self.starts[unit + 1]]
-            steps[unit] = (sites.replacements - sites.weights).cpu().numpy()
-        return steps
+        return self.sites.steps_float32().cpu().numpy().reshape(len(self.units), self.n_inputs)
 
     def rows(self, block: slice) -> slice | np.ndarray:
         """Of the table: those of some units' sites."""

@@ -38,10 +38,10 @@ class Direct:
         self.sites = sites = setup.sites
         self.top1 = setup.top1
         self.delta_dtype = setup.delta_dtype
+        self.step = sites.steps
         n_inputs = self.open_head.target.shape[1]
         self.unit = sites.indices if head.is_bias else sites.indices // n_inputs
         self.input = None if head.is_bias else sites.indices % n_inputs
-        self.step = sites.replacements - sites.weights
         on_host = self.open_head.target.device.type == "cpu"
         fits = on_host and not self.top1 and self.delta_dtype == torch.float32 and is_plain(self.loss)
         self.loops = open_loops(self.open_head) if fits else None

@@ -33,8 +33,8 @@ class Steps:
 def make_steps(by_unit: ByUnit, device: torch.device) -> Steps:
     """The steps of some sites."""
     shape = len(by_unit.units), by_unit.n_inputs
-    sites = by_unit.sites[:]
-    steps = (sites.replacements - sites.weights).float().to(device)
+    sites = by_unit.sites
+    steps = sites.steps_float32().to(device)
     if by_unit.order is None:
         return Steps(steps.view(shape), None)
     indices = sites.indices.to(device)

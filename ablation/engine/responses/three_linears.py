@@ -22,14 +22,14 @@ from ablation.engine.responses.loops.series import close_class
 from ablation.engine.responses.sparse_linear import Linear
 from ablation.engine.responses.way import DeepHead
 from ablation.errors import ModelError
-from ablation.sites import EveryWeight
+from ablation.sites import EveryWeight, Sites
 
 
 @dataclass(frozen=True)
 class DeepResponses:
     """The response functions of one batch: see `deltas.Responses`."""
 
-    columns: np.ndarray  # (all units, second), float32
+    columns: np.ndarray  # (units, second), float32: of the sites' units alone
     last: np.ndarray  # (second, classes), float32
     examples: piecewise.Examples  # y1 of the sites' units
     sites: EveryWeight
@@ -46,7 +46,8 @@ class DeepResponses:
 
     def add(self, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
         """Add the sums over the batch to those given, each (sites)."""
-        rows = self._rows(slice(0, self.n_units))
+        change = self.sites.steps_float32().cpu().numpy().reshape(self.n_units, -1)
+        rows = piecewise.make_rows(change, self.columns, self.last)
         own = {name: values.reshape(rows.change.shape) for name, values in sums.items()}
         squares = own["delta_squared"] if "delta_squared" in own else np.zeros(rows.change.shape)
         touched = own["touched"] if "touched" in own else np.zeros(rows.change.shape, np.int32)
@@ -83,7 +84,8 @@ class DeepResponses:
 
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
         """Example by example, of some rows of the table."""
-        return chosen_deltas(self, rows, intact)
+        first_unit = self.sites.first // self.examples.inputs.shape[1]
+        return score_sites(self.sites.pick(rows), first_unit, self.columns, self.last, self.examples, intact)
 
     def _some(self, chosen: np.ndarray) -> piecewise.Examples:
         given = self.examples
@@ -91,28 +93,31 @@ class DeepResponses:
             given.inputs[chosen], given.first[chosen], given.second[chosen], given.logits[chosen], given.labels[chosen]
         )
 
-    def _rows(self, units: slice) -> piecewise.Rows:
-        n_inputs = self.examples.inputs.shape[1]
-        own = self.sites[units.start * n_inputs : units.stop * n_inputs]
-        change = (own.replacements - own.weights).float().cpu().numpy().reshape(-1, n_inputs)
-        first = self.sites.first // n_inputs
-        return piecewise.make_rows(change, self.columns[first + units.start : first + units.stop], self.last)
 
-
-def chosen_deltas(responses: DeepResponses, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
-    """The deltas of some rows of the table, unit by unit."""
-    n_inputs = responses.examples.inputs.shape[1]
-    delta = np.zeros((len(rows), len(responses.examples.labels)))
-    for unit in np.unique(rows // n_inputs).tolist():
-        own = np.flatnonzero(rows // n_inputs == unit)
-        one = responses._rows(slice(unit, unit + 1))
-        given = responses.examples
-        examples = replace(given, first=np.ascontiguousarray(given.first[:, unit : unit + 1]))
-        pairs = np.stack([np.zeros(len(own), np.int64), rows[own] % n_inputs], axis=1)
-        sums, squares, touched = (np.zeros(one.change.shape, dtype) for dtype in (np.float64, np.float64, np.int32))
-        delta[own] = piecewise.add_rows(one, examples, sums, squares, touched, np.zeros(1), pairs)
+def score_sites(
+    sites: Sites,
+    first_unit: int,
+    columns: np.ndarray,
+    last: np.ndarray,
+    examples: piecewise.Examples,
+    intact: Intact,
+) -> Deltas:
+    """The deltas of listed sites, unit by unit; `columns` and `examples` have the units from `first_unit` on."""
+    n_inputs = examples.inputs.shape[1]
+    units, inputs = np.divmod(sites.indices.cpu().numpy(), n_inputs)
+    steps = sites.steps_float32().cpu().numpy()
+    delta = np.zeros((len(sites), len(examples.labels)))
+    for unit in np.unique(units).tolist():
+        own, place = np.flatnonzero(units == unit), unit - first_unit
+        change = np.zeros((1, n_inputs), np.float32)
+        change[0, inputs[own]] = steps[own]
+        one = piecewise.make_rows(change, columns[place : place + 1], last)
+        some = replace(examples, first=np.ascontiguousarray(examples.first[:, place : place + 1]))
+        chosen = np.stack([np.zeros(len(own), np.int64), inputs[own]], axis=1)
+        sums, squares, touched = (np.zeros(change.shape, dtype) for dtype in (np.float64, np.float64, np.int32))
+        delta[own] = piecewise.add_rows(one, some, sums, squares, touched, np.zeros(1), chosen)
     deltas = torch.from_numpy(delta)
-    return Deltas(slice(0, len(rows)), deltas, deltas != 0, intact.correct.cpu().expand(delta.shape))
+    return Deltas(slice(0, len(sites)), deltas, deltas != 0, intact.correct.cpu().expand(delta.shape))
 
 
 class Deep:
@@ -127,12 +132,11 @@ class Deep:
         self.target = setup.model.get_parameter(head.linears[0][0])
         self.dtype = setup.base_dtype
         self.linears = [make_linear(setup.model, *names, self.dtype) for names in head.linears]
-        self.columns, self.last = (linear.columns for linear in self.linears[1:])
-        n_inputs = self.target.shape[1]
+        first, last = 0, len(self.target)
         if isinstance(sites, EveryWeight):
-            self.units = torch.arange(sites.first // n_inputs, sites.last // n_inputs)
-        else:
-            self.units = torch.arange(len(self.target))
+            first, last = (flat // self.target.shape[1] for flat in (sites.first, sites.last))
+        self.units = torch.arange(first, last)
+        self.columns, self.last = self.linears[1].columns[first:last], self.linears[2].columns
 
     @cached_property
     def own(self) -> Linear:
@@ -150,12 +154,9 @@ class Deep:
             logits=logits.double().cpu().numpy(),
             labels=labels.cpu().numpy(),
         )
-        flat = self.target.detach().reshape(-1)
         if isinstance(self.sites, EveryWeight):
             return intact, iter([DeepResponses(self.columns, self.last, examples, self.sites)])
-        every = EveryWeight(flat, 0, len(flat), float(self.sites.replacements[0]))
-        responses = DeepResponses(self.columns, self.last, examples, every)
-        return intact, iter([responses.deltas_of(self.sites.indices.cpu().numpy(), intact)])
+        return intact, iter([score_sites(self.sites, 0, self.columns, self.last, examples, intact)])
 
     def keep_prefix(self, inputs: Tensor) -> None:
         """Let the cache have what other shards need of this batch."""

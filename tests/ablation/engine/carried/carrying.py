@@ -26,7 +26,14 @@ def make_carry(rules: Mapping[Any, Rule] = RULES, dtype: torch.dtype = torch.flo
     """The engine's mode over a target that nobody uses."""
     target = torch.zeros(n, dtype=torch.float64)
     mode = FromTargetOn(target)
-    return Carry(target, Sites(torch.arange(n), target, target), rules, dtype, Lifts(), Player(Tape(mode), mode))
+    return Carry(
+        target,
+        Sites(torch.arange(n), target, target, torch.zeros(n, dtype=torch.bool)),
+        rules,
+        dtype,
+        Lifts(),
+        Player(Tape(mode), mode),
+    )
 
 
 def make_dense(x: Tensor, scale: float = 0.3, seed: int = 1) -> Tensor:

@@ -209,7 +209,7 @@ def test_ways_that_are_no_tail_are_not_taken_for_one() -> None:
 )
 def test_classes_in_blocks_give_the_stratified_sums_of_one_by_one(make: Any) -> None:
     model, (x, labels) = make(), make_data(84)
-    sites = EveryWeight(model[0].weight.detach().reshape(-1), 0, model[0].weight.numel(), 0.0)
+    sites = EveryWeight(model[0].weight.detach().reshape(-1), 0, model[0].weight.numel(), "zero")
     partials = []
     for name in ("rerun" if make is make_deep else "direct", "response"):
         given = sites if name == "response" else sites.listed()
@@ -331,7 +331,7 @@ def test_the_loss_along_one_logit_is_as_in_float64(t: float, confidence: float) 
 
 def test_deltas_of_chosen_rows_sum_up_to_the_rows_sums() -> None:
     model, (x, labels) = make_head(), make_data()
-    sites = EveryWeight(model[0].weight.detach().reshape(-1), 13 * 2, 13 * 9, 0.0)
+    sites = EveryWeight(model[0].weight.detach().reshape(-1), 13 * 2, 13 * 9, "zero")
     path = open_path("response", Setup(model, "0.weight", sites), x[:2])
     intact, (responses,) = path.run(x, labels)
     assert not isinstance(responses, Deltas)

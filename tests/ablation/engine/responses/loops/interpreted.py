@@ -365,7 +365,7 @@ def test_the_path_on_a_device_equals_one_weight_by_one(layer: str, sites: str) -
     parameter = f"{layer}.weight"
     weight = model.get_parameter(parameter).detach()
     n = weight.numel()
-    every = EveryWeight(weight.reshape(-1), 0, n, 0.0)
+    every = EveryWeight(weight.reshape(-1), 0, n, "zero")
     count = {"sampled": n - 5, "few": 10}.get(sites, n)
     some = make_sites(weight, np.random.default_rng(0).permutation(n)[:count], "zero")
     partials = []
@@ -398,7 +398,7 @@ def test_deltas_of_chosen_rows_sum_up_to_the_rows_sums() -> None:
     model = Head().to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     x, labels = torch.randn(11, 13, generator=generator).to(DEVICE), torch.arange(11, device=DEVICE) % 7
-    sites = EveryWeight(model[0].weight.detach().reshape(-1), 13 * 2, 13 * 8, 0.0)
+    sites = EveryWeight(model[0].weight.detach().reshape(-1), 13 * 2, 13 * 8, "zero")
     path: Any = open_path("response", Setup(model, "0.weight", sites), x[:2])
     path.on_device = True
     intact, (responses,) = path.run(x, labels)

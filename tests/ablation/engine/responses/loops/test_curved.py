@@ -32,7 +32,7 @@ def make_tail(function: nn.Module) -> nn.Module:
 
 def every_weight(model: nn.Module) -> EveryWeight:
     weight = model[0].weight.detach().reshape(-1)
-    return EveryWeight(weight, 0, len(weight), 0.0)
+    return EveryWeight(weight, 0, len(weight), "zero")
 
 
 def open_for(model: nn.Module, sites: Sites, x: Tensor, path: str) -> Any:
