@@ -4,7 +4,7 @@ sums, for so many sites that their deltas are never stored.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,13 +30,12 @@ class Deltas:
     correct: Bool[Tensor, "sites examples"]
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Where a batch is cut: runs of examples of one class, of which some are the class's last."""
+class Runs(NamedTuple):
+    """Where a batch is cut: runs of examples of one class. The compiled loops take it as it is."""
 
-    ends: np.ndarray
-    closes: np.ndarray
-    per_class: int
+    ends: np.ndarray  # int64: the example behind each run
+    closes: np.ndarray  # bool: whether the run is its class's last
+    per_class: int  # the examples of a class; 0 where classes don't count, and the batch is one run
 
 
 def make_runs(n_examples: int, n_before: int, per_class: int | None) -> Runs:

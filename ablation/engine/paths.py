@@ -32,7 +32,7 @@ def find_paths(calls: Calls, parameter: str) -> tuple[Path, ...]:
     are computed at once. `finite`, `rerun` and `reference` take any parameter.
     """
     way = find_straight_way(calls, parameter)
-    is_unknown = way is None or (isinstance(way, Head) and (way.is_bias or not way.is_known))
+    is_unknown = way is None or (isinstance(way, Head) and (way.is_bias or way.function is None))
     can_take = {"direct": isinstance(way, Head | Tail), "response": not is_unknown}
     return tuple(path for path in get_args(Path) if can_take.get(path, True))
 

@@ -13,7 +13,7 @@ Numerics: float32. NaN and infinity propagate (`compiled.py`).
 """
 
 from functools import cache
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import numpy as np
 import torch
@@ -25,15 +25,15 @@ from ablation.engine.compiled import is_ready, kernel
 from ablation.engine.increments import relu_delta
 from ablation.engine.threads import over_rows
 
-TILE = 64  # units that one entry of a run is multiplied by at once: four vectors
-STEP = 32  # units are taken in multiples of it
-LARGE = 1 << 24  # products that are worth the making of a kernel for their shape
+TILE_UNITS = 64  # that one entry of a run is multiplied by at once: four vectors
+UNIT_STEP = 32  # numbers of units are rounded up to multiples of it
+ONEDNN_PRODUCTS = 1 << 24  # multiplications that are worth the making of a kernel for their shape
 SHARED = 4  # where 1 of so many ablations may open a unit, it is computed for all: a product is quicker
 
 
 def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:
     """a b^T. The layouts of the two don't matter; oneDNN takes most of a millisecond for each new shape."""
-    if is_ready(a, b) and _has_onednn() and a.numel() * len(b) > LARGE:
+    if is_ready(a, b) and _has_onednn() and a.numel() * len(b) > ONEDNN_PRODUCTS:
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return F.linear(a, b)
 
@@ -115,7 +115,7 @@ def run_rows(
     numbers: Float32[Tensor, "ablations examples run"],
     base: Float32[Tensor, "examples outputs"],
 ) -> list[tuple[Int64[Tensor, " _"], Float32[Tensor, "ablations _"]]]:
-    """relu(y + dy) - relu(y) for dy = W dx, where dx is `numbers` from input `first` on: of each example, the outputs
+    """relu(y + dy) - relu(y) for dy = W dx, where dx is `numbers` from input `first` on: for each example, the outputs
     that are open before or for any ablation, and their deltas.
 
     Ablations of the same run share its columns of the matrix, a tile of outputs at a time; zeros of dx are skipped.
@@ -124,110 +124,173 @@ def run_rows(
     order = unit.argsort(stable=True)
     bounds = F.pad(counts.cumsum(0), (1, 0)).numpy()
     moves = numbers.index_select(0, order).transpose(0, 1).contiguous().numpy()
-    n_examples, n_lanes, _ = moves.shape
-    room = (n_examples, n_lanes, -(-moves.shape[2] // 4) * 4)
+    n_examples, n_ablations, _ = moves.shape
+    room = (n_examples, n_ablations, -(-moves.shape[2] // 4) * 4)
     values, places, n_moving = np.zeros(room, np.float32), np.zeros(room, np.uint64), np.zeros(room[:2], np.int64)
-    over_rows(_compress, n_lanes, moves.size, moves, values, places, n_moving)
+    over_rows(_compress, n_ablations, moves.size, moves, values, places, n_moving)
     is_open = base > 0
-    n_open = F.pad(is_open, (0, -len(matrix) % TILE)).unflatten(1, (-1, TILE)).sum(dim=2).cumsum(dim=1)
+    n_open = F.pad(is_open, (0, -len(matrix) % TILE_UNITS)).unflatten(1, (-1, TILE_UNITS)).sum(dim=2).cumsum(dim=1)
     n_before = F.pad(n_open, (1, 0)).numpy()  # open units in the tiles before each
-    kept = matrix.new_empty(n_examples, n_lanes, int(n_open[:, -1].max()) + 1)  # the open units' deltas
-    others = matrix.new_empty(n_examples, len(matrix), n_lanes + 16)  # those of units that an ablation opens, few
+    kept = matrix.new_empty(n_examples, n_ablations, int(n_open[:, -1].max()) + 1)  # the open units' deltas
+    others = matrix.new_empty(n_examples, len(matrix), n_ablations + 16)  # those of units that an ablation opens, few
     opened = torch.zeros_like(is_open)
-    args = (matrix.numpy(), starts.numpy(), bounds, moves.shape[2], values, places, n_moving, base.numpy(), n_before)
-    results = (kept.numpy(), others.numpy(), opened.numpy())
-    over_rows(_run_tiles, n_before.shape[1] - 1, n_lanes * base.numel(), *args, *results)
+    over_rows(
+        _run_tiles, n_before.shape[1] - 1, n_ablations * base.numel(), matrix.numpy(),
+        _Runs(starts.numpy(), bounds, moves.shape[2]), _Moves(values, places, n_moving), base.numpy(),
+        _Results(kept.numpy(), others.numpy(), opened.numpy(), n_before),
+    )  # fmt: skip
     rows = []
     for example in range(n_examples):
         n = int(n_open[example, -1])
         behind = _filled(opened[example], ~(is_open[example] | opened[example]), n)
-        result = matrix.new_empty(n_lanes, n + len(behind))
+        result = matrix.new_empty(n_ablations, n + len(behind))
         over_rows(
-            _in_order, n_lanes, result.numel(), kept[example, :, :n].numpy(), others[example].numpy(), behind.numpy(),
-            opened[example].numpy(), order.numpy(), result.numpy(),
+            _in_order, n_ablations, result.numel(), kept[example, :, :n].numpy(), others[example].numpy(),
+            behind.numpy(), opened[example].numpy(), order.numpy(), result.numpy(),
         )  # fmt: skip
         rows.append((torch.cat([is_open[example].nonzero()[:, 0], behind]), result))
     return rows
 
 
 def _filled(chosen: Bool[Tensor, " units"], rest: Bool[Tensor, " units"], n_before: int) -> Int64[Tensor, " _"]:
-    """The chosen units, and so many of the rest that `n_before` and they come to a multiple of `STEP`."""
+    """The chosen units, and so many of the rest that `n_before` and they come to a multiple of `UNIT_STEP`."""
     which = torch.cat([chosen.nonzero()[:, 0], rest.nonzero()[:, 0]])
     return which[: _rounded(n_before + int(chosen.sum()), n_before + len(which)) - n_before]
 
 
 def _rounded(n: int, most: int) -> int:
-    """Up to the next multiple of `STEP`: each new shape of a product costs time."""
-    return min(most, -(-n // STEP) * STEP)
+    """Up to the next multiple of `UNIT_STEP`: each new shape of a product costs time."""
+    return min(most, -(-n // UNIT_STEP) * UNIT_STEP)
 
 
 @kernel
 @no_type_check
 def _compress(first, last, moves, values, places, n_moving):
     """The numbers that are not 0, and where they are; 0 at place 0 behind."""
-    for lane in range(first, last):
+    for ablation in range(first, last):
         for example in range(len(moves)):
             n = 0
             for k in range(moves.shape[2]):
-                if moves[example, lane, k] != 0:
-                    values[example, lane, n] = moves[example, lane, k]
-                    places[example, lane, n] = k
+                if moves[example, ablation, k] != 0:
+                    values[example, ablation, n] = moves[example, ablation, k]
+                    places[example, ablation, n] = k
                     n += 1
-            n_moving[example, lane] = n
+            n_moving[example, ablation] = n
+
+
+class _Runs(NamedTuple):
+    """Where the inputs of the ablations begin, each distinct start once."""
+
+    starts: np.ndarray  # (starts), int64
+    bounds: np.ndarray  # (starts + 1), int64: the ablations of each start, which lie one after the other
+    length: int
+
+
+class _Moves(NamedTuple):
+    """The numbers of dx that are not 0, by example and ablation."""
+
+    values: np.ndarray
+    places: np.ndarray  # uint64: where in the run they are
+    counts: np.ndarray
+
+
+class _Results(NamedTuple):
+    """The deltas of units behind the ReLU."""
+
+    kept: np.ndarray  # (examples, ablations, open units)
+    others: np.ndarray  # (examples, units, ablations): of the closed units that an ablation opens
+    opened: np.ndarray  # (examples, units): which units those are
+    n_before: np.ndarray  # (examples, tiles + 1): how many open units there are in the tiles before each
+
+
+class _Tile(NamedTuple):
+    """One tile of units, on each example."""
+
+    columns: np.ndarray  # (run, TILE_UNITS): the matrix, transposed
+    moved: np.ndarray  # (TILE_UNITS): dy of one ablation
+    least: np.ndarray  # (examples, TILE_UNITS): an open unit's delta where it is shut
+    shut: np.ndarray  # (examples, TILE_UNITS): what dy must exceed to open a unit; infinite for open ones
+    is_open: np.ndarray  # (examples, TILE_UNITS), unsigned: no check for places counted from the end
 
 
 @kernel
 @no_type_check
-def _run_tiles(
-    first, last, matrix, starts, bounds, run, values, places, n_moving, base, n_before, kept, others, opened
-):
-    n_examples, n_outputs = base.shape
-    tile = np.zeros((run, TILE), np.float32)
-    moved = np.empty(TILE, np.float32)
-    least = np.empty((n_examples, TILE), np.float32)  # an open unit's delta, which shuts it
-    shut = np.empty((n_examples, TILE), np.float32)  # what a delta must exceed to open a unit
-    is_open = np.empty((n_examples, TILE), np.uint64)  # unsigned: no check for places counted from the end
+def _run_tiles(first, last, matrix, runs, moves, base, results):
+    """Fill `results` for some tiles of units; a tile of the matrix is shared by all ablations of the same run."""
+    n_examples = base.shape[0]
+    tile = _Tile(
+        np.zeros((runs.length, TILE_UNITS), np.float32), np.empty(TILE_UNITS, np.float32),
+        np.empty((n_examples, TILE_UNITS), np.float32), np.empty((n_examples, TILE_UNITS), np.float32),
+        np.empty((n_examples, TILE_UNITS), np.uint64),
+    )  # fmt: skip
     for at in range(first, last):
-        begin = at * TILE
-        size = min(TILE, n_outputs - begin)
+        begin = at * TILE_UNITS
+        size = min(TILE_UNITS, base.shape[1] - begin)
         for e in range(n_examples):
-            n = 0
-            shut[e] = np.inf
-            for u in range(size):
-                if base[e, begin + u] > 0:
-                    is_open[e, n] = u
-                    least[e, n] = -base[e, begin + u]
-                    n += 1
-                else:
-                    shut[e, u] = -base[e, begin + u]
-        for s in range(len(starts)):
-            _turn(matrix, begin, size, starts[s], run, tile)
+            _list_open(base[e, begin : begin + size], tile.is_open[e], tile.least[e], tile.shut[e])
+        for s in range(len(runs.starts)):
+            _turn(matrix, begin, size, runs.starts[s], runs.length, tile.columns)
             for e in range(n_examples):
-                which, leasts, shuts = is_open[e], least[e], shut[e]
-                for lane in range(bounds[s], bounds[s + 1]):
-                    for u in range(TILE):
-                        moved[u] = 0
-                    for j in range(0, n_moving[e, lane], 4):
-                        a, b = values[e, lane, j], values[e, lane, j + 1]
-                        c, d = values[e, lane, j + 2], values[e, lane, j + 3]
-                        p, q = places[e, lane, j], places[e, lane, j + 1]
-                        r, t = places[e, lane, j + 2], places[e, lane, j + 3]
-                        for u in range(TILE):
-                            moved[u] += a * tile[p, u] + b * tile[q, u] + c * tile[r, u] + d * tile[t, u]
-                    here = kept[e, lane, n_before[e, at] : n_before[e, at + 1]]
-                    for k in range(len(here)):
-                        u = which[k]
-                        here[k] = leasts[k] if moved[u] < leasts[k] else moved[u]
-                    n_opening = np.int32(0)
-                    for u in range(TILE):
-                        n_opening += np.int32(not moved[u] <= shuts[u])  # NaN opens
-                    if n_opening:
-                        for u in range(size):
-                            if not (moved[u] <= shuts[u] or base[e, begin + u] > 0):
-                                if not opened[e, begin + u]:
-                                    opened[e, begin + u] = True
-                                    others[e, begin + u] = 0
-                                others[e, begin + u, lane] = moved[u] - shuts[u]
+                for ablation in range(runs.bounds[s], runs.bounds[s + 1]):
+                    _multiply(
+                        tile.columns,
+                        moves.values[e, ablation],
+                        moves.places[e, ablation],
+                        moves.counts[e, ablation],
+                        tile.moved,
+                    )
+                    _keep(e, ablation, at, base[e, begin : begin + size], tile, results)
+
+
+@kernel
+@no_type_check
+def _list_open(base, is_open, least, shut):
+    """Fill one example's row of a tile: its open units and what shuts them, and what opens the others."""
+    n = 0
+    shut[:] = np.inf
+    for u in range(len(base)):
+        if base[u] > 0:
+            is_open[n] = u
+            least[n] = -base[u]
+            n += 1
+        else:
+            shut[u] = -base[u]
+
+
+@kernel
+@no_type_check
+def _multiply(columns, values, places, n, moved):
+    """dy of one tile of units: four numbers of dx at a time."""
+    for u in range(TILE_UNITS):
+        moved[u] = 0
+    for j in range(0, n, 4):
+        a, b, c, d = values[j], values[j + 1], values[j + 2], values[j + 3]
+        p, q, r, t = places[j], places[j + 1], places[j + 2], places[j + 3]
+        for u in range(TILE_UNITS):
+            moved[u] += a * columns[p, u] + b * columns[q, u] + c * columns[r, u] + d * columns[t, u]
+
+
+@kernel
+@no_type_check
+def _keep(e, ablation, at, base, tile, results):
+    """Write the deltas of one (example, ablation) for the open units of a tile, and for those that it opens."""
+    which, leasts, shuts, moved = tile.is_open[e], tile.least[e], tile.shut[e], tile.moved
+    here = results.kept[e, ablation, results.n_before[e, at] : results.n_before[e, at + 1]]
+    for k in range(len(here)):
+        u = which[k]
+        here[k] = leasts[k] if moved[u] < leasts[k] else moved[u]
+    n_opening = np.int32(0)
+    for u in range(TILE_UNITS):
+        n_opening += np.int32(not moved[u] <= shuts[u])  # NaN opens
+    if n_opening:
+        units = slice(at * TILE_UNITS, at * TILE_UNITS + len(base))
+        opened, others = results.opened[e, units], results.others[e, units]
+        for u in range(len(base)):
+            if not (moved[u] <= shuts[u] or base[u] > 0):
+                if not opened[u]:
+                    opened[u] = True
+                    others[u] = 0
+                others[u, ablation] = moved[u] - shuts[u]
 
 
 @kernel
@@ -249,13 +312,13 @@ def _turn(matrix, begin, size, start, run, tile):
 @kernel
 @no_type_check
 def _in_order(first, last, kept, others, behind, opened, order, result):
-    """Lanes back in their order: the open units, and those behind them; 0 where nothing opens."""
+    """Write the ablations back in their order: the open units, and those behind them; 0 where nothing opens."""
     n = kept.shape[1]
-    for lane in range(first, last):
-        row = result[order[lane]]
-        row[:n] = kept[lane]
+    for ablation in range(first, last):
+        row = result[order[ablation]]
+        row[:n] = kept[ablation]
         for k in range(len(behind)):
-            row[n + k] = others[behind[k], lane] if opened[behind[k]] else np.float32(0)
+            row[n + k] = others[behind[k], ablation] if opened[behind[k]] else np.float32(0)
 
 
 # --- a Linear and a ReLU behind few columns ---------------------------------------------------------------------------
@@ -280,26 +343,28 @@ def column_rows(
 
 
 def _column_row(matrix: Tensor, columns: Tensor, moves: Tensor, base: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one example: first the open units, then the near ones, which many ablations may open and which are computed
-    for all of them, then the far ones.
+    """One example's units and their deltas: first the open units, then the near ones, which many ablations may open and
+    which are computed for all of them, then the far ones.
     """
     moves = moves.contiguous()
     size, order = sizes(moves).sort(descending=True)
     reach, units = reach.sort(stable=True)
     base = base[units]
-    n_lanes = torch.searchsorted(-size, -reach, right=True)  # so many ablations, those that move most, may open each
+    n_ablations = torch.searchsorted(
+        -size, -reach, right=True
+    )  # so many ablations, those that move most, may open each
     n_open = int(torch.searchsorted(reach, 0.0))
-    n_near = _rounded(int((n_lanes * SHARED > len(moves)).sum()), len(units)) - n_open
-    n_far = max(0, int((n_lanes > 0).sum()) - n_open - n_near)
-    shut, shut_units, n_lanes = base[n_open:], units[n_open:], n_lanes[n_open:]
+    n_near = _rounded(int((n_ablations * SHARED > len(moves)).sum()), len(units)) - n_open
+    n_far = max(0, int((n_ablations > 0).sum()) - n_open - n_near)
+    shut, shut_units, n_ablations = base[n_open:], units[n_open:], n_ablations[n_open:]
     moved = product(moves, picked(matrix, units[: n_open + n_near], columns))
     others = moves.new_empty(len(shut), len(moves))
     opened = torch.zeros(len(shut), dtype=torch.bool, device="cpu")
     others[:n_near] = relu_delta(shut[:n_near], moved[:, n_open:]).T
     opened[:n_near] = (others[:n_near] != 0).any(dim=1)
-    far = [each[n_near : n_near + n_far].numpy() for each in (shut_units, n_lanes, shut, others, opened)]
-    given = matrix.numpy(), columns.numpy(), moves.numpy(), order.numpy()
-    over_rows(_opening, n_far, n_far * len(moves) * len(columns), *given, *far)
+    far = _Far(*(each[n_near : n_near + n_far].numpy() for each in (shut_units, n_ablations, shut, others, opened)))
+    args = matrix.numpy(), columns.numpy(), moves.numpy(), order.numpy(), far
+    over_rows(_opening, n_far, n_far * len(moves) * len(columns), *args)
     behind = _filled(opened, ~opened, n_open)
     result = moves.new_empty(len(moves), n_open + len(behind))
     torch.maximum(moved[:, :n_open], -base[:n_open], out=result[:, :n_open])
@@ -307,22 +372,38 @@ def _column_row(matrix: Tensor, columns: Tensor, moves: Tensor, base: Tensor, re
     return torch.cat([units[:n_open], shut_units[behind]]), result
 
 
+class _Far(NamedTuple):
+    """Closed units that only some ablations may open."""
+
+    units: np.ndarray
+    n_ablations: np.ndarray  # so many ablations, those that move most, may open each
+    base: np.ndarray
+    others: np.ndarray  # (units, ablations): their deltas
+    opened: np.ndarray  # whether an ablation opens them
+
+
 @kernel
 @no_type_check
-def _opening(first, last, matrix, columns, moves, order, units, n_lanes, base, others, opened):
-    """What closed units let through, each of the ablations that may open it."""
+def _opening(first, last, matrix, columns, moves, order, far):
+    """Compute what closed units let through, each for the ablations that may open it."""
     row = np.empty(len(columns), np.float32)
     for k in range(first, last):
-        source = matrix[units[k]]
+        source = matrix[far.units[k]]
         for j in range(len(columns)):
             row[j] = source[np.uint64(columns[j])]
-        for n in range(n_lanes[k]):
-            lane = moves[order[n]]
-            moved = base[k]
-            for j in range(len(row)):
-                moved += row[j] * lane[j]
-            if not moved <= 0:  # NaN opens
-                if not opened[k]:
-                    opened[k] = True
-                    others[k] = 0
-                others[k, order[n]] = moved
+        for n in range(far.n_ablations[k]):
+            _open_one(k, order[n], row, moves[order[n]], far)
+
+
+@kernel
+@no_type_check
+def _open_one(k, ablation, row, move, far):
+    """Write the delta of one far unit for one ablation, where that opens it."""
+    moved = far.base[k]
+    for j in range(len(row)):
+        moved += row[j] * move[j]
+    if not moved <= 0:  # NaN opens
+        if not far.opened[k]:
+            far.opened[k] = True
+            far.others[k] = 0
+        far.others[k, ablation] = moved

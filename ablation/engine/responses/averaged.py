@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ablation.engine.deltas import Deltas, Runs
 from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
-from ablation.engine.responses.loops import averaged, curved
+from ablation.engine.responses.loops import averaged
 from ablation.engine.responses.loops.activations import find_function
-from ablation.engine.responses.way import RELUS, Tail
+from ablation.engine.responses.loops.averaged import Layout, Weights
+from ablation.engine.responses.loops.records import Batch, Follows, Sums
+from ablation.engine.responses.way import Tail
 from ablation.engine.threads import run_ranges
 from ablation.errors import ModelError
 from ablation.precision import FromTargetOn, as_found, run_with
@@ -91,7 +93,7 @@ class _Watch(FromTargetOn):
             self.first = 0
             for leaf in leaves[: [leaf is self._value for leaf in leaves].index(True)]:
                 self.first += leaf.shape[1]
-        elif self.y is None and (is_pool or name in RELUS or find_function(name, args, kwargs or {}) is not None):
+        elif self.y is None and (is_pool or find_function(name, args, kwargs or {}) is not None):
             self.y = self._value[:, self._own].flatten(2).clone()
         result = super().__torch_function__(call, types, args, kwargs)
         if isinstance(result, Tensor):
@@ -114,79 +116,46 @@ class _Watch(FromTargetOn):
 
 @dataclass(frozen=True)
 class Form:
-    """What of a tail is the same in every batch."""
+    """What is the same in every batch."""
 
     tail: Tail
     shape: tuple[int, ...]  # of the weight
-    columns: Float32[np.ndarray, "units classes"]  # of the last Linear; (1, 1) where there is none
+    follows: Follows
     device: torch.device
 
-    @property
-    def is_logit(self) -> bool:
-        """Whether the mean is a logit."""
-        return self.tail.last is None
-
-    def offsets(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Into the padded positions, height x width: where each output position begins, and each kernel's shift."""
+    def layout(self, units: Int64[np.ndarray, " channels"], height: int, width: int) -> Layout:
+        """Where channels and positions are; height and width are those of the padded input."""
         (down, right), (dy, dx), (kh, kw) = self.tail.stride, self.tail.dilation, self.shape[2:]
         rows = np.arange((height - dy * (kh - 1) - 1) // down + 1) * down
         columns = np.arange((width - dx * (kw - 1) - 1) // right + 1) * right
         shifts = (np.arange(kh) * dy)[:, None] * width + np.arange(kw) * dx
-        return (rows[:, None] * width + columns).flatten(), shifts.flatten()
+        return Layout(units, (rows[:, None] * width + columns).flatten(), shifts.flatten())
 
 
 @dataclass(frozen=True)
-class Given:
-    """One batch, as the loops take it."""
+class ChannelBatch:
+    """One batch, as the loops take it, and what else they need of it."""
 
     form: Form
-    inputs: Float[Tensor, "examples inputs height width"]  # padded
-    y: np.ndarray  # (examples, channels, positions)
-    scale: Float64[np.ndarray, " channels"]
-    units: Int64[np.ndarray, " channels"]
-    q: np.ndarray
-    z: np.ndarray
-    labels: np.ndarray
+    record: Batch  # x is padded
+    scale: Float64[np.ndarray, " channels"]  # what BatchNorm multiplies the channels by
+    layout: Layout
 
     @cached_property
-    def by_input(self) -> np.ndarray:
-        """(examples, inputs, positions): for single weights."""
-        return self.inputs.flatten(2).contiguous().numpy()
+    def by_input(self) -> Batch:
+        """The record with x (examples, inputs, positions): for single weights."""
+        return self.record._replace(x=self.record.x.reshape(*self.record.x.shape[:2], -1))
 
     @cached_property
-    def by_position(self) -> np.ndarray:
-        """(examples, positions, inputs): for whole channels."""
-        return self.inputs.flatten(2).transpose(1, 2).contiguous().numpy()
+    def by_position(self) -> Batch:
+        """The record with x (examples, positions, inputs): for whole channels."""
+        x = torch.from_numpy(self.record.x).flatten(2).transpose(1, 2).contiguous()
+        return self.record._replace(x=x.numpy())
 
     @cached_property
-    def largest(self) -> np.ndarray:
-        """Input of each example, in size."""
-        return self.inputs.flatten(1).abs().amax(dim=1).double().numpy()
-
-    @cached_property
-    def largest_at(self) -> np.ndarray:
-        """Input of each (example, position), in size."""
-        return self.inputs.abs().amax(dim=1).flatten(1).double().numpy()
-
-    @property
-    def offsets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of output positions and of kernel positions."""
-        return self.form.offsets(self.inputs.shape[2], self.inputs.shape[3])
-
-    def of_examples(self, chosen: np.ndarray) -> "Given":
-        """Some of the examples."""
-        return replace(
-            self,
-            inputs=self.inputs[torch.from_numpy(chosen)],
-            y=self.y[chosen], q=self.q[chosen], z=self.z[chosen], labels=self.labels[chosen],
-        )  # fmt: skip
-
-    def joined(self, others: Sequence["Given"]) -> "Given":
-        """These examples, and then those of others."""
-        parts = [self, *others]
-        names = ("y", "q", "z", "labels")
-        joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return replace(self, inputs=torch.cat([part.inputs for part in parts]), **joined)
+    def largest(self) -> Float64[np.ndarray, "examples positions"]:
+        """The largest |x| over the input channels."""
+        return torch.from_numpy(self.record.x).abs().amax(dim=1).flatten(1).double().numpy()
 
     def score(self, sites: Sites) -> tuple[Tensor, Tensor]:
         """The loss delta of every (site, example), in nats, and whether any logit moves."""
@@ -194,20 +163,16 @@ class Given:
         indices = sites.indices.cpu().numpy()
         order = np.argsort(indices // (n_inputs * n_kernel), kind="stable")
         where, sources = indices // (n_inputs * n_kernel), indices // n_kernel % n_inputs
-        at, shifts = self.offsets
         steps = sites.steps.cpu().numpy() * self.scale[where]
-        args = [each[order] for each in (where, sources, shifts[indices % n_kernel], steps)]
-        delta = np.empty((len(indices), len(self.labels)))
+        shifts = self.layout.shifts[indices % n_kernel]
+        weights = Weights(*(each[order] for each in (where, sources, shifts, steps)))
+        delta = np.empty((len(indices), len(self.record.labels)))
         touched = np.empty(delta.shape, np.bool_)
 
         def run(first: int, last: int) -> None:
             part = slice(first, last)
-            where = *(each[part] for each in args), self.units, self.by_input, at, self.y
-            given = self.q, self.z, self.labels, self.form.columns, self.form.is_logit, delta[part], touched[part]
-            if self.form.tail.function is None:
-                averaged.score_weights(*where, self.form.tail.has_relu, *given)
-            else:
-                curved.score_curved_weights(*where, self.form.tail.function, *given)
+            own = Weights(*(each[part] for each in weights))
+            averaged.score_weights(own, self.layout, self.by_input, self.form.follows, delta[part], touched[part])
 
         run_ranges(run, len(indices))
         back = np.argsort(order)
@@ -216,28 +181,27 @@ class Given:
 
 @dataclass(frozen=True)
 class ChannelResponses:
-    """Whole channels on one batch, ready to be summed over its examples: see `whole.Responses`."""
+    """The response functions of whole channels on one batch, ready to be summed over its examples."""
 
-    batch: Given
+    batch: ChannelBatch
     sites: EveryWeight
 
     @property
     def rows(self) -> slice:
-        """Of the table: all of the shard's."""
+        """The rows of the table: all of the shard's."""
         return slice(0, len(self.sites))
 
     @property
     def n_units(self) -> int:
-        """How many channels."""
+        """How many channels there are."""
         return len(self.sites) // int(np.prod(self.batch.form.shape[1:]))
 
     def add(self, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
-        """Add the sums over the batch to those given, each (sites)."""
+        """Add the sums over the batch to `sums`, each (sites), and what the series left out to `bounds` (channels)."""
         n_inputs, *kernel = self.batch.form.shape[1:]
         shape = self.n_units, n_inputs, int(np.prod(kernel))
         first_channel = self.sites.first // (shape[1] * shape[2])
-        batch, form = self.batch, self.batch.form
-        at, shifts = batch.offsets
+        batch = self.batch
 
         def taken(name: str, part: slice, dtype: type = np.float64) -> np.ndarray:
             if name in sums:
@@ -249,33 +213,30 @@ class ChannelResponses:
             own = self.sites[first * shape[1] * shape[2] : last * shape[1] * shape[2]]
             steps = own.steps.cpu().numpy().reshape(last - first, *shape[1:])
             steps = steps * batch.scale[first_channel + first : first_channel + last, None, None]
-            where = (
+            averaged.add_channels(
                 np.arange(first_channel + first, first_channel + last),
                 np.ascontiguousarray(steps.transpose(0, 2, 1).astype(np.float32)),
-                batch.units, batch.by_position,
+                batch.layout, batch.largest, batch.by_position, batch.form.follows, runs,
+                Sums(
+                    delta=taken("delta", part), delta_squared=taken("delta_squared", part),
+                    touched=taken("touched", part, np.int32), open=taken("open", of_class),
+                    open_squared=taken("open_squared", of_class), within=taken("within", of_class), bounds=bounds[part],
+                ),
             )  # fmt: skip
-            given = (
-                batch.q, batch.z, batch.labels, form.columns, form.is_logit, runs.ends, runs.closes, runs.per_class,
-                taken("delta", part), taken("delta_squared", part), taken("touched", part, np.int32),
-                taken("open", of_class), taken("open_squared", of_class), taken("within", of_class), bounds[part],
-            )  # fmt: skip
-            if form.tail.function is None:
-                averaged.add_channels(*where, batch.largest, at, shifts, batch.y, form.tail.has_relu, *given)
-            else:
-                curved.add_curved_channels(*where, batch.largest_at, at, shifts, batch.y, form.tail.function, *given)
 
         run_ranges(run, self.n_units)
 
     def of_examples(self, chosen: np.ndarray) -> "ChannelResponses":
-        """Of some of the examples."""
-        return replace(self, batch=self.batch.of_examples(chosen))
+        """The response functions of some of the examples."""
+        return replace(self, batch=replace(self.batch, record=self.batch.record.of_examples(chosen)))
 
     def joined(self, others: Sequence["ChannelResponses"]) -> "ChannelResponses":
-        """See `Responses`."""
-        return replace(self, batch=self.batch.joined([other.batch for other in others]))
+        """The response functions of these examples followed by those of `others`."""
+        record = self.batch.record.joined([other.batch.record for other in others])
+        return replace(self, batch=replace(self.batch, record=record))
 
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
-        """Example by example, of some rows of the table."""
+        """The deltas of some rows of the table, example by example."""
         delta, touched = self.batch.score(self.sites.pick(rows))
         return Deltas(slice(0, len(rows)), delta, touched, intact.correct.expand(delta.shape))
 
@@ -295,7 +256,11 @@ class Pooled:
         self.form = Form(
             tail,
             tuple(self.open_tail.weight.shape),
-            np.zeros((1, 1), np.float32) if last is None else last.T.contiguous().numpy(),
+            Follows(
+                np.zeros((1, 1), np.float32) if last is None else last.T.contiguous().numpy(),
+                last is None,
+                tail.function,
+            ),
             self.open_tail.weight.device,
         )
 
@@ -303,27 +268,27 @@ class Pooled:
         """One batch: the intact network, and the deltas or the sums of all sites."""
         batch = self.open_tail.run(inputs)
         intact = make_intact(batch.logits, labels, torch.float32)
-        given = self._given(batch, intact)
+        record = self._of_batch(batch, intact)
         if isinstance(self.sites, EveryWeight):
-            return intact, iter([ChannelResponses(given, self.sites)])
-        return intact, self._deltas(given, intact)
+            return intact, iter([ChannelResponses(record, self.sites)])
+        return intact, self._deltas(record, intact)
 
-    def _deltas(self, given: Given, intact: Intact) -> Iterator[Deltas]:
+    def _deltas(self, batch: ChannelBatch, intact: Intact) -> Iterator[Deltas]:
         at_once = max(1, PAIRS_AT_ONCE // len(intact.labels))
         for first in range(0, len(self.sites), at_once):
             rows = slice(first, min(first + at_once, len(self.sites)))
-            delta, touched = (each.to(self.form.device) for each in given.score(self.sites[rows]))
+            delta, touched = (each.to(self.form.device) for each in batch.score(self.sites[rows]))
             yield Deltas(rows, delta, touched, intact.correct.expand(touched.shape))
 
-    def _given(self, batch: TailBatch, intact: Intact) -> Given:
+    def _of_batch(self, batch: TailBatch, intact: Intact) -> ChannelBatch:
         down, right = self.form.tail.padding
-        return Given(
-            form=self.form,
-            inputs=F.pad(batch.x.cpu().float(), (right, right, down, down)),
-            y=batch.y.cpu().double().contiguous().numpy(),
-            scale=batch.scale.cpu().double().numpy(),
-            units=np.arange(len(batch.scale)) + batch.first,
+        x = F.pad(batch.x.cpu().float(), (right, right, down, down)).contiguous()
+        record = Batch(
+            x=x.numpy(),
+            y=batch.y.cpu().double().transpose(0, 1).contiguous().numpy(),
             q=intact.rest.cpu().float().contiguous().numpy(),
             z=intact.logits.cpu().double().contiguous().numpy(),
             labels=intact.labels.cpu().numpy(),
         )
+        layout = self.form.layout(np.arange(len(batch.scale)) + batch.first, x.shape[2], x.shape[3])
+        return ChannelBatch(self.form, record, batch.scale.cpu().double().numpy(), layout)

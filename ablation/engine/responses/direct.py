@@ -22,6 +22,7 @@ from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, is_correct, loss_delta, make_intact
 from ablation.engine.responses.arrays import Loops, open_loops
 from ablation.engine.responses.head import HeadBatch, OpenHead, activate
+from ablation.engine.responses.loops.rows import Places
 from ablation.engine.responses.way import Head
 from ablation.loss import is_plain
 
@@ -65,12 +66,13 @@ class Direct:
     def _score(self, intact: Intact, batch: HeadBatch, loops: Loops) -> Iterator[Deltas]:
         """By the compiled loops, which look at every pair once."""
         x = torch.ones(1, len(batch.x)) if self.input is None else batch.x.float().T.contiguous()
-        given = loops.of_batch(intact, batch)
+        record = loops.of_batch(intact, batch)
         at_once = max(1, PAIRS_AT_ONCE // len(batch.x))
         for first in range(0, len(self.sites), at_once):
             rows = slice(first, min(first + at_once, len(self.sites)))
             source = torch.zeros_like(self.unit[rows]) if self.input is None else self.input[rows]
-            delta, touched = loops.score_sites(self.step[rows], self.unit[rows], source, x, given)
+            places = Places(*(each.numpy() for each in (self.step[rows], self.unit[rows], source)))
+            delta, touched = loops.score_sites(places, x, record)
             yield Deltas(rows, delta, touched, intact.correct.expand(touched.shape))
 
     def _deltas(

@@ -16,7 +16,8 @@ from ablation.engine.deltas import Deltas, Runs
 from ablation.engine.loss import Intact
 from ablation.engine.responses.by_unit import ByUnit, sort_by_unit
 from ablation.engine.responses.head import HeadBatch, OpenHead
-from ablation.engine.responses.loops.triton_rows import Batch, Columns, add_rows
+from ablation.engine.responses.loops.records import Batch
+from ablation.engine.responses.loops.triton_rows import Columns, add_rows
 
 DELTAS_AT_ONCE = 1 << 25  # (weight of the chosen units, example)
 SUMMED = ("delta", "delta_squared", "touched", "open", "open_squared", "within")
@@ -53,13 +54,14 @@ class DeviceHead:
 
     def of_batch(self, intact: Intact, batch: HeadBatch) -> "DeviceRows":
         """The response functions of one batch; y in `batch` is that of the sites' units."""
-        given = Batch(
+        record = Batch(
             x=batch.x.float().contiguous(),
+            y=batch.y.double().T.contiguous(),
             q=intact.rest.float().contiguous(),
             z=intact.logits.double().contiguous(),
             labels=intact.labels,
         )
-        return DeviceRows(self, given, batch.y.double().T.contiguous())
+        return DeviceRows(self, record)
 
 
 def open_device_head(head: OpenHead, by_unit: ByUnit) -> DeviceHead:
@@ -72,63 +74,59 @@ def open_device_head(head: OpenHead, by_unit: ByUnit) -> DeviceHead:
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """See `Responses`; the sums are tensors on this device."""
+    """The response functions of a head on one batch, whose sums are tensors on its device."""
 
     head: DeviceHead
     batch: Batch
-    y: Float64[Tensor, "units examples"]
 
     @property
     def device(self) -> torch.device:
         """Where the sums are."""
-        return self.y.device
+        return self.batch.y.device
 
     @property
     def n_units(self) -> int:
         """How many rows of the weight the sites lie in."""
-        return len(self.y)
+        return len(self.batch.y)
 
     @property
     def rows(self) -> slice:
-        """Of the table: all of the shard's."""
+        """The rows of the table: all of the shard's."""
         return slice(0, len(self.head.by_unit.sites))
 
     def add(self, sums: dict[str, Tensor], runs: Runs, bounds: Float64[Tensor, " units"]) -> None:
-        """See `Responses`."""
+        """Add the sums over the batch to `sums`, each (sites), and what the series left out to `bounds` (units)."""
         steps, places = self.head.steps.values, self.head.steps.places
         given = {name: sums[name] for name in SUMMED if name in sums}
         if places is None:
             own = {name: values.view(steps.shape) for name, values in given.items()}
         else:
             own = {name: values.new_zeros(steps.shape).index_put_(places, values) for name, values in given.items()}
-        add_rows(self.head.columns, steps, self.y, self.batch, runs, own, bounds)
+        add_rows(self.head.columns, steps, self.batch, runs, own, bounds)
         if places is not None:
             for name, values in given.items():
                 values.copy_(own[name][places])
 
     def of_examples(self, chosen: np.ndarray) -> "DeviceRows":
-        """Of some of the examples."""
-        examples = torch.from_numpy(chosen).to(self.device)
-        return replace(self, batch=self.batch.pick(examples), y=self.y[:, examples].contiguous())
+        """The response functions of some of the examples."""
+        return replace(self, batch=self.batch.of_examples(torch.from_numpy(chosen).to(self.device)))
 
     def joined(self, others: Sequence["DeviceRows"]) -> "DeviceRows":
-        """See `Responses`."""
-        parts = [self, *others]
-        given = (torch.cat([getattr(part.batch, name) for part in parts]) for name in ("x", "q", "z", "labels"))
-        return replace(self, batch=Batch(*given), y=torch.cat([part.y for part in parts], dim=1))
+        """The response functions of these examples followed by those of `others`."""
+        return replace(self, batch=self.batch.joined([other.batch for other in others]))
 
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
-        """Example by example, by the same loops, of some rows of the table."""
+        """The deltas of some rows of the table, example by example, by the same loops."""
         before = self.head.by_unit
         by_unit = sort_by_unit(before.sites.pick(rows), before.n_inputs)
         own = torch.from_numpy(np.searchsorted(before.units, by_unit.units)).to(self.device)
         head = DeviceHead(self.head.columns.pick(own), make_steps(by_unit, self.device), by_unit)
-        return replace(self, head=head, y=self.y[own]).as_deltas(intact)
+        return replace(self, head=head, batch=self.batch._replace(y=self.batch.y[own])).as_deltas(intact)
 
     def as_deltas(self, intact: Intact) -> Deltas:
-        """Example by example: for a few sites, listed."""
+        """The deltas of all sites, example by example: for a few sites, listed."""
         parts = max(1, DELTAS_AT_ONCE // self.head.steps.values.numel())
-        examples = np.arange(self.y.shape[1])
+        examples = np.arange(self.batch.y.shape[1])
         deltas = [self.of_examples(examples[n : n + parts])._deltas() for n in range(0, len(examples), parts)]
         delta, touched = (torch.cat(each, dim=1) for each in zip(*deltas, strict=True))
         return Deltas(self.rows, delta, touched, intact.correct.expand(delta.shape))
@@ -136,11 +134,11 @@ class DeviceRows:
     def _deltas(self) -> tuple[Tensor, Tensor]:
         steps, places = self.head.steps.values, self.head.steps.places
         assert places is not None, "the sites are listed"
-        n = self.y.shape[1]
-        by_run = self.y.new_zeros(len(steps), n, steps.shape[1])
+        n = self.batch.y.shape[1]
+        by_run = self.batch.y.new_zeros(len(steps), n, steps.shape[1])
         runs = Runs(np.arange(1, n + 1), np.zeros(n, bool), 0)  # each example by itself
-        sums = {"delta": self.y.new_zeros(steps.shape), "by_run": by_run}
-        add_rows(self.head.columns, steps, self.y, self.batch, runs, sums, self.y.new_zeros(len(steps)))
+        sums = {"delta": self.batch.y.new_zeros(steps.shape), "by_run": by_run}
+        add_rows(self.head.columns, steps, self.batch, runs, sums, self.batch.y.new_zeros(len(steps)))
         unit, inputs = places
         return by_run[unit, :, inputs], self._touched(unit, steps[places], self.batch.x[:, inputs].T)
 
@@ -149,4 +147,4 @@ class DeviceRows:
         moved = (x != 0) & (steps != 0)[:, None] & self.head.columns.is_heard[unit, None]
         if not self.head.columns.has_relu:
             return moved
-        return moved & ((self.y[unit] > 0) | (steps[:, None] * x > (-self.y[unit]).float()))
+        return moved & ((self.batch.y[unit] > 0) | (steps[:, None] * x > (-self.batch.y[unit]).float()))

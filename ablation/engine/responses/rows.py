@@ -1,6 +1,6 @@
 """Whole rows of a classifier head: all weights of a unit at once, by its response functions.
 
-All weights of row i share the examples' functions F_{n,i}(d) of one number (DESIGN.md 3.4): a few moments per
+All weights of row i share the examples' functions F_{n,i}(d) of one number: a few moments per
 (example, unit) give a polynomial, and each (weight, example) pair costs a multiply, a max and that polynomial. The sums
 over examples are formed inside (`rows.py`): no delta of a single pair is ever held.
 """
@@ -19,26 +19,32 @@ from torch import Tensor
 from ablation.engine.deltas import Deltas, Responses, Runs, make_runs
 from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
-from ablation.engine.responses.arrays import Given, Loops, Rows, join_given, open_loops
+from ablation.engine.responses.arrays import NO_SUMS, Loops, look_up_inputs, open_loops
 from ablation.engine.responses.by_unit import ByUnit, sort_by_unit
 from ablation.engine.responses.head import OpenHead
+from ablation.engine.responses.loops.records import Batch, Sums
+from ablation.engine.responses.loops.rows import Inputs
 from ablation.engine.responses.way import Head
 from ablation.engine.threads import run_ranges
 from ablation.errors import ModelError
 from ablation.sites import EveryWeight
 
-FEW = 64  # sites, such as those of a job's proof, whose deltas are wanted one by one
-BLOCK = 1 << 16  # weights whose sums are formed together: they stay in the cache
+FEW_SITES = 64  # such as those of a job's proof, whose deltas are wanted one by one
+BLOCK_WEIGHTS = 1 << 16  # whose sums are formed together: they stay in the cache
 
 
 @dataclass(frozen=True)
 class RowResponses:
-    """Those of a head, unit by unit."""
+    """The response functions of a head on one batch, unit by unit."""
 
     loops: Loops
-    batch: Given
-    inputs: Rows
+    batch: Batch
     by_unit: ByUnit
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What the loops look up of the batch's inputs."""
+        return look_up_inputs(self.batch.x)
 
     @property
     def n_units(self) -> int:
@@ -47,14 +53,14 @@ class RowResponses:
 
     @property
     def rows(self) -> slice:
-        """Of the table: all of the shard's."""
+        """The rows of the table: all of the shard's."""
         return slice(0, len(self.by_unit.sites))
 
     def add(self, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
-        """See `Responses`."""
+        """Add the sums over the batch to `sums`, each (sites), and what the series left out to `bounds` (units)."""
 
         def run(first: int, last: int) -> None:
-            at_once = max(1, BLOCK // self.by_unit.n_inputs)
+            at_once = max(1, BLOCK_WEIGHTS // self.by_unit.n_inputs)
             for begin in range(first, last, at_once):
                 self._add_block(slice(begin, min(begin + at_once, last)), sums, runs, bounds)
 
@@ -73,38 +79,31 @@ class RowResponses:
             values[places] = sums[name][rows]
             return values
 
-        own = {name: taken(name) for name in ("delta", "delta_squared")} | {"touched": taken("touched", np.int32)}
-        own |= {name: taken(name) if runs.per_class else NONE for name in ("open", "open_squared", "within")}
-        batch = replace(self.batch, y=self.batch.y[block])
-        self.loops.add_rows(self.by_unit.units[block], steps, self.inputs, batch, runs, own, bounds[block])
+        of_class = {name: taken(name) if runs.per_class else NO_SUMS for name in ("open", "open_squared", "within")}
+        of_all = {name: taken(name) for name in ("delta", "delta_squared")} | {"touched": taken("touched", np.int32)}
+        own = Sums(**of_all, **of_class, bounds=bounds[block])
+        batch = self.batch._replace(y=self.batch.y[block])
+        self.loops.add_rows(self.by_unit.units[block], steps, batch, self.inputs, runs, own)
         if places is not None:
-            for name in sums.keys() & own.keys():
-                sums[name][rows] = own[name][places]
+            for name in sums:
+                sums[name][rows] = getattr(own, name)[places]
 
     def of_examples(self, chosen: np.ndarray) -> "RowResponses":
-        """Of some of the examples."""
-        given = Given(
-            y=np.ascontiguousarray(self.batch.y[:, chosen]),
-            q=self.batch.q[chosen],
-            z=self.batch.z[chosen],
-            labels=self.batch.labels[chosen],
-        )
-        return replace(self, batch=given, inputs=Rows(np.ascontiguousarray(self.inputs.x[chosen])))
+        """The response functions of some of the examples."""
+        return replace(self, batch=self.batch.of_examples(chosen))
 
     def joined(self, others: Sequence["RowResponses"]) -> "RowResponses":
-        """See `Responses`."""
-        parts = [self, *others]
-        inputs = Rows(np.concatenate([part.inputs.x for part in parts]))
-        return replace(self, batch=join_given([part.batch for part in parts]), inputs=inputs)
+        """The response functions of these examples followed by those of `others`."""
+        return replace(self, batch=self.batch.joined([other.batch for other in others]))
 
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
-        """Example by example, by the same loops, of some rows of the table."""
+        """The deltas of some rows of the table, example by example, by the same loops."""
         by_unit = sort_by_unit(self.by_unit.sites.pick(rows), self.by_unit.n_inputs)
         own = np.searchsorted(self.by_unit.units, by_unit.units)
-        return replace(self, by_unit=by_unit, batch=replace(self.batch, y=self.batch.y[own])).as_deltas(intact)
+        return replace(self, by_unit=by_unit, batch=self.batch._replace(y=self.batch.y[own])).as_deltas(intact)
 
     def as_deltas(self, intact: Intact) -> Deltas:
-        """Example by example: for a few sites."""
+        """The deltas of all sites, example by example: for a few sites."""
         shape = len(self.by_unit.sites), len(self.batch.labels)
         delta, touched = np.zeros(shape), np.zeros(shape, bool)
         for n in range(shape[1]):
@@ -114,9 +113,6 @@ class RowResponses:
         where = intact.labels.device
         moved = torch.from_numpy(touched).to(where)
         return Deltas(slice(0, shape[0]), torch.from_numpy(delta).to(where), moved, intact.correct.expand(shape))
-
-
-NONE = np.zeros((0, 0))
 
 
 def can_launch() -> bool:
@@ -164,8 +160,7 @@ class Whole:
         if self.on_device:
             responses = self.device_head.of_batch(intact, batch)
         else:
-            rows = Rows(batch.x.float().contiguous().cpu().numpy())
-            responses = RowResponses(self.loops, self.loops.of_batch(intact, batch), rows, self.by_unit)
-        if isinstance(self.by_unit.sites, EveryWeight) or len(self.by_unit.sites) > FEW:
+            responses = RowResponses(self.loops, self.loops.of_batch(intact, batch), self.by_unit)
+        if isinstance(self.by_unit.sites, EveryWeight) or len(self.by_unit.sites) > FEW_SITES:
             return intact, iter([responses])
         return intact, iter([responses.as_deltas(intact)])

@@ -18,8 +18,8 @@ from ablation.engine.compiled import kernel
 from ablation.engine.threads import run_ranges
 
 SPARSE = 0.4  # share of active inputs up to which leaving out the others pays
-LEAST = 1 << 18  # weights
-FEW, BLOCK = 16, 128  # examples; units
+SKIP_WEIGHTS = 1 << 18  # the least number of weights of which leaving out some pays
+FEW_EXAMPLES, BLOCK_UNITS = 16, 128  # so few go block by block, of so many units
 TILE_INPUTS, TILE_UNITS = 128, 1024  # of the weight, in float32: half of a core's cache
 
 
@@ -32,7 +32,7 @@ class Linear:
         self.dtype = dtype
         is_narrow = dtype == torch.float64 and self.given.element_size() <= 4
         self.may_skip = (
-            is_narrow and not self.given.is_cuda and self.given.numel() >= LEAST
+            is_narrow and not self.given.is_cuda and self.given.numel() >= SKIP_WEIGHTS
             and all(bool(end.isfinite()) for end in self.given.aminmax())  # else 0 times infinity might be left out
         )  # fmt: skip
 
@@ -55,7 +55,7 @@ class Linear:
     def __call__(self, x: Float[Tensor, "examples inputs"]) -> Float[Tensor, "examples units"]:
         """The Linear's output."""
         x = x.to(self.dtype)
-        if len(x) <= FEW and self.given.dtype != self.dtype:
+        if len(x) <= FEW_EXAMPLES and self.given.dtype != self.dtype:
             return self._of_few(x)
         if not self.may_skip or int(x.count_nonzero()) > SPARSE * x.numel():
             return F.linear(x, self.weight, self.bias)
@@ -71,13 +71,13 @@ class Linear:
 
     def _of_few(self, x: Float[Tensor, "examples inputs"]) -> Float[Tensor, "examples units"]:
         """Block by block of units, converted on the way: for a few examples a whole copy of the weight costs most."""
-        y = torch.cat([F.linear(x, block.to(self.dtype)) for block in self.given.split(BLOCK)], dim=1)
+        y = torch.cat([F.linear(x, block.to(self.dtype)) for block in self.given.split(BLOCK_UNITS)], dim=1)
         return y if self.bias is None else y.add_(self.bias)
 
 
 @kernel
 def add_active(x, columns, y):
-    """Add to y (examples, units) the products of the inputs that are not 0, tile by tile and eight inputs at a time."""
+    """Add to y (examples, units) the products of the inputs that are not 0, tile by tile."""
     lists, lengths = np.empty((x.shape[0], TILE_INPUTS), np.int32), np.empty(x.shape[0], np.int32)
     for first in range(0, x.shape[1], TILE_INPUTS):
         last = min(first + TILE_INPUTS, x.shape[1])
@@ -90,28 +90,29 @@ def add_active(x, columns, y):
         for begin in range(0, y.shape[1], TILE_UNITS):
             end = min(begin + TILE_UNITS, y.shape[1])
             for n in range(x.shape[0]):
-                active, n_active, own = lists[n], lengths[n], y[n, begin:end]
-                a = 0
-                while a + 8 <= n_active:
-                    j0, j1, j2, j3 = active[a], active[a + 1], active[a + 2], active[a + 3]
-                    j4, j5, j6, j7 = active[a + 4], active[a + 5], active[a + 6], active[a + 7]
-                    x0, x1, x2, x3, x4, x5, x6, x7 = (
-                        x[n, j0], x[n, j1], x[n, j2], x[n, j3], x[n, j4], x[n, j5], x[n, j6], x[n, j7]
-                    )  # fmt: skip
-                    w0, w1, w2, w3 = (
-                        columns[j0, begin:end], columns[j1, begin:end], columns[j2, begin:end], columns[j3, begin:end]
-                    )  # fmt: skip
-                    w4, w5, w6, w7 = (
-                        columns[j4, begin:end], columns[j5, begin:end], columns[j6, begin:end], columns[j7, begin:end]
-                    )  # fmt: skip
-                    for u in range(end - begin):
-                        own[u] += ((x0 * w0[u] + x1 * w1[u]) + (x2 * w2[u] + x3 * w3[u])) + (
-                            (x4 * w4[u] + x5 * w5[u]) + (x6 * w6[u] + x7 * w7[u])
-                        )
-                    a += 8
-                while a < n_active:
-                    j0, x0 = active[a], x[n, active[a]]
-                    w0 = columns[j0, begin:end]
-                    for u in range(end - begin):
-                        own[u] += x0 * w0[u]
-                    a += 1
+                add_products(x[n], columns, begin, end, lists[n, : lengths[n]], y[n])
+
+
+@kernel
+def add_products(x, columns, begin, end, active, y):
+    """Add the products of one example's active inputs to its units from begin to end: eight inputs at a time."""
+    own, a = y[begin:end], 0
+    while a + 8 <= len(active):
+        j0, j1, j2, j3 = active[a], active[a + 1], active[a + 2], active[a + 3]
+        j4, j5, j6, j7 = active[a + 4], active[a + 5], active[a + 6], active[a + 7]
+        x0, x1, x2, x3, x4, x5, x6, x7 = x[j0], x[j1], x[j2], x[j3], x[j4], x[j5], x[j6], x[j7]
+        w0, w1, w2, w3 = (
+            columns[j0, begin:end], columns[j1, begin:end], columns[j2, begin:end], columns[j3, begin:end]
+        )  # fmt: skip
+        w4, w5, w6, w7 = (
+            columns[j4, begin:end], columns[j5, begin:end], columns[j6, begin:end], columns[j7, begin:end]
+        )  # fmt: skip
+        for u in range(end - begin):
+            own[u] += ((x0 * w0[u] + x1 * w1[u]) + (x2 * w2[u] + x3 * w3[u])) + (
+                (x4 * w4[u] + x5 * w5[u]) + (x6 * w6[u] + x7 * w7[u])
+            )
+        a += 8
+    for k in range(a, len(active)):
+        x0, w0 = x[active[k]], columns[active[k], begin:end]
+        for u in range(end - begin):
+            own[u] += x0 * w0[u]

@@ -18,7 +18,7 @@ from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
 from ablation.engine.responses.head import catch_input, make_linear
 from ablation.engine.responses.loops import piecewise
-from ablation.engine.responses.loops.series import close_class
+from ablation.engine.responses.loops.records import close_class
 from ablation.engine.responses.sparse_linear import Linear
 from ablation.engine.responses.way import DeepHead
 from ablation.errors import ModelError

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablation.engine.calls import Call, Calls
-from ablation.engine.responses.loops.activations import Function, find_function
+from ablation.engine.responses.loops.activations import IDENTITY, RELU, Function, find_function
 
 # Functions of one number applied to every entry, with no tensor argument beside it.
 ELEMENTWISE = {
@@ -52,14 +52,13 @@ class Head:
     weight: str
     bias: str | None
     functions: tuple[Callable[[Tensor], Tensor], ...]
-    is_relu: bool
-    function: Function | None  # the one that the compiled loops know, besides ReLU
+    function: Function | None  # what `functions` are, where the compiled loops know it
     last: tuple[str, str | None] | None  # the last Linear's weight and bias; None: the target is the last
 
     @property
-    def is_known(self) -> bool:
-        """Whether the compiled loops know what is between the Linears."""
-        return self.is_relu or self.function is not None or not self.functions
+    def is_relu(self) -> bool:
+        """Whether a ReLU and nothing else follows the target."""
+        return self.function == Function(RELU)
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ class Tail:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
-    has_relu: bool
-    function: Function | None  # in ReLU's place
+    function: Function
     pool: int  # which of the calls behind the target takes the mean
     last: str | None  # the last Linear's weight; None: the means are the logits
 
@@ -108,8 +106,7 @@ def find_head(calls: Calls, parameter: str) -> Head | None:
         weight=weight,
         bias=bias,
         functions=tuple(_of_one_tensor(call) for call in functions),
-        is_relu=[call.name for call in functions] in (["relu"], ["relu_"]),
-        function=_known_function(functions[0]) if len(functions) == 1 else None,
+        function=_known_function(functions),
         last=last[0] if last else None,
     )
 
@@ -119,8 +116,8 @@ def find_tail(calls: Calls, parameter: str) -> Tail | None:
     way = _find_way(calls, parameter)
     if way is None or not _TAIL.fullmatch(way.kinds):
         return None
-    functions = [_known_function(call) for kind, call in zip(way.kinds, way.calls, strict=True) if kind == "f"]
-    if functions == [None]:
+    function = _known_function([call for kind, call in zip(way.kinds, way.calls, strict=True) if kind in "rf"])
+    if function is None:
         return None
     stride, padding, dilation = _conv_form(way.calls[0])
     return Tail(
@@ -128,8 +125,7 @@ def find_tail(calls: Calls, parameter: str) -> Tail | None:
         stride=stride,
         padding=padding,
         dilation=dilation,
-        has_relu="r" in way.kinds,
-        function=functions[0] if functions else None,
+        function=function,
         pool=way.kinds.index("m"),
         last=way.linears[0][0] if way.linears else None,
     )
@@ -207,9 +203,11 @@ def _linear_parameters(call: Call, names: dict[int, str]) -> tuple[str, str | No
     return names[call.inputs[1]], names[call.inputs[2]] if len(call.inputs) == 3 else None
 
 
-def _known_function(call: Call) -> Function | None:
-    """The function besides ReLU that a call is, where the compiled loops know it."""
-    return find_function(call.name, call.args, call.kwargs)
+def _known_function(calls: list[Call]) -> Function | None:
+    """The function that at most one call is, where the compiled loops know it."""
+    if len(calls) > 1:
+        return None
+    return find_function(calls[0].name, calls[0].args, calls[0].kwargs) if calls else Function(IDENTITY)
 
 
 def _keeps_values(call: Call) -> bool:

@@ -58,7 +58,7 @@ BYTES_OF_A_SHARD = """
 import sys
 import numpy as np
 from tests.worker.real_jobs import plan_real
-from ablation.engine.responses.loops.series import close_class
+from ablation.engine.responses.loops.records import close_class
 from ablation.job import load_job
 from ablation.shard import run_shard
 from worker.settings import Settings

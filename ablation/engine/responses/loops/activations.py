@@ -1,6 +1,10 @@
-"""Elementwise functions that the compiled loops know besides ReLU: values, exact forms, Taylor series and their bounds.
+"""Elementwise functions that the compiled loops know: values, exact forms, Taylor series and their bounds.
 
-A unit behind f moves by t(d) = f(y + d) - f(y). Two kinds of functions, both without cancellation:
+A unit behind f moves by t(d) = f(y + d) - f(y). Three kinds of functions, all without cancellation:
+
+*ReLU*, or no function at all:
+
+    t = max(d, -y) + min(y, 0)                  y = -infinity .. infinity without a function: t = d
 
 *Bent* ones are linear or quadratic between two kinks. With e the part of d between them and r that beyond the upper,
 
@@ -18,7 +22,7 @@ With s the sigmoid, phi the normal density and He_n Hermite's polynomials:
     GELU          y Phi(y): f' = Phi + y phi, f^(n) = (-1)^n (He_(n-2) - He_n) phi; by Cramer's inequality
                   (DLMF 18.14.9) |He_n phi| <= 1.0865 / sqrt(2 pi) sqrt(n!) e^(-y^2/4)
 
-Here: one number at a time. Not here: the loops (`curved.py`), and ReLU, which has loops of its own.
+Here: one number at a time. Not here: the loops over weights and examples (`rows.py`, `averaged.py`).
 """
 
 # Compiled by Numba, which finds the types.
@@ -29,8 +33,8 @@ import numpy as np
 
 from ablation.engine.compiled import in_order, kernel
 
-LEAKY, HARDTANH, HARDSIGMOID, HARDSWISH, SIGMOID, TANH, SOFTPLUS, SILU, GELU = range(9)
-FIRST_SMOOTH = SIGMOID  # those before it are bent
+IDENTITY, RELU, LEAKY, HARDTANH, HARDSIGMOID, HARDSWISH, SIGMOID, TANH, SOFTPLUS, SILU, GELU = range(11)
+FIRST_BENT, FIRST_SMOOTH = LEAKY, SIGMOID
 SHORT, LONG = 4, 8  # orders of the two series
 ORDERS = LONG
 N_BENT = 9  # numbers of the exact form
@@ -54,7 +58,7 @@ class Function(NamedTuple):
 
 
 def _make_euler() -> np.ndarray:
-    """A(n, k) for n up to ORDERS."""
+    """Euler's numbers A(n, k) for n up to ORDERS."""
     numbers = np.zeros((ORDERS + 1, ORDERS + 1))
     numbers[0, 0] = numbers[1, 0] = 1
     for n in range(2, ORDERS + 1):
@@ -70,6 +74,7 @@ _EULER = _make_euler()
 
 # By name: the code, and what is taken besides the tensor, in order, with its default.
 _KNOWN: dict[str, tuple[int, dict[str, Any]]] = {
+    "relu": (RELU, {}),
     "leaky_relu": (LEAKY, {"negative_slope": 0.01}),
     "hardtanh": (HARDTANH, {"min_val": -1.0, "max_val": 1.0}),
     "relu6": (HARDTANH, {}),
@@ -105,8 +110,22 @@ def find_function(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
 
 
 @in_order
+def relu_change(d, low, high):
+    """t = max(d, low) + high: behind a ReLU low = -y and high = min(y, 0), without a function -infinity and 0."""
+    return (d if d > low else low) + high
+
+
+@kernel
+def relu_limits(function, y):
+    """The low and high of `relu_change`, in float32."""
+    if function.code == RELU:
+        return np.float32(-y), np.float32(min(y, 0.0))
+    return np.float32(-np.inf), np.float32(0)
+
+
+@in_order
 def value_of(function, y):
-    """f(y), by the operations that torch uses."""
+    """f(y) of a function besides ReLU, by the operations that torch uses."""
     code, first, second = function
     if code == LEAKY:
         return y if y > 0 else y * first
@@ -129,7 +148,11 @@ def value_of(function, y):
 
 @in_order
 def change_of(function, y, d):
-    """t = f(y + d) - f(y)."""
+    """t = f(y + d) - f(y); exact for ReLU and without a function."""
+    if function.code == IDENTITY:
+        return d
+    if function.code == RELU:
+        return max(d, -y) + min(y, 0.0)
     return value_of(function, y + d) - value_of(function, y)
 
 
@@ -175,7 +198,7 @@ def bend(function, y, b):
 
 @in_order
 def bent_change(d, b):
-    """t by that form."""
+    """t by the exact form of a bent function, whose nine numbers are `b`."""
     e = d if d > b[4] else b[4]
     e = (e if e < b[5] else b[5]) + b[6]
     r = (d if d > b[7] else b[7]) + b[8]

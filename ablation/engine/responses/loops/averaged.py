@@ -1,104 +1,232 @@
 """The loops over (weight, example) of a convolution whose channel is averaged before the last Linear, compiled.
 
-    t = 1/P sum_p [ max(s x_p, -y_p) + min(y_p, 0) ]     s = step times BatchNorm's scale, x_p: the shifted input
-    F = log1p(S(t))                                      as in `rows.py`
+    t = 1/P sum_p [ f(y_p + s x_p) - f(y_p) ]     s = step times BatchNorm's scale, x_p: the shifted input
+    F = log1p(S(t))                               as in `rows.py`
 
-Positions that are closed and that no weight opens take no part: they are listed once for each (channel, example).
+Behind a ReLU, positions that are closed and that no weight opens take no part: those that do are listed once for each
+(channel, example). Each position's t comes from `activations.py`, in the form that holds for it.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ablation.engine.compiled import in_order, kernel
-from ablation.engine.responses.loops.series import (
-    ORDERS,
-    REACH_LONG,
-    add_sums,
-    close_class,
-    column_of,
-    flush,
-    long_series,
-    long_sum,
-    loss_of,
-    rest_of_series,
-    series_of,
+from ablation.engine.compiled import in_order, kernel, part_of_kernel
+from ablation.engine.responses.loops import activations
+from ablation.engine.responses.loops.activations import (
+    FIRST_BENT,
+    FIRST_SMOOTH,
+    RELU,
+    bend,
+    bent_change,
+    change_of,
+    largest_bent_change,
+    reaches_of,
+    relu_change,
+    relu_limits,
+    rest_of_function,
+    series_of_function,
+    value_of,
 )
+from ablation.engine.responses.loops.records import Sums, add_run, column_of, flush
+from ablation.engine.responses.loops.rows import (
+    FLUSH_EXAMPLES,
+    bent_numbers,
+    largest_change,
+    rest_of_loss,
+    short_change,
+    short_numbers,
+)
+from ablation.engine.responses.loops.series import ORDERS, REACH_LONG, long_series, long_sum, loss_of, series_of
 
-AT_ONCE = 128  # input channels that are summed up together
-FLUSH = 8  # examples after which their float32 sums are added up in float64
+CHANNEL_TILE = 128  # input channels that are summed up together
 _NEVER = np.float32(1e30)  # as low and, negative, as high: a position that adds 0
+_NONE, _ONE = np.float32(0), np.float32(1)
 
 
-@kernel
-def list_positions(y, largest, has_relu, at, low, high):
-    """The positions of one (channel, example) that may move, padded to a multiple of four."""
-    n = 0
-    for p in range(y.shape[0]):
-        if has_relu and y[p] <= 0 and largest <= -y[p]:
-            continue
-        at[n], low[n], high[n] = p, -np.inf, 0
-        if has_relu:
-            low[n], high[n] = np.float32(-y[p]), np.float32(min(y[p], 0.0))
-        n += 1
-    end = n
-    while end % 4:
-        at[end], low[end], high[end] = 0, _NEVER, -_NEVER
-        end += 1
-    return n, end
+class Layout(NamedTuple):
+    """Where a convolution's channels and positions are."""
+
+    units: np.ndarray  # (channels), int64: the last Linear's input
+    offsets: np.ndarray  # (positions), int64: where each output position begins among the padded input positions
+    shifts: np.ndarray  # (kernel positions), int64: from there to what each kernel position is multiplied with
+
+
+class Weights(NamedTuple):
+    """Single weights of a convolution, channel by channel."""
+
+    channels: np.ndarray  # int64
+    sources: np.ndarray  # int64: input channels
+    shifts: np.ndarray  # int64, as in `Layout`
+    steps: np.ndarray  # float64: replacement minus weight, times BatchNorm's scale
+
+
+class Chart(NamedTuple):
+    """How one channel's t is worked out on every example. Space for it; `chart_channel` fills it."""
+
+    layout: Layout
+    largest: np.ndarray  # (examples, padded positions), float64: the largest |x|
+    moving: np.ndarray  # (examples), int64: how many positions are listed, a multiple of four behind a ReLU
+    at: np.ndarray  # (examples, positions + 3), int64: the positions that move behind a ReLU
+    numbers: np.ndarray  # (examples, positions + 3, 9), float32: low and high; an exact form; or a series of t
+    reaches: np.ndarray  # (examples, positions, 2), float32: the |d| that a smooth function's two series hold for
+    series: np.ndarray  # (examples, ORDERS), float32: the series of F
+
+
+class Scratch(NamedTuple):
+    """t of one example, and sums as in `rows.Scratch`, for one tile of input channels."""
+
+    total: np.ndarray  # (CHANNEL_TILE), float32
+    narrow: np.ndarray  # (2 * CHANNEL_TILE), float32
+    wide: np.ndarray  # (2 * CHANNEL_TILE), float64
+    counts: np.ndarray  # (CHANNEL_TILE), int32
+
+
+class Place(NamedTuple):
+    """A tile of one channel's weights: the channel, its first input channel, and the shift of its kernel position."""
+
+    channel: int
+    first: int
+    shift: int
+
+
+# --- single weights ---------------------------------------------------------------------------------------------------
 
 
 @in_order
 def add_one(total, d, low, high):
-    """One position, for one weight."""
-    return total + ((d if d > low else low) + high)
+    """Add one position's t behind a ReLU, for one weight."""
+    return total + relu_change(d, low, high)
 
 
 @kernel
-def score_weights(
-    channels, sources, kernel_offsets, steps, units, x, offsets, y, has_relu, q, z, labels, columns, is_logit, delta,
-    touched,
-):  # fmt: skip
-    """The loss delta of every (site, example), and whether any logit moves. Sites come channel by channel.
+def mean_change(function, step, x, shift, offsets, y, intact):
+    """t of one weight on one example. Behind a ReLU in float32, as for whole channels; else a mean of differences in
+    float64, since series don't pay for few weights."""
+    n_positions = offsets.shape[0]
+    if function.code < FIRST_BENT:
+        narrow, narrow_step = np.float32(0), np.float32(step)
+        for p in range(n_positions):
+            low, high = relu_limits(function, y[p])
+            narrow = add_one(narrow, narrow_step * x[offsets[p] + shift], low, high)
+        return np.float64(narrow * np.float32(1 / n_positions))
+    total = 0.0
+    for p in range(n_positions):
+        d = step * np.float64(x[offsets[p] + shift])
+        if d != 0:
+            total += value_of(function, y[p] + d) - intact[p]
+    return total / n_positions
 
-    channels, sources, kernel_offsets, steps (sites): where the weight is, and its step times the scale.
-    units (channels): the last Linear's input.  x (examples, inputs, padded positions), offsets (positions): into them.
-    y (examples, channels, positions).
+
+@kernel
+def score_weights(weights, layout, batch, follows, delta, touched):
+    """The loss delta of every (weight, example), and whether any logit moves.
+
+    batch: x is (examples, inputs, padded positions), y (all channels, examples, positions).
     """
-    n_examples, n_positions = x.shape[0], offsets.shape[0]
-    at = np.empty((n_examples, n_positions + 3), np.int64)
-    low = np.empty((n_examples, n_positions + 3), np.float32)
-    high = np.empty((n_examples, n_positions + 3), np.float32)
-    n_moving, c = np.empty(n_examples, np.int64), np.empty((n_examples, ORDERS), np.float32)
+    n_examples, n_positions = batch.x.shape[0], layout.offsets.shape[0]
+    intact, series = np.zeros((n_examples, n_positions)), np.empty((n_examples, ORDERS), np.float32)
     m, kappa = np.empty(ORDERS), np.empty(ORDERS)
     before = -1
-    for site in range(steps.shape[0]):
-        channel = channels[site]
-        unit = units[channel]
-        column, spread, is_heard = column_of(columns, unit, is_logit)
+    for site in range(weights.steps.shape[0]):
+        channel, source = weights.channels[site], weights.sources[site]
+        column, is_heard = column_of(follows, layout.units[channel])
+        delta[site], touched[site] = 0.0, False
         if not is_heard:
-            delta[site], touched[site] = 0.0, False
             continue
+        y = batch.y[channel]
         if channel != before:
             for n in range(n_examples):
-                _, n_moving[n] = list_positions(y[n, channel], np.inf, has_relu, at[n], low[n], high[n])
-                series_of(unit, column, is_logit, q[n], labels[n], m, kappa)
-                c[n] = kappa
+                if column.function.code >= FIRST_BENT:
+                    fill_values(column.function, y[n], intact[n])
+                series_of(column, batch, n, m, kappa)
+                series[n] = kappa
             before = channel
-        step = np.float32(steps[site])
+        step, shift = weights.steps[site], weights.shifts[site]
         for n in range(n_examples):
-            x_n, total = x[n, sources[site]], np.float32(0)
-            for k in range(n_moving[n]):
-                d = step * x_n[offsets[at[n, k]] + kernel_offsets[site]]
-                total = add_one(total, d, low[n, k], high[n, k])
-            t = total * np.float32(1 / n_positions)
-            touched[site, n] = t != 0
-            delta[site, n] = 0.0
+            t = mean_change(column.function, step, batch.x[n, source], shift, layout.offsets, y[n], intact[n])
             if t != 0:
-                delta[site, n] = loss_of(t, long_series(c, n), unit, spread, q[n], z[n], column, labels[n], is_logit)
+                touched[site, n] = True
+                delta[site, n] = loss_of(t, long_series(series, n), column, batch, n)
+
+
+@kernel
+def fill_values(function, y, values):
+    """f(y), position by position."""
+    for p in range(y.shape[0]):
+        values[p] = value_of(function, y[p])
+
+
+# --- what is looked up for one channel --------------------------------------------------------------------------------
+
+
+@kernel
+def list_positions(function, y, largest, at, numbers):
+    """The positions of one (channel, example) that may move behind a ReLU, padded to a multiple of four."""
+    n = 0
+    for p in range(y.shape[0]):
+        if function.code == RELU and y[p] <= 0 and largest <= -y[p]:
+            continue
+        at[n] = p
+        numbers[n, 0], numbers[n, 1] = relu_limits(function, y[p])
+        n += 1
+    end = n
+    while end % 4:
+        at[end], numbers[end, 0], numbers[end, 1] = 0, _NEVER, -_NEVER
+        end += 1
+    return n, end
+
+
+@kernel
+def chart_positions(function, y, far, a, reaches):
+    """The numbers of t, and their reaches, of all positions of one (channel, example) for |d| <= far.
+
+    Returns the means over the positions of the largest |t| and of the rest of t.
+    """
+    s, a_p = np.empty(activations.ORDERS + 1), np.empty(activations.ORDERS)
+    farthest, rest = 0.0, 0.0
+    for p in range(y.shape[0]):
+        if function.code < FIRST_SMOOTH:
+            bend(function, y[p], a[p])
+            farthest += largest_bent_change(function, y[p], far)
+            continue
+        series_of_function(function, y[p], s, a_p)
+        short, long = reaches_of(function, y[p])
+        a[p, : activations.ORDERS], reaches[p, 0], reaches[p, 1] = a_p, short, long
+        farthest += largest_change(a_p, min(far, long))
+        rest += max(
+            rest_of_function(function, y[p], min(far, short), activations.SHORT),
+            rest_of_function(function, y[p], min(far, long), activations.LONG),
+        )
+    return farthest / y.shape[0], rest / y.shape[0]
+
+
+@kernel
+def chart_channel(y, largest, column, batch, chart, bound):
+    """Fill the chart of one channel whose largest |step| is `largest`; returns the bound plus what is left out."""
+    m, kappa = np.empty(ORDERS), np.empty(ORDERS)
+    n_positions = y.shape[1]
+    for n in range(y.shape[0]):
+        far, rest = largest * chart.largest[n].max(), 0.0
+        if column.function.code < FIRST_BENT:
+            n_moving, chart.moving[n] = list_positions(column.function, y[n], far, chart.at[n], chart.numbers[n])
+            reach = far * column.range * n_moving / n_positions
+        else:
+            farthest, rest = chart_positions(column.function, y[n], far, chart.numbers[n], chart.reaches[n])
+            reach, chart.moving[n] = farthest * column.range, n_positions
+        if chart.moving[n]:
+            series_of(column, batch, n, m, kappa)
+            chart.series[n] = kappa
+            bound += rest_of_loss(reach, rest, 2 * kappa[1], column, batch, n)
+    return bound
+
+
+# --- t of one example, for one tile of input channels -----------------------------------------------------------------
 
 
 @in_order
-def add_position(total, step, x, low, high):
-    """Four positions of one (channel, example), for many input channels."""
+def add_four(total, step, x, low, high):
+    """Add t of four positions of one (channel, example) behind a ReLU. One position a round is RATIO times as slow."""
     x0, x1, x2, x3 = x
     l0, l1, l2, l3 = low
     h0, h1, h2, h3 = high
@@ -111,105 +239,192 @@ def add_position(total, step, x, low, high):
 
 
 @kernel
+def add_relu_positions(total, step, x, place, chart, n):
+    """Add t of the positions that move behind a ReLU."""
+    at, a, offsets, first, last = (
+        chart.at[n],
+        chart.numbers[n],
+        chart.layout.offsets,
+        place.first,
+        place.first + len(step),
+    )
+    for p in range(0, chart.moving[n], 4):
+        add_four(
+            total, step,
+            (
+                x[offsets[at[p]] + place.shift, first:last], x[offsets[at[p + 1]] + place.shift, first:last],
+                x[offsets[at[p + 2]] + place.shift, first:last], x[offsets[at[p + 3]] + place.shift, first:last],
+            ),
+            (a[p, 0], a[p + 1, 0], a[p + 2, 0], a[p + 3, 0]),
+            (a[p, 1], a[p + 1, 1], a[p + 2, 1], a[p + 3, 1]),
+        )  # fmt: skip
+
+
+def make_add_position(change: Any) -> Any:
+    """The loop over input channels of one form of t."""
+
+    def add_position(total, step, x, a):
+        """Add t of one position of one (channel, example), for many input channels."""
+        for j in range(total.shape[0]):
+            total[j] += change(step[j] * x[j], a)
+
+    return part_of_kernel(add_position)
+
+
+add_bent_position = make_add_position(bent_change)
+add_short_position = make_add_position(short_change)
+add_long_position = make_add_position(long_sum)
+
+
+@kernel
+def add_near_position(total, step, x, a, reach):
+    """Add t of one position for those inputs that the long series reaches; returns how many it doesn't."""
+    n_far = _NONE
+    for j in range(total.shape[0]):
+        d = step[j] * x[j]
+        total[j] += long_sum(d if abs(d) <= reach else _NONE, a)
+        n_far += _NONE if abs(d) <= reach else _ONE
+    return n_far
+
+
+@kernel
+def add_far_position(total, step, x, reach, function, y):
+    """Add t of one position for the other inputs: the difference of two values."""
+    for j in range(total.shape[0]):
+        if not abs(step[j] * x[j]) <= reach:
+            total[j] += np.float32(change_of(function, y, np.float64(step[j]) * np.float64(x[j])))
+
+
+@kernel
+def add_smooth_position(total, step, x, far, a, reaches, unit):
+    """Add t of one position behind a smooth function, by the series that holds for |d| <= far. unit: f and y."""
+    function, y, p = unit
+    if far <= reaches[p, 0]:
+        add_short_position(total, step, x, short_numbers(a, p))
+    elif far <= reaches[p, 1]:
+        add_long_position(total, step, x, long_series(a, p))
+    elif add_near_position(total, step, x, long_series(a, p), reaches[p, 1]) > 0:
+        add_far_position(total, step, x, reaches[p, 1], function, y[p])
+
+
+@kernel
+def add_curved_positions(total, step, x, place, chart, n, unit):
+    """Add t of all positions behind a bent or smooth function. unit: f and y."""
+    function, y = unit
+    largest = np.float64(max(step.max(), -step.min()))
+    for p in range(y.shape[0]):
+        at = chart.layout.offsets[p] + place.shift
+        far, x_p = largest * chart.largest[n, at], x[at, place.first : place.first + step.shape[0]]
+        if far == 0:
+            continue
+        if function.code >= FIRST_SMOOTH:
+            add_smooth_position(total, step, x_p, far, chart.numbers[n], chart.reaches[n], (function, y, p))
+        elif largest_bent_change(function, y[p], far) > 0:
+            add_bent_position(total, step, x_p, bent_numbers(chart.numbers[n], p))
+
+
+# --- whole channels ---------------------------------------------------------------------------------------------------
+
+
+@kernel
 def add_series(total, c, narrow, counts):
-    """F, F^2 and whether t moved, for many input channels."""
+    """Add F, F^2 and whether t is not 0, for many input channels."""
     size = total.shape[0]
     for j in range(size):
         t = total[j]
         f = long_sum(t, c)
         narrow[j] += f
-        narrow[AT_ONCE + j] += f * f
+        narrow[CHANNEL_TILE + j] += f * f
         counts[j] += t != 0
 
 
 @kernel
-def add_channels(
-    channels, steps, units, x, largest_x, offsets, kernel_offsets, y, has_relu, q, z, labels, columns, is_logit,
-    cuts, closes, per_class, delta, delta_squared, touched, open_delta, open_squared, within, bounds,
-):  # fmt: skip
+def add_far(total, n, column, batch, chart, scratch):
+    """Add F and F^2 where t is beyond the series, and set t to 0 there."""
+    for j in range(total.shape[0]):
+        t = total[j]
+        if abs(t) * column.range > REACH_LONG:
+            f = loss_of(t, long_series(chart.series, n), column, batch, n)
+            scratch.wide[j] += f
+            scratch.wide[CHANNEL_TILE + j] += f * f
+            scratch.counts[j] += 1
+            total[j] = 0
+
+
+@kernel
+def add_example(n, step, place, column, batch, chart, scratch):
+    """Add F and F^2 of one example."""
+    total, n_far = scratch.total[: step.shape[0]], 0
+    total[:] = 0
+    if column.function.code < FIRST_BENT:
+        add_relu_positions(total, step, batch.x[n], place, chart, n)
+    else:
+        add_curved_positions(total, step, batch.x[n], place, chart, n, (column.function, batch.y[place.channel, n]))
+    inverse = np.float32(1 / chart.layout.offsets.shape[0])
+    for j in range(total.shape[0]):
+        total[j] *= inverse
+        n_far += abs(total[j]) * column.range > REACH_LONG
+    if n_far > 0:
+        add_far(total, n, column, batch, chart, scratch)
+    add_series(total, long_series(chart.series, n), scratch.narrow, scratch.counts)
+
+
+@kernel
+def add_tile(step, place, column, batch, chart, runs, own, scratch):
+    """Add the sums of one tile of weights, run by run."""
+    begin = 0
+    for k in range(runs.ends.shape[0]):
+        scratch.wide[:] = 0
+        scratch.counts[:] = 0
+        for n in range(begin, runs.ends[k]):
+            if chart.moving[n] == 0:
+                continue
+            add_example(n, step, place, column, batch, chart, scratch)
+            if n % FLUSH_EXAMPLES == FLUSH_EXAMPLES - 1:
+                flush(scratch.narrow, scratch.wide)
+        flush(scratch.narrow, scratch.wide)
+        begin = runs.ends[k]
+        add_run(scratch.wide, own, runs, k)
+        for j in range(step.shape[0]):
+            own.touched[j] += scratch.counts[j]
+
+
+@kernel
+def add_channels(channels, steps, layout, largest, batch, follows, runs, sums):
     """Add the sums over one batch of all weights of some channels.
 
-    channels, steps (channels, kernel positions, inputs): which, and the steps times the scale.  units (all channels).
-    x (examples, padded positions, inputs), largest_x (examples); offsets (positions), kernel_offsets: into them.
-    y (examples, all channels, positions).  Sums are (channels, inputs, kernel positions), bounds (channels).
+    channels, steps (channels, kernel positions, inputs): which, and the steps times the scale.  largest: as in `Chart`.
+    batch: x is (examples, padded positions, inputs), y (all channels, examples, positions).  Sums are (channels,
+    inputs, kernel positions), bounds (channels).
     """
-    n_examples, _, n_inputs = x.shape
-    n_positions, n_kernel = offsets.shape[0], kernel_offsets.shape[0]
-    at = np.empty((n_examples, n_positions + 3), np.int64)
-    low = np.empty((n_examples, n_positions + 3), np.float32)
-    high = np.empty((n_examples, n_positions + 3), np.float32)
-    n_moving, c = np.empty(n_examples, np.int64), np.empty((n_examples, ORDERS), np.float32)
-    is_far = np.empty(n_examples, np.bool_)
-    m, kappa = np.empty(ORDERS), np.empty(ORDERS)
-    total, narrow, wide = np.empty(AT_ONCE, np.float32), np.zeros(2 * AT_ONCE, np.float32), np.empty(2 * AT_ONCE)
-    counts = np.empty(AT_ONCE, np.int32)
-    inverse = np.float32(1 / n_positions)
+    n_examples, n_positions, n_inputs = batch.x.shape[0], layout.offsets.shape[0], batch.x.shape[2]
+    chart = Chart(
+        layout, largest, np.empty(n_examples, np.int64), np.empty((n_examples, n_positions + 3), np.int64),
+        np.empty((n_examples, n_positions + 3, activations.N_BENT), np.float32),
+        np.empty((n_examples, n_positions, 2), np.float32), np.empty((n_examples, ORDERS), np.float32),
+    )  # fmt: skip
+    scratch = Scratch(
+        np.empty(CHANNEL_TILE, np.float32), np.zeros(2 * CHANNEL_TILE, np.float32), np.empty(2 * CHANNEL_TILE),
+        np.empty(CHANNEL_TILE, np.int32),
+    )  # fmt: skip
     for row in range(channels.shape[0]):
         channel = channels[row]
-        unit = units[channel]
-        column, spread, is_heard = column_of(columns, unit, is_logit)
+        column, is_heard = column_of(follows, layout.units[channel])
         if not is_heard:
             continue
-        largest = np.float64(max(steps[row].max(), -steps[row].min()))
-        for n in range(n_examples):
-            far = largest * largest_x[n]
-            moving, n_moving[n] = list_positions(y[n, channel], far, has_relu, at[n], low[n], high[n])
-            reach = far * spread * moving / n_positions
-            is_far[n] = reach > REACH_LONG
-            if moving:
-                series_of(unit, column, is_logit, q[n], labels[n], m, kappa)
-                c[n] = kappa
-                bounds[row] += rest_of_series(reach, spread, 2 * kappa[1])
-        for k in range(n_kernel):
-            shift = kernel_offsets[k]
-            for first in range(0, n_inputs, AT_ONCE):
-                size = min(AT_ONCE, n_inputs - first)
-                step = steps[row, k, first : first + size]
-                begin = 0
-                for cut in range(cuts.shape[0]):
-                    wide[:] = 0
-                    counts[:] = 0
-                    for n in range(begin, cuts[cut]):
-                        if n_moving[n] == 0:
-                            continue
-                        total[:] = 0
-                        for p in range(0, n_moving[n], 4):
-                            add_position(
-                                total[:size], step,
-                                (
-                                    x[n, offsets[at[n, p]] + shift, first : first + size],
-                                    x[n, offsets[at[n, p + 1]] + shift, first : first + size],
-                                    x[n, offsets[at[n, p + 2]] + shift, first : first + size],
-                                    x[n, offsets[at[n, p + 3]] + shift, first : first + size],
-                                ),
-                                (low[n, p], low[n, p + 1], low[n, p + 2], low[n, p + 3]),
-                                (high[n, p], high[n, p + 1], high[n, p + 2], high[n, p + 3]),
-                            )  # fmt: skip
-                        for j in range(size):
-                            total[j] *= inverse
-                        if is_far[n]:
-                            for j in range(size):
-                                t = total[j]
-                                if abs(t) * spread > REACH_LONG:
-                                    f = loss_of(
-                                        t, long_series(c, n), unit, spread, q[n], z[n], column, labels[n], is_logit
-                                    )
-                                    wide[j] += f
-                                    wide[AT_ONCE + j] += f * f
-                                    counts[j] += 1
-                                    total[j] = 0
-                        add_series(total[:size], long_series(c, n), narrow, counts)
-                        if n % FLUSH == FLUSH - 1:
-                            flush(narrow, wide)
-                    flush(narrow, wide)
-                    begin = cuts[cut]
-                    tile = slice(first, first + size)
-                    add_sums(wide, delta[row, tile, k], delta_squared[row, tile, k])
-                    for j in range(size):
-                        touched[row, first + j, k] += counts[j]
-                    if per_class:
-                        add_sums(wide, open_delta[row, tile, k], open_squared[row, tile, k])
-                        if closes[cut]:
-                            close_class(
-                                open_delta[row, tile, k], open_squared[row, tile, k], within[row, tile, k], per_class
-                            )
+        farthest = np.float64(max(steps[row].max(), -steps[row].min()))
+        sums.bounds[row] = chart_channel(batch.y[channel], farthest, column, batch, chart, sums.bounds[row])
+        for k in range(layout.shifts.shape[0]):
+            for first in range(0, n_inputs, CHANNEL_TILE):
+                tile = slice(first, min(first + CHANNEL_TILE, n_inputs))
+                place, own = Place(channel, first, layout.shifts[k]), tile_of(sums, row, tile, k)
+                add_tile(steps[row, k, tile], place, column, batch, chart, runs, own, scratch)
+
+
+@kernel
+def tile_of(sums, row, tile, k):
+    """One tile of one channel's sums, at one kernel position."""
+    return Sums(
+        sums.delta[row, tile, k], sums.delta_squared[row, tile, k], sums.touched[row, tile, k], sums.open[row, tile, k],
+        sums.open_squared[row, tile, k], sums.within[row, tile, k], sums.bounds[row : row + 1],
+    )  # fmt: skip

@@ -1,25 +1,48 @@
 """The loops over (unit, input, example) of a classifier head on the CPU, compiled by Numba.
 
-In: plain arrays. Out: sums or deltas, written into arrays that the caller gives. Formulas are those of `series.py`
-(a series in one number) and `loss.py` (the direct formula). Deltas are float32, sums float64, in a fixed order that
-does not depend on the number of threads.
+In: records of arrays (`records.py`). Out: sums or deltas, written into arrays that the caller passes. The change t of a
+unit comes from `activations.py`, that of the loss from `series.py` (a series in one number) and `loss.py` (the direct
+formula). Deltas are float32, sums float64, in a fixed order that does not depend on the number of threads.
 
-    t = max(d, -y) + min(y, 0)          d = step_ij x_nj, what unit i moves by behind its ReLU; y = -inf .. inf: t = d
+    d = step_ij x_nj                    t = f(y_ni + d) - f(y_ni)
     F = log1p(S(t))                     S(t) = sum_c q_c expm1(t u_c),   u_c = v_c - v_y,   v = V[:, i]
+
+A pair (unit, example) is of one kind for all inputs: within the short series of t and of F, within the long ones, or
+beyond one of them for some input, which is then worked out from the definitions in float64. What the series leave out
+is bounded pair by pair: the rest of t times the largest |dF/dt| up to there, which is at most
+sum_c q_c |u_c| e^(2 |t| R), and the rest of F.
+
+Each loop is written once and compiled for each form of t: ReLU or no function, bent functions, smooth functions.
 """
+
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ablation.engine.compiled import in_order, kernel
+from ablation.engine.compiled import kernel, part_of_kernel
+from ablation.engine.responses.loops import activations
+from ablation.engine.responses.loops.activations import (
+    FIRST_BENT,
+    FIRST_SMOOTH,
+    RELU,
+    bend,
+    bent_change,
+    change_of,
+    largest_bent_change,
+    reaches_of,
+    relu_change,
+    relu_limits,
+    rest_of_function,
+    series_of_function,
+    unseen_change,
+)
+from ablation.engine.responses.loops.records import Sums, add_run, column_of, flush
 from ablation.engine.responses.loops.series import (
     ORDERS,
     REACH_LONG,
     REACH_SHORT,
-    add_sums,
-    close_class,
-    column_of,
     direct_loss,
-    flush,
     long_series,
     long_sum,
     loss_of,
@@ -29,105 +52,370 @@ from ablation.engine.responses.loops.series import (
     short_sum,
 )
 
-TILE = 1024  # inputs that are summed up in float32 together: 8 KB
-FLUSH = 8  # examples after which their float32 sums are added up in float64
+ROW_TILE = 1024  # inputs that are summed up in float32 together: 8 KB
+FLUSH_EXAMPLES = 8  # after which their float32 sums are added to float64 sums
+SHORT, LONG, BEYOND, STILL = range(4)  # the kinds of pairs; a pair that is still moves for no input
+_EVERY = 1e30  # a |d| that none is beyond
+_NONE, _ONE = np.float32(0), np.float32(1)
+
+
+class Inputs(NamedTuple):
+    """What is looked up of a batch's inputs."""
+
+    largest: np.ndarray  # (examples), float64: the largest |x|
+    active: np.ndarray  # (words, inputs), uint64: a bit for each example, 1 where x is not 0
+
+
+class Pairs(NamedTuple):
+    """The examples on which one unit moves, in the batch's order. Space for all of them; `list_pairs` fills it."""
+
+    examples: np.ndarray  # (pairs), int64
+    kinds: np.ndarray  # (pairs), int64: SHORT, LONG or BEYOND
+    y: np.ndarray  # (pairs), float64
+    farthest: np.ndarray  # (pairs), float64: the largest |t| times the column's range
+    reach: np.ndarray  # (pairs), float32: the |d| up to which the numbers of t hold
+    unseen: np.ndarray  # (pairs), float32: the |t| up to which rounding hides a change
+    numbers: np.ndarray  # (pairs, 9), float32: low and high of a ReLU; an exact form; or a series of t
+    series: np.ndarray  # (pairs, ORDERS), float32: the series of F
+    candidates: np.ndarray  # (pairs), int64: the pairs whose ReLU is closed, and opened by some input at most
+    opened: np.ndarray  # (words), uint64: a bit for each example, 1 where the ReLU is open already
+    n: np.ndarray  # (2), int64: how many pairs there are, and how many candidates
+
+
+class Scratch(NamedTuple):
+    """Sums of F, in the first half, and of F^2, in the second, for one tile of inputs, and what leads to them."""
+
+    narrow: np.ndarray  # (2 * ROW_TILE), float32
+    wide: np.ndarray  # (2 * ROW_TILE), float64
+    counts: np.ndarray  # (ROW_TILE), int32: the examples on which t is not 0
+    near: np.ndarray  # (ROW_TILE), float32: 1 where the series reach, else 0
+    chosen: np.ndarray  # (pairs), int64: the pairs of one kind
+
+
+@kernel
+def make_pairs(n):
+    """Space for n pairs."""
+    numbers, series = np.empty((n, activations.N_BENT), np.float32), np.empty((n, ORDERS), np.float32)
+    return Pairs(
+        np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n), np.empty(n), np.empty(n, np.float32),
+        np.empty(n, np.float32), numbers, series, np.empty(n, np.int64), np.empty((n + 63) // 64, np.uint64),
+        np.zeros(2, np.int64),
+    )  # fmt: skip
 
 
 # --- single weights ---------------------------------------------------------------------------------------------------
 
 
-@kernel
-def score_sites(
-    steps, units, inputs, x, y, has_relu, q, z, labels, columns, is_logit, delta, touched
-):  # fmt: skip
-    """The loss delta of every (site, example), and whether any logit moves.
+class Places(NamedTuple):
+    """Single weights of a Linear: float64 replacement minus weight, unit and input of each."""
 
-    steps, units, inputs (sites): replacement minus weight, and where.  x (inputs, examples), y (units, examples).
-    """
-    for site in range(steps.shape[0]):
-        unit, x_site, step = units[site], x[inputs[site]], np.float64(steps[site])
-        y_site = y[unit]
-        column, spread, is_heard = column_of(columns, unit, is_logit)
+    steps: np.ndarray
+    units: np.ndarray
+    inputs: np.ndarray
+
+
+@kernel
+def score_sites(places, x, batch, follows, delta, touched):
+    """The loss delta of every (site, example), and whether any logit moves. x: (inputs, examples)."""
+    for site in range(places.steps.shape[0]):
+        unit, x_site, step = places.units[site], x[places.inputs[site]], np.float64(places.steps[site])
+        y_site = batch.y[unit]
+        column, is_heard = column_of(follows, unit)
         for n in range(x_site.shape[0]):
-            t = step * np.float64(x_site[n])
-            if has_relu and t != 0:
-                t = max(t, -y_site[n]) + min(y_site[n], 0.0)
-            if t == 0 or not is_heard:
-                delta[site, n], touched[site, n] = 0.0, False
-                continue
-            touched[site, n] = True
-            delta[site, n] = direct_loss(t, unit, spread, q[n], z[n], column, labels[n], is_logit)
+            d, t = step * np.float64(x_site[n]), 0.0
+            if d != 0 and is_heard:
+                t = change_of(column.function, y_site[n], d)
+            delta[site, n], touched[site, n] = 0.0, t != 0
+            if t != 0:
+                delta[site, n] = direct_loss(t, column, batch, n)
 
 
-# --- whole rows: all inputs of a unit ---------------------------------------------------------------------------------
-
-
-@in_order
-def unit_delta(d, low, high):
-    """t = max(d, -y) + min(y, 0)."""
-    return (d if d > low else low) + high
+# --- pairs ------------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def add_short(step, x, first, low, high, c, pairs, n_pairs, examples, narrow, wide):
-    """Add F and F^2 of some examples for one tile of inputs: two examples a round, which share what they read."""
-    size = step.shape[0]
-    for k in range(0, n_pairs - 1, 2):
-        p, r = pairs[k], pairs[k + 1]
-        a, b = short_series(c, p), short_series(c, r)
-        low_a, high_a, low_b, high_b = low[p], high[p], low[r], high[r]
+def slope_of_loss(q, v, unit, label, is_logit):
+    """sum_c q_c |u_c|: no |dF/dt| at t = 0 is larger."""
+    total = 0.0
+    if is_logit:
+        for c in range(q.shape[0]):
+            total += q[c] if unit == label or c == unit else 0.0
+        return total
+    for c in range(q.shape[0]):
+        total += q[c] * abs(v[c] - v[label])
+    return total
+
+
+@kernel
+def largest_change(a, reach):
+    """sum_k |a_k| reach^k: no |t| is larger, but for the rest of the series."""
+    total = 0.0
+    for k in range(a.shape[0] - 1, -1, -1):
+        total = (total + abs(a[k])) * reach
+    return total
+
+
+@kernel
+def kind_of(farthest):
+    """The kind of a pair whose t is exact, by its largest |t| R."""
+    return SHORT if farthest <= REACH_SHORT else LONG if farthest <= REACH_LONG else BEYOND
+
+
+@kernel
+def chart_pair(column, y, far, s, a_p, a):
+    """The numbers of one pair's t, in `a`, for |d| <= far.
+
+    Returns the pair's kind; up to which |d| the numbers hold; the largest |t| R there; the rest of t; and the |t| that
+    is lost in rounding.
+    """
+    function, width = column.function, column.range
+    if function.code < FIRST_BENT:
+        is_closed = function.code == RELU and y <= 0
+        a[0], a[1] = relu_limits(function, y)
+        farthest = (far + y if is_closed else far) * width
+        is_still = is_closed and np.float32(far) <= np.float32(-y)
+        return (STILL if is_still else kind_of(farthest)), _EVERY, farthest, 0.0, 0.0
+    if function.code < FIRST_SMOOTH:
+        bend(function, y, a)
+        largest = largest_bent_change(function, y, far)  # |t| R may be 0 where this is not: a column of equal numbers
+        return (STILL if largest == 0 else kind_of(largest * width)), _EVERY, largest * width, 0.0, 0.0
+    series_of_function(function, y, s, a_p)
+    a[: activations.ORDERS] = a_p
+    short, long = reaches_of(function, y)
+    reach, unseen = min(far, long), unseen_change(function, y, a_p[0])
+    farthest = largest_change(a_p, reach) * width
+    if far <= short and farthest <= REACH_SHORT:
+        return SHORT, short, farthest, rest_of_function(function, y, far, activations.SHORT), unseen
+    kind = LONG if far <= long and farthest <= REACH_LONG else BEYOND
+    return kind, long, farthest, rest_of_function(function, y, reach, activations.LONG), unseen
+
+
+@kernel
+def rest_of_loss(farthest, rest, kappa_2, column, batch, n):
+    """A bound on what one pair's F is off by, in nats, where its t is off by `rest` at most."""
+    total = rest_of_series(farthest, column.range, kappa_2)
+    if rest > 0:
+        at_most = math.exp(2 * min(np.float64(farthest), np.float64(REACH_LONG)))
+        slope = slope_of_loss(batch.q[n], column.values, column.unit, batch.labels[n], column.is_logit)
+        total += rest * slope * at_most
+    return total
+
+
+@kernel
+def list_pairs(row, largest, column, batch, inputs, pairs, bounds):
+    """Fill `pairs` for one unit whose largest |step| is `largest`, and add to its bound."""
+    s, a_p = np.empty(activations.ORDERS + 1), np.empty(activations.ORDERS)
+    m, kappa = np.empty(ORDERS), np.empty(ORDERS)
+    n_pairs = n_candidates = 0
+    pairs.opened[:] = 0
+    for n in range(batch.labels.shape[0]):
+        far, p, y = largest * inputs.largest[n], n_pairs, batch.y[row, n]
+        if far == 0:
+            continue
+        kind, pairs.reach[p], farthest, rest, pairs.unseen[p] = chart_pair(column, y, far, s, a_p, pairs.numbers[p])
+        if kind == STILL:
+            continue
+        series_of(column, batch, n, m, kappa)
+        bounds[row] += rest_of_loss(farthest, rest, 2 * kappa[1], column, batch, n)
+        pairs.examples[p], pairs.kinds[p], pairs.y[p], pairs.farthest[p] = n, kind, y, farthest
+        pairs.series[p] = kappa
+        if column.function.code == RELU and y <= 0:
+            pairs.candidates[n_candidates] = p
+            n_candidates += 1
+        else:
+            pairs.opened[n // 64] |= np.uint64(1) << np.uint64(n % 64)
+        n_pairs += 1
+    pairs.n[0], pairs.n[1] = n_pairs, n_candidates
+
+
+@kernel
+def pick(kinds, kind, first, last, chosen):
+    """The pairs from first to last that are of one kind, in `chosen`; returns how many."""
+    n = 0
+    for p in range(first, last):
+        if kinds[p] == kind:
+            chosen[n] = p
+            n += 1
+    return n
+
+
+# --- sums over the examples of one kind, for one tile of inputs -------------------------------------------------------
+
+
+@kernel
+def relu_numbers(a, k):
+    """Low and high of one pair."""
+    return a[k, 0], a[k, 1]
+
+
+@kernel
+def relu_form(d, a):
+    """t of a ReLU."""
+    return relu_change(d, a[0], a[1])
+
+
+@kernel
+def short_numbers(a, k):
+    """The short series of one pair's t."""
+    return a[k, 0], a[k, 1], a[k, 2], a[k, 3]
+
+
+@kernel
+def short_change(d, a):
+    """sum_k a_k d^k, the first of order 1."""
+    return d * (a[0] + d * (a[1] + d * (a[2] + d * a[3])))
+
+
+@kernel
+def bent_numbers(a, k):
+    """The exact form of one pair's t."""
+    return a[k, 0], a[k, 1], a[k, 2], a[k, 3], a[k, 4], a[k, 5], a[k, 6], a[k, 7], a[k, 8]
+
+
+@kernel
+def add_short_relu(step, x, first, pairs, n_chosen, scratch):
+    """Add F and F^2 of the chosen pairs behind a ReLU, by the short series: two pairs a round, which share the sums
+    that they read and write. One pair a round, as `make_add_pairs` has it, is RATIO times as slow.
+    """
+    size, narrow, chosen = step.shape[0], scratch.narrow, scratch.chosen
+    examples, low_high = pairs.examples, pairs.numbers
+    for k in range(0, n_chosen - 1, 2):
+        p, r = chosen[k], chosen[k + 1]
+        a, b = short_series(pairs.series, p), short_series(pairs.series, r)
+        low_a, high_a, low_b, high_b = low_high[p, 0], low_high[p, 1], low_high[r, 0], low_high[r, 1]
         x_a, x_b = x[examples[p], first : first + size], x[examples[r], first : first + size]
         for j in range(size):
-            f = short_sum(unit_delta(step[j] * x_a[j], low_a, high_a), a)
-            g = short_sum(unit_delta(step[j] * x_b[j], low_b, high_b), b)
+            f = short_sum(relu_change(step[j] * x_a[j], low_a, high_a), a)
+            g = short_sum(relu_change(step[j] * x_b[j], low_b, high_b), b)
             narrow[j] += f + g
-            narrow[TILE + j] += f * f + g * g
-        if k % FLUSH == FLUSH - 2:
-            flush(narrow, wide)
-    if n_pairs % 2:
-        p = pairs[n_pairs - 1]
-        a = short_series(c, p)
-        low_a, high_a, x_a = low[p], high[p], x[examples[p], first : first + size]
+            narrow[ROW_TILE + j] += f * f + g * g
+        if k % FLUSH_EXAMPLES == FLUSH_EXAMPLES - 2:
+            flush(narrow, scratch.wide)
+    if n_chosen % 2:
+        p = chosen[n_chosen - 1]
+        a = short_series(pairs.series, p)
+        low_a, high_a, x_a = low_high[p, 0], low_high[p, 1], x[examples[p], first : first + size]
         for j in range(size):
-            f = short_sum(unit_delta(step[j] * x_a[j], low_a, high_a), a)
+            f = short_sum(relu_change(step[j] * x_a[j], low_a, high_a), a)
             narrow[j] += f
-            narrow[TILE + j] += f * f
-    flush(narrow, wide)
+            narrow[ROW_TILE + j] += f * f
+    flush(narrow, scratch.wide)
 
 
-@kernel
-def add_long(step, x, first, low, high, c, pairs, n_pairs, examples, narrow, wide):
-    """The same with the longer polynomial, one example a round."""
-    size = step.shape[0]
-    for k in range(n_pairs):
-        p = pairs[k]
-        a = long_series(c, p)
-        low_a, high_a, x_a = low[p], high[p], x[examples[p], first : first + size]
-        for j in range(size):
-            f = long_sum(unit_delta(step[j] * x_a[j], low_a, high_a), a)
-            narrow[j] += f
-            narrow[TILE + j] += f * f
-        if k % FLUSH == FLUSH - 1:
-            flush(narrow, wide)
-    flush(narrow, wide)
+def make_add_pairs(numbers_of: Any, change: Any, series: Any, series_sum: Any, *, is_counted: bool = True) -> Any:
+    """The loop with t = change(d, numbers_of(pairs.numbers, p)) and F = series_sum(t, series(pairs.series, p)).
+
+    `is_counted`: whether it counts where t is not 0, too.
+    """
+
+    def add_pairs(step, x, first, pairs, n_chosen, scratch):
+        """Add F and F^2 of the chosen pairs, for one tile of inputs."""
+        size, narrow, counts = step.shape[0], scratch.narrow, scratch.counts
+        for k in range(n_chosen):
+            p = scratch.chosen[k]
+            a_p, c_p, unseen = numbers_of(pairs.numbers, p), series(pairs.series, p), pairs.unseen[p]
+            x_p = x[pairs.examples[p], first : first + size]
+            for j in range(size):
+                t = change(step[j] * x_p[j], a_p)
+                f = series_sum(t, c_p)
+                narrow[j] += f
+                narrow[ROW_TILE + j] += f * f
+                if is_counted:
+                    counts[j] += abs(t) > unseen
+            if k % FLUSH_EXAMPLES == FLUSH_EXAMPLES - 1:
+                flush(narrow, scratch.wide)
+        flush(narrow, scratch.wide)
+
+    return part_of_kernel(add_pairs)
 
 
-@kernel
-def add_wide(
-    step, x, first, low, high, c, pairs, n_pairs, examples, unit, spread, q, z, labels, column, is_logit, wide
-):  # fmt: skip
-    """The same for pairs that some input takes beyond the series: there the direct formula."""
-    for k in range(n_pairs):
-        p = pairs[k]
-        n = examples[p]
-        a = long_series(c, p)
+def make_add_near(change: Any) -> Any:
+    """The loop over those inputs that both series reach. It has no branch, and so becomes vector code."""
+
+    def add_near(step, x, a, p, width, pairs, scratch):
+        """Add F and F^2 of one pair; returns the number of inputs that are left to `add_far`."""
+        narrow, counts, near = scratch.narrow, scratch.counts, scratch.near
+        c, reach, unseen, n_far = long_series(pairs.series, p), pairs.reach[p], pairs.unseen[p], _NONE
         for j in range(step.shape[0]):
-            t = unit_delta(step[j] * x[n, first + j], low[p], high[p])
-            if t == 0:
-                continue
-            f = loss_of(t, a, unit, spread, q[n], z[n], column, labels[n], is_logit)
+            d = step[j] * x[j]
+            t = change(d if abs(d) <= reach else _NONE, a)
+            is_near = _ONE if abs(d) <= reach else _NONE
+            is_near = is_near if abs(t) * width <= REACH_LONG else _NONE
+            t *= is_near
+            f = long_sum(t, c)
+            narrow[j] += f
+            narrow[ROW_TILE + j] += f * f
+            counts[j] += abs(t) > unseen
+            near[j] = is_near
+            n_far += _ONE - is_near
+        return n_far
+
+    return part_of_kernel(add_near)
+
+
+@kernel
+def add_far(step, x, p, pairs, column, batch, scratch):
+    """Add F and F^2 of one pair where `add_near` did not: t from its definition, and F as it comes."""
+    wide, c, y, n = scratch.wide, long_series(pairs.series, p), pairs.y[p], pairs.examples[p]
+    for j in range(step.shape[0]):
+        if scratch.near[j] != 0:
+            continue
+        t = change_of(column.function, y, np.float64(step[j]) * np.float64(x[j]))
+        if t != 0:
+            f = loss_of(t, c, column, batch, n)
             wide[j] += f
-            wide[TILE + j] += f * f
+            wide[ROW_TILE + j] += f * f
+            scratch.counts[j] += 1
+
+
+add_long_relu = make_add_pairs(relu_numbers, relu_form, long_series, long_sum, is_counted=False)
+add_short_bent = make_add_pairs(bent_numbers, bent_change, short_series, short_sum)
+add_long_bent = make_add_pairs(bent_numbers, bent_change, long_series, long_sum)
+add_short_smooth = make_add_pairs(short_numbers, short_change, short_series, short_sum)
+add_long_smooth = make_add_pairs(long_series, long_sum, long_series, long_sum)
+add_near_relu, add_near_bent, add_near_smooth = (make_add_near(form) for form in (relu_form, bent_change, long_sum))
+
+
+@kernel
+def add_beyond(step, first, pairs, n_chosen, column, batch, scratch):
+    """Add F and F^2 of the chosen pairs, which some input takes beyond one of the series."""
+    size, code, width = step.shape[0], column.function.code, column.range
+    for k in range(n_chosen):
+        p = scratch.chosen[k]
+        x = batch.x[pairs.examples[p], first : first + size]
+        if code < FIRST_BENT:
+            n_far = add_near_relu(step, x, relu_numbers(pairs.numbers, p), p, width, pairs, scratch)
+        elif code < FIRST_SMOOTH:
+            n_far = add_near_bent(step, x, bent_numbers(pairs.numbers, p), p, width, pairs, scratch)
+        else:
+            n_far = add_near_smooth(step, x, long_series(pairs.numbers, p), p, width, pairs, scratch)
+        if k % FLUSH_EXAMPLES == FLUSH_EXAMPLES - 1:
+            flush(scratch.narrow, scratch.wide)
+        if n_far > 0:
+            add_far(step, x, p, pairs, column, batch, scratch)
+    flush(scratch.narrow, scratch.wide)
+
+
+@kernel
+def add_kinds(step, first, pairs, between, column, batch, scratch):
+    """Add F and F^2 of the pairs `between` two, kind by kind."""
+    x, code, chosen = batch.x, column.function.code, scratch.chosen
+    n_short = pick(pairs.kinds, SHORT, between[0], between[1], chosen)
+    if code < FIRST_BENT:
+        add_short_relu(step, x, first, pairs, n_short, scratch)
+    elif code < FIRST_SMOOTH:
+        add_short_bent(step, x, first, pairs, n_short, scratch)
+    else:
+        add_short_smooth(step, x, first, pairs, n_short, scratch)
+    n_long = pick(pairs.kinds, LONG, between[0], between[1], chosen)
+    if code < FIRST_BENT:
+        add_long_relu(step, x, first, pairs, n_long, scratch)
+    elif code < FIRST_SMOOTH:
+        add_long_bent(step, x, first, pairs, n_long, scratch)
+    else:
+        add_long_smooth(step, x, first, pairs, n_long, scratch)
+    n_beyond = pick(pairs.kinds, BEYOND, between[0], between[1], chosen)
+    add_beyond(step, first, pairs, n_beyond, column, batch, scratch)
 
 
 @kernel
@@ -140,16 +428,16 @@ def ones(bits):
 
 
 @kernel
-def count_touched(step, x, first, active, opened, low, candidates, n_candidates, examples, touched):
-    """Examples where t is not 0: input and unit active; or the unit closed, and opened by this input."""
+def count_touched(step, x, first, active, pairs, touched):
+    """Add the examples where a ReLU's t is not 0: input and unit active, or the unit opened by this input."""
     size = step.shape[0]
-    for word in range(opened.shape[0]):
-        bits, active_bits = opened[word], active[word, first : first + size]
+    for word in range(pairs.opened.shape[0]):
+        bits, active_bits = pairs.opened[word], active[word, first : first + size]
         for j in range(size):
             touched[j] += np.int64(ones(bits & active_bits[j]))
-    for k in range(n_candidates):
-        p = candidates[k]
-        x_p, low_p = x[examples[p], first : first + size], low[p]
+    for k in range(pairs.n[1]):
+        p = pairs.candidates[k]
+        x_p, low_p = x[pairs.examples[p], first : first + size], pairs.numbers[p, 0]
         for j in range(size):
             touched[j] += step[j] * x_p[j] > low_p
     for j in range(size):
@@ -157,103 +445,56 @@ def count_touched(step, x, first, active, opened, low, candidates, n_candidates,
             touched[j] = 0
 
 
-@kernel
-def list_pairs(largest, largest_x, y, has_relu, spread, examples, low, high, reach, opened, candidates):
-    """The examples that a unit may move on, how far (times the spread), which are open, which may only be opened."""
-    n_pairs = n_candidates = 0
-    for n in range(largest_x.shape[0]):
-        far = largest * largest_x[n]
-        if far == 0 or (has_relu and y[n] <= 0 and np.float32(far) <= np.float32(-y[n])):
-            continue
-        examples[n_pairs], reach[n_pairs] = n, far * spread
-        low[n_pairs] = -np.inf
-        high[n_pairs] = 0
-        if has_relu:
-            low[n_pairs], high[n_pairs] = np.float32(-y[n]), np.float32(min(y[n], 0.0))
-        if has_relu and y[n] <= 0:
-            reach[n_pairs] = (far + y[n]) * spread
-            candidates[n_candidates] = n_pairs
-            n_candidates += 1
-        else:
-            opened[n // 64] |= np.uint64(1) << np.uint64(n % 64)
-        n_pairs += 1
-    return n_pairs, n_candidates
+# --- whole rows: all inputs of a unit ---------------------------------------------------------------------------------
 
 
 @kernel
-def sort_by_reach(first, last, reach, short, long, wide):
-    """Which pairs take the short series, the long one, or the direct formula for some of their inputs."""
-    n_short = n_long = n_wide = 0
-    for p in range(first, last):
-        if reach[p] <= REACH_SHORT:
-            short[n_short] = p
-            n_short += 1
-        elif reach[p] <= REACH_LONG:
-            long[n_long] = p
-            n_long += 1
-        else:
-            wide[n_wide] = p
-            n_wide += 1
-    return n_short, n_long, n_wide
+def add_tile(step, first, pairs, column, batch, runs, own, scratch):
+    """Add the sums of one unit to those of one tile of inputs, run by run."""
+    begin = 0
+    for k in range(runs.ends.shape[0]):
+        end = begin
+        while end < pairs.n[0] and pairs.examples[end] < runs.ends[k]:
+            end += 1
+        scratch.wide[:] = 0
+        scratch.counts[:] = 0
+        add_kinds(step, first, pairs, (begin, end), column, batch, scratch)
+        begin = end
+        add_run(scratch.wide, own, runs, k)
+        if column.function.code >= FIRST_BENT:
+            for j in range(step.shape[0]):
+                own.touched[j] += scratch.counts[j]
 
 
 @kernel
-def add_rows(
-    units, steps, x, largest_x, active, y, has_relu, q, z, labels, columns, is_logit, cuts, closes, per_class,
-    delta, delta_squared, touched, open_delta, open_squared, within, bounds,
-):  # fmt: skip
+def add_rows(units, steps, batch, inputs, follows, runs, sums):
     """Add the sums over one batch of all weights of some units.
 
-    units, steps (units, inputs): which, and replacement minus weight.  x (examples, inputs); y (units, examples).
-    q, z (examples, classes), columns (units, classes) of the last Linear: u = v - v_label; none where is_logit.
-    cuts: where runs of examples end; closes: whether a class ends there too, whose variance is then added to `within`.
-    Everything else is (units, inputs) of sums, but for bounds (units): what the series have left out at most.
+    units, steps (units, inputs): which, and replacement minus weight.  batch: its y is that of these units.
     """
-    n_examples, n_inputs = x.shape
-    examples = np.empty(n_examples, np.int64)
-    low, high = np.empty(n_examples, np.float32), np.empty(n_examples, np.float32)
-    reach, c = np.empty(n_examples, np.float64), np.empty((n_examples, ORDERS), np.float32)
-    candidates, opened = np.empty(n_examples, np.int64), np.empty((n_examples + 63) // 64, np.uint64)
-    short, long, wide = np.empty(n_examples, np.int64), np.empty(n_examples, np.int64), np.empty(n_examples, np.int64)
-    m, kappa = np.empty(ORDERS), np.empty(ORDERS)
-    narrow_sums, wide_sums = np.zeros(2 * TILE, np.float32), np.empty(2 * TILE)
+    n_examples, n_inputs = batch.x.shape
+    pairs = make_pairs(n_examples)
+    scratch = Scratch(
+        np.zeros(2 * ROW_TILE, np.float32), np.empty(2 * ROW_TILE), np.empty(ROW_TILE, np.int32),
+        np.empty(ROW_TILE, np.float32), np.empty(n_examples, np.int64),
+    )  # fmt: skip
     for row in range(steps.shape[0]):
-        unit, step = units[row], steps[row]
-        column, spread, is_heard = column_of(columns, unit, is_logit)
+        column, is_heard = column_of(follows, units[row])
         if not is_heard:
             continue
-        largest = np.float64(max(step.max(), -step.min()))
-        opened[:] = 0
-        n_pairs, n_candidates = list_pairs(
-            largest, largest_x, y[row], has_relu, spread, examples, low, high, reach, opened, candidates
-        )
-        for p in range(n_pairs):
-            n = examples[p]
-            series_of(unit, column, is_logit, q[n], labels[n], m, kappa)
-            c[p] = kappa
-            bounds[row] += rest_of_series(reach[p], spread, 2 * kappa[1])
-        for first in range(0, n_inputs, TILE):
-            tile = slice(first, min(first + TILE, n_inputs))
-            count_touched(
-                step[tile], x, first, active, opened, low, candidates, n_candidates, examples,
-                touched[row, tile],
-            )  # fmt: skip
-            begin = 0
-            for k in range(cuts.shape[0]):
-                end = begin
-                while end < n_pairs and examples[end] < cuts[k]:
-                    end += 1
-                n_short, n_long, n_wide = sort_by_reach(begin, end, reach, short, long, wide)
-                begin = end
-                wide_sums[:] = 0
-                add_short(step[tile], x, first, low, high, c, short, n_short, examples, narrow_sums, wide_sums)
-                add_long(step[tile], x, first, low, high, c, long, n_long, examples, narrow_sums, wide_sums)
-                add_wide(
-                    step[tile], x, first, low, high, c, wide, n_wide, examples, unit, spread, q, z, labels, column,
-                    is_logit, wide_sums,
-                )  # fmt: skip
-                add_sums(wide_sums, delta[row, tile], delta_squared[row, tile])
-                if per_class:
-                    add_sums(wide_sums, open_delta[row, tile], open_squared[row, tile])
-                    if closes[k]:
-                        close_class(open_delta[row, tile], open_squared[row, tile], within[row, tile], per_class)
+        list_pairs(row, np.float64(max(steps[row].max(), -steps[row].min())), column, batch, inputs, pairs, sums.bounds)
+        for first in range(0, n_inputs, ROW_TILE):
+            tile = slice(first, min(first + ROW_TILE, n_inputs))
+            step, own = steps[row, tile], tile_of(sums, row, tile)
+            if column.function.code < FIRST_BENT:
+                count_touched(step, batch.x, first, inputs.active, pairs, own.touched)
+            add_tile(step, first, pairs, column, batch, runs, own, scratch)
+
+
+@kernel
+def tile_of(sums, row, tile):
+    """One tile of one unit's sums."""
+    return Sums(
+        sums.delta[row, tile], sums.delta_squared[row, tile], sums.touched[row, tile], sums.open[row, tile],
+        sums.open_squared[row, tile], sums.within[row, tile], sums.bounds[row : row + 1],
+    )  # fmt: skip

@@ -8,9 +8,6 @@ u_c = v_c - v_y, y the label,
 and log1p(S) has the cumulants kappa_k / k! as its coefficients. The series is used where |t| R, R = max |u|, is at most
 `REACH_SHORT` (order 5) or `REACH_LONG` (order 8): there what it leaves out is at most 1e-6 of t^2 kappa_2. Beyond it
 `direct_loss` computes F(t) from the definition.
-
-Also here: how float32 sums over a few examples become float64 sums over all (`flush`, `add_sums`), and how the variance
-within a class is closed.
 """
 
 import math
@@ -24,8 +21,8 @@ ORDERS = LONG
 # A remainder of at most 1e-6 of t^2 kappa_2, by C_(K+1) / (K+1)! x^(K-1) e^x for x = |t| R.
 REACH_SHORT, REACH_LONG = np.float32(0.092), np.float32(0.347)
 REST_SHORT, REST_LONG = 9.125 / 720, 420.375 / 362880
-LARGE = 0.5  # as in loss.py
-SMALL = np.float32(0.25)  # |z| that the polynomial of expm1 is used for
+LARGE_SUM = 0.5  # |S| above which log1p(S) is a difference of two losses, as in loss.py
+SMALL_EXPONENT = np.float32(0.25)  # |z| up to which the polynomial of expm1 is used
 
 
 @kernel
@@ -56,7 +53,7 @@ def moments_of_column(q, v, label, m):
 
 @kernel
 def moments_of_logit(q, unit, label, m):
-    """The same where only logit `unit` moves: u is 1 there, and where it is the label's own -1 everywhere else."""
+    """m[k] where only logit `unit` moves: u is 1 there; or -1 everywhere else, where that is the label's."""
     total, sign = np.float64(0), 1.0
     if unit == label:
         sign = -1.0
@@ -85,7 +82,7 @@ def series_of_log(m, kappa):
 
 @kernel
 def expm1_small(z):
-    """For |z| <= 1/4, to float32's last digit: z (1 + z/2 (1 + z/3 (...)))."""
+    """expm1(z) for |z| <= 1/4, to float32's last digit: z (1 + z/2 (1 + z/3 (...)))."""
     one = np.float32(1)
     high = one + z * np.float32(1 / 6) * (one + z * np.float32(1 / 7))
     low = one + z * np.float32(1 / 4) * (one + z * np.float32(1 / 5) * high)
@@ -93,18 +90,18 @@ def expm1_small(z):
 
 
 @kernel
-def loss_of_column(t, spread, q, z, v, label):
-    """log1p(sum_c q_c expm1(t u_c)) for one pair, in float64; `spread` is the largest |u_c|.
+def loss_of_column(t, width, q, z, v, label):
+    """log1p(sum_c q_c expm1(t u_c)) for one pair, in float64; no |u_c| is larger than `width`.
 
     expm1 by its series; beyond 1/4 of an eighth of z, then doubled three times, expm1(2h) = expm1(h) (2 + expm1(h)),
     which does not cancel. Large changes are a difference of losses, from the logits z.
     """
     step, own, total = np.float32(t), v[label], np.float32(0)
-    reach = abs(step) * spread
-    if reach <= SMALL:
+    reach = abs(step) * width
+    if reach <= SMALL_EXPONENT:
         for c in range(q.shape[0]):
             total += q[c] * expm1_small(step * (v[c] - own))
-    elif reach <= 8 * SMALL:
+    elif reach <= 8 * SMALL_EXPONENT:
         step *= np.float32(0.125)
         for c in range(q.shape[0]):
             e = expm1_small(step * (v[c] - own))
@@ -114,14 +111,14 @@ def loss_of_column(t, spread, q, z, v, label):
             total += q[c] * e
     else:
         return large_loss_of_column(t, z, v, label)
-    if not abs(total) <= LARGE:
+    if not abs(total) <= LARGE_SUM:
         return large_loss_of_column(t, z, v, label)
     return math.log1p(np.float64(total))
 
 
 @kernel
 def large_loss_of_column(t, z, v, label):
-    """The same in float64, from the logits: p_c expm1(t u_c), or for large t u_c a difference; where the sum is large
+    """F(t) in float64, from the logits: p_c expm1(t u_c), or for large t u_c a difference; where the sum is large
     a difference of two losses."""
     own = np.float64(v[label])
     top, moved_top = -np.inf, -np.inf
@@ -140,21 +137,21 @@ def large_loss_of_column(t, z, v, label):
             total += math.exp(z[c] - before) * math.expm1(moved)
         else:
             total += math.exp(z[c] - before + moved) - math.exp(z[c] - before)
-    if abs(total) <= LARGE:
+    if abs(total) <= LARGE_SUM:
         return math.log1p(total)
     return (after - before) - t * own
 
 
 @kernel
 def loss_of_logit(t, unit, q, z, label):
-    """The same where only logit `unit` moves: log1p(q_unit expm1(t)), or log1p(sum_c q_c expm1(-t)) for the label's."""
+    """F(t) where only logit `unit` moves: log1p(q_unit expm1(t)), or log1p(sum_c q_c expm1(-t)) for the label's."""
     total, sign = np.float64(q[unit]), 1.0
     if unit == label:
         total, sign = 0.0, -1.0
         for c in range(q.shape[0]):
             total += np.float64(q[c])
     total *= math.expm1(sign * t)
-    if abs(total) <= LARGE:
+    if abs(total) <= LARGE_SUM:
         return math.log1p(total)
     top = max(z.max(), z[unit] + t)
     before, after = 0.0, 0.0
@@ -165,28 +162,21 @@ def loss_of_logit(t, unit, q, z, label):
 
 
 @kernel
-def series_of(unit, column, is_logit, q, label, m, kappa):
-    """The coefficients of one (unit, example)."""
-    if is_logit:
-        moments_of_logit(q, unit, label, m)
+def series_of(column, batch, n, m, kappa):
+    """The coefficients of one (unit, example), in `kappa`. `m` (ORDERS): scratch."""
+    if column.is_logit:
+        moments_of_logit(batch.q[n], column.unit, batch.labels[n], m)
     else:
-        moments_of_column(q, column, label, m)
+        moments_of_column(batch.q[n], column.values, batch.labels[n], m)
     series_of_log(m, kappa)
 
 
 @kernel
-def direct_loss(t, unit, spread, q, z, column, label, is_logit):
-    """F(t), directly."""
-    if is_logit:
-        return loss_of_logit(np.float64(t), unit, q, z, label)
-    return loss_of_column(np.float64(t), spread, q, z, column, label)
-
-
-@kernel
-def column_of(columns, unit, is_logit):
-    """A unit's column of the last Linear, its spread, and whether any logit hears of the unit."""
-    column = columns[0 if is_logit else unit]
-    return column, np.float32(1) if is_logit else column.max() - column.min(), is_logit or column.any()
+def direct_loss(t, column, batch, n):
+    """F(t) from its definition."""
+    if column.is_logit:
+        return loss_of_logit(np.float64(t), column.unit, batch.q[n], batch.z[n], batch.labels[n])
+    return loss_of_column(np.float64(t), column.range, batch.q[n], batch.z[n], column.values, batch.labels[n])
 
 
 # --- the series -------------------------------------------------------------------------------------------------------
@@ -218,47 +208,18 @@ def long_sum(t, a):
 
 
 @kernel
-def loss_of(t, c, unit, spread, q, z, column, label, is_logit):
-    """F(t): by the series within its reach, else directly."""
-    if abs(t) * spread <= REACH_LONG:
+def loss_of(t, c, column, batch, n):
+    """F(t): by the series within its reach, else from its definition."""
+    if abs(t) * column.range <= REACH_LONG:
         return np.float64(long_sum(t, c))
-    return direct_loss(t, unit, spread, q, z, column, label, is_logit)
+    return direct_loss(t, column, batch, n)
 
 
 @kernel
-def rest_of_series(reach, spread, kappa_2):
-    """A bound on what is left out of one pair's series, in nats."""
+def rest_of_series(reach, width, kappa_2):
+    """A bound on what one pair's series leaves out up to |t| = reach / width, in nats; no |u_c| is above `width`."""
     reach = min(reach, REACH_LONG)
-    if spread == 0:
+    if width == 0:
         return 0.0
     factor = REST_SHORT * reach ** (SHORT - 1) if reach <= REACH_SHORT else REST_LONG * reach ** (LONG - 1)
-    return factor * (reach / spread) ** 2 * kappa_2 * math.exp(reach)
-
-
-# --- sums over examples -----------------------------------------------------------------------------------------------
-
-
-@kernel
-def flush(narrow, wide):
-    """Add float32 sums up in float64, and begin again."""
-    for j in range(narrow.shape[0]):
-        wide[j] += np.float64(narrow[j])
-        narrow[j] = 0
-
-
-@kernel
-def add_sums(sums, total, squared):
-    """Add the sums of F, in the first half of `sums`, and of F^2, in the second, for one tile."""
-    half = sums.shape[0] // 2
-    for j in range(total.shape[0]):
-        total[j] += sums[j]
-        squared[j] += sums[half + j]
-
-
-@kernel
-def close_class(total, squared, within, n):
-    """Add n/(n-1) (S2 - S^2/n) of a class that is complete, and begin the next."""
-    for j in range(total.shape[0]):
-        if n > 1:
-            within[j] += n / (n - 1) * max(0.0, squared[j] - total[j] * total[j] / n)
-        total[j] = squared[j] = 0.0
+    return factor * (reach / width) ** 2 * kappa_2 * math.exp(reach)

@@ -41,6 +41,7 @@ from torch import Tensor
 from ablation.engine.deltas import Runs
 from ablation.engine.responses.loops import rows as row_loops
 from ablation.engine.responses.loops import series
+from ablation.engine.responses.loops.records import Batch
 
 PAIRS_AT_ONCE = 1 << 23  # (unit, example): 58 bytes each
 FAR_AT_ONCE = 1 << 25  # (wide pair, input) looked at together
@@ -55,10 +56,11 @@ KINDS = tl.constexpr(3)  # short, long, wide
 
 ORDERS = tl.constexpr(series.ORDERS)
 SHORT, LONG = tl.constexpr(series.SHORT), tl.constexpr(series.LONG)
-FLUSH = tl.constexpr(row_loops.FLUSH)
+FLUSH = tl.constexpr(row_loops.FLUSH_EXAMPLES)
 REACH_SHORT, REACH_LONG = tl.constexpr(float(series.REACH_SHORT)), tl.constexpr(float(series.REACH_LONG))
 REST_SHORT, REST_LONG = tl.constexpr(series.REST_SHORT), tl.constexpr(series.REST_LONG)
-LARGE, SMALL = tl.constexpr(series.LARGE), tl.constexpr(float(series.SMALL))
+LARGE_SUM = tl.constexpr(series.LARGE_SUM)
+SMALL_EXPONENT = tl.constexpr(float(series.SMALL_EXPONENT))
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -379,7 +381,7 @@ def _large_loss(
         by_difference = tl.exp(z_c - before[:, None] + moved) - p
         term = tl.where(near, p * _expm1(tl.where(near, moved, 0.0)), by_difference)
         total += tl.sum(tl.where(inside, term, 0.0), 1)
-    small = tl.abs(total) <= LARGE
+    small = tl.abs(total) <= LARGE_SUM
     return tl.where(small, _log1p(tl.where(small, total, 0.0)), (after - before) - t * own)
 
 
@@ -398,12 +400,12 @@ def _far_losses(
         own = (unit == label).to(tl.float64)
         of_q, sign = _moment_of_logit(q, units, labels, of_others, row, n, listed, n_classes)
         total = of_q * _expm1(sign * t)
-        small = tl.abs(total) <= LARGE
+        small = tl.abs(total) <= LARGE_SUM
     else:
         own_narrow = tl.load(column + label)
         own = own_narrow.to(tl.float64)
         reach = tl.abs(t) * tl.load(spread + row).to(tl.float32)
-        is_near = reach <= SMALL
+        is_near = reach <= SMALL_EXPONENT
         shrunk = tl.where(is_near, t, t * 0.125)
         narrow = tl.zeros([FARS], tl.float32)
         for begin in range(0, n_classes, CLASSES):
@@ -416,7 +418,7 @@ def _far_losses(
             doubled *= 2 + doubled
             q_c = tl.load(q + n[:, None] * n_classes + c[None, :], mask=inside, other=0.0)
             narrow += tl.sum(q_c * tl.where(is_near[:, None], e, doubled), 1)
-        small = (reach <= 8 * SMALL) & (tl.abs(narrow) <= LARGE)
+        small = (reach <= 8 * SMALL_EXPONENT) & (tl.abs(narrow) <= LARGE_SUM)
         total = narrow.to(tl.float64)
     result = _log1p(tl.where(small, total, 0.0))
     if tl.min(small.to(tl.int32)) == 0:
@@ -587,33 +589,9 @@ class Columns:
         return Columns(self.units[rows], values, self.has_relu)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One batch, once for all units."""
-
-    x: Float32[Tensor, "examples inputs"]
-    q: Float32[Tensor, "examples classes"]
-    z: Float64[Tensor, "examples classes"]
-    labels: Int64[Tensor, " examples"]
-
-    @cached_property
-    def largest(self) -> Float64[Tensor, " examples"]:
-        """Input of each example, in size."""
-        return self.x.abs().amax(1).double()
-
-    @cached_property
-    def active(self) -> Float16[Tensor, "examples inputs"]:
-        """1 where an input is not 0."""
-        return (self.x != 0).half()
-
-    @cached_property
-    def of_others(self) -> Float64[Tensor, " examples"]:
-        """The sum of q."""
-        return self.q.double().sum(1)
-
-    def pick(self, examples: Int64[Tensor, " chosen"]) -> "Batch":
-        """Some of the examples."""
-        return Batch(*(each[examples].contiguous() for each in (self.x, self.q, self.z, self.labels)))
+def sum_of_others(batch: Batch) -> Float64[Tensor, " examples"]:
+    """The sum of each example's q: the softmax of all classes but the label."""
+    return batch.q.double().sum(1)
 
 
 @dataclass(frozen=True)
@@ -642,7 +620,6 @@ class Far:
 def add_rows(
     columns: Columns,
     steps: Float32[Tensor, "units inputs"],
-    y: Float64[Tensor, "units examples"],
     batch: Batch,
     runs: Runs,
     sums: dict[str, Tensor],
@@ -654,24 +631,24 @@ def add_rows(
     classes `open`, `open_squared` and `within`. Or, for a few units: `by_run` (units, runs, inputs), set to the sums of
     each run.
     """
-    at_once = max(1, PAIRS_AT_ONCE // y.shape[1])
+    at_once = max(1, PAIRS_AT_ONCE // batch.y.shape[1])
     for first in range(0, len(steps), at_once):
         rows = slice(first, first + at_once)
         own = {name: values[rows] for name, values in sums.items()}
-        with torch.cuda.device_of(y):  # Triton runs on the current one
-            _add_units(columns.pick(rows), steps[rows], y[rows], batch, runs, own, bounds[rows])
+        with torch.cuda.device_of(steps):  # Triton runs on the current one
+            _add_units(columns.pick(rows), steps[rows], batch._replace(y=batch.y[rows]), runs, own, bounds[rows])
 
 
 def _add_units(
-    columns: Columns, steps: Tensor, y: Tensor, batch: Batch, runs: Runs, sums: dict[str, Tensor], bounds: Tensor
+    columns: Columns, steps: Tensor, batch: Batch, runs: Runs, sums: dict[str, Tensor], bounds: Tensor
 ) -> None:
-    ends, closes = (torch.from_numpy(each).to(y.device, torch.int32) for each in (runs.ends, runs.closes))
-    pairs = list_pairs(columns, steps, y, batch, ends)
+    ends, closes = (torch.from_numpy(each).to(steps.device, torch.int32) for each in (runs.ends, runs.closes))
+    pairs = list_pairs(columns, steps, batch, ends)
     wide = wide_pairs(pairs)
     if len(wide) * steps.shape[1] > FAR_LISTED and len(steps) > 1:
         for rows in (slice(0, len(steps) // 2), slice(len(steps) // 2, None)):
             own = {name: values[rows] for name, values in sums.items()}
-            _add_units(columns.pick(rows), steps[rows], y[rows], batch, runs, own, bounds[rows])
+            _add_units(columns.pick(rows), steps[rows], batch._replace(y=batch.y[rows]), runs, own, bounds[rows])
         return
     coefficients = fit_series(columns, pairs, batch, bounds)
     far = find_far(columns, steps, pairs, batch, ends, wide) if len(wide) else None
@@ -680,22 +657,27 @@ def _add_units(
     n_runs, n_inputs = len(ends), steps.shape[1]
     tile = tile_of(n_inputs)
     unused = sums["delta"]
-    _add_rows[(len(steps), triton.cdiv(n_inputs, tile))](
-        steps, batch.x, columns.spread, pairs.example, pairs.low, pairs.high, coefficients, pairs.starts,
-        *((ends, ends, unused) if far is None else (far.starts, far.inputs, far.losses)), closes,
-        *(sums.get(name, unused) for name in ("delta", "delta_squared", "open", "open_squared", "within", "by_run")),
-        y.shape[1], n_inputs, n_runs, tile, far is not None, "delta_squared" in sums, "by_run" in sums,
-        runs.per_class, **OPTIONS,
+    grid = len(steps), triton.cdiv(n_inputs, tile)
+    _add_rows[grid](
+        step=steps, x=batch.x, spread=columns.spread, example=pairs.example, low=pairs.low, high=pairs.high,
+        c=coefficients, starts=pairs.starts, far_starts=ends if far is None else far.starts,
+        far_inputs=ends if far is None else far.inputs, far_losses=unused if far is None else far.losses,
+        closes=closes, delta=unused, delta_squared=sums.get("delta_squared", unused),
+        open_delta=sums.get("open", unused), open_squared=sums.get("open_squared", unused),
+        within=sums.get("within", unused), by_run=sums.get("by_run", unused), n_examples=batch.y.shape[1],
+        n_inputs=n_inputs, n_runs=n_runs, TILE=tile, HAS_FAR=far is not None, HAS_SQUARES="delta_squared" in sums,
+        HAS_RUNS="by_run" in sums, PER_CLASS=runs.per_class, **OPTIONS,
     )  # fmt: skip
 
 
 def tile_of(n_inputs: int) -> int:
     """How many inputs a program adds up: a power of two."""
-    return min(row_loops.TILE, triton.next_power_of_2(n_inputs))
+    return min(row_loops.ROW_TILE, triton.next_power_of_2(n_inputs))
 
 
-def list_pairs(columns: Columns, steps: Tensor, y: Tensor, batch: Batch, ends: Tensor) -> Pairs:
-    """See `Pairs`."""
+def list_pairs(columns: Columns, steps: Tensor, batch: Batch, ends: Tensor) -> Pairs:
+    """The pairs of each unit, listed by a kernel."""
+    y = batch.y
     largest = torch.where(columns.is_heard, steps.abs().amax(1), 0).double()
 
     def made(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -712,9 +694,10 @@ def list_pairs(columns: Columns, steps: Tensor, y: Tensor, batch: Batch, ends: T
         n_candidates=made(len(y), dtype=torch.int32),
     )
     _list_pairs[(len(y),)](
-        y, largest, batch.largest, columns.spread, ends, pairs.example, pairs.low, pairs.high, pairs.reach,
-        pairs.starts, pairs.opened, pairs.candidates, pairs.n_candidates, y.shape[1], len(ends), columns.has_relu,
-        min(LISTED, triton.next_power_of_2(y.shape[1])), **OPTIONS,
+        y=y, largest=largest, largest_x=batch.x.abs().amax(1).double(), spread=columns.spread, ends=ends,
+        example=pairs.example, low=pairs.low, high=pairs.high, reach=pairs.reach, starts=pairs.starts,
+        opened=pairs.opened, candidates=pairs.candidates, n_candidates=pairs.n_candidates, n_examples=y.shape[1],
+        n_runs=len(ends), HAS_RELU=columns.has_relu, BLOCK=min(LISTED, triton.next_power_of_2(y.shape[1])), **OPTIONS,
     )  # fmt: skip
     return pairs
 
@@ -728,12 +711,14 @@ def fit_series(
     n_classes = batch.q.shape[1]
     if columns.values is not None:
         _moments[(shape[0], MOMENT_PARTS)](
-            batch.q, columns.values, batch.labels, pairs.example, pairs.starts, c, shape[1], n_classes, n_runs,
-            min(CLASSES, triton.next_power_of_2(n_classes)), num_warps=1, **OPTIONS,
+            q=batch.q, columns=columns.values, labels=batch.labels, example=pairs.example, starts=pairs.starts,
+            moments=c, n_examples=shape[1], n_classes=n_classes, n_runs=n_runs,
+            CLASSES=min(CLASSES, triton.next_power_of_2(n_classes)), num_warps=1, **OPTIONS,
         )  # fmt: skip
     _series[(shape[0],)](
-        batch.q, columns.units, batch.labels, batch.of_others, columns.spread, pairs.example, pairs.reach, pairs.starts,
-        c, bounds, shape[1], n_classes, n_runs, columns.is_logit, 128, **OPTIONS,
+        q=batch.q, units=columns.units, labels=batch.labels, of_others=sum_of_others(batch), spread=columns.spread,
+        example=pairs.example, reach=pairs.reach, starts=pairs.starts, c=c, bounds=bounds, n_examples=shape[1],
+        n_classes=n_classes, n_runs=n_runs, IS_LOGIT=columns.is_logit, BLOCK=128, **OPTIONS,
     )  # fmt: skip
     return c
 
@@ -790,8 +775,9 @@ def far_losses(
     fars = VALUES // classes
     values = batch.q if columns.values is None else columns.values
     _far_losses[(triton.cdiv(len(rows), fars),)](
-        rows, examples, ts, columns.units, columns.spread, batch.q, batch.z, batch.labels, batch.of_others, values,
-        losses, len(rows), n_classes, columns.is_logit, fars, classes, **OPTIONS,
+        rows=rows, examples=examples, ts=ts, units=columns.units, spread=columns.spread, q=batch.q, z=batch.z,
+        labels=batch.labels, of_others=sum_of_others(batch), columns=values, loss=losses, n_far=len(rows),
+        n_classes=n_classes, IS_LOGIT=columns.is_logit, FARS=fars, CLASSES=classes, **OPTIONS,
     )  # fmt: skip
     return losses
 
@@ -801,9 +787,10 @@ def count_touched(steps: Tensor, pairs: Pairs, batch: Batch, touched: Int32[Tens
     n_inputs = steps.shape[1]
     for first in range(0, len(batch.x), COUNTED):
         some = slice(first, first + COUNTED)
-        touched += (pairs.opened[:, some] @ batch.active[some]).int()
+        touched += (pairs.opened[:, some] @ (batch.x[some] != 0).half()).int()
     tile = tile_of(n_inputs)
     _count_opened[(len(steps), triton.cdiv(n_inputs, tile))](
-        steps, batch.x, pairs.low, pairs.example, pairs.candidates, pairs.n_candidates, touched, pairs.example.shape[1],
-        n_inputs, tile, **OPTIONS,
+        step=steps, x=batch.x, low=pairs.low, example=pairs.example, candidates=pairs.candidates,
+        n_candidates=pairs.n_candidates, touched=touched, n_examples=pairs.example.shape[1], n_inputs=n_inputs,
+        TILE=tile, **OPTIONS,
     )  # fmt: skip

@@ -21,16 +21,17 @@ from ablation.engine.deltas import Runs, make_runs
 from ablation.engine.interface import Setup
 from ablation.engine.loss import make_intact
 from ablation.engine.paths import open_path
-from ablation.engine.responses.arrays import Rows
+from ablation.engine.responses.arrays import NO_SUMS, look_up_inputs
 from ablation.engine.responses.loops import rows as row_loops
 from ablation.engine.responses.loops import series
 from ablation.engine.responses.loops import triton_rows as tk
+from ablation.engine.responses.loops.activations import IDENTITY, RELU, Function, relu_change
+from ablation.engine.responses.loops.records import Batch, Follows, Sums, column_of
 from ablation.sites import EveryWeight, make_sites
 
 # Some tests let numbers overflow, of which NumPy, that the interpreter computes by, warns.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-NONE = np.zeros((0, 0))
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,18 @@ def make_given(
     return Given(every, torch.zeros(1, 1) if is_logit else columns, is_logit, form == "relu", steps, y, x, q, z, labels)
 
 
-def on_device(given: Given) -> tuple[tk.Columns, Tensor, Tensor, tk.Batch]:
-    """Columns, steps, y and batch, as the launchers take them."""
+def on_host(given: Given) -> tuple[Batch, Follows]:
+    """Batch and what follows the target, as the compiled loops take them."""
+    batch = Batch(*(each.numpy() for each in (given.x, given.y, given.q, given.z, given.labels)))
+    return batch, Follows(given.columns.numpy(), given.is_logit, Function(RELU if given.has_relu else IDENTITY))
+
+
+def on_device(given: Given) -> tuple[tk.Columns, Tensor, Batch]:
+    """Columns, steps and batch, as the launchers take them."""
     values = None if given.is_logit else given.columns[given.units].to(DEVICE)
     columns = tk.Columns(given.units.to(DEVICE), values, given.has_relu)
-    batch = tk.Batch(*(each.to(DEVICE) for each in (given.x, given.q, given.z, given.labels)))
-    return columns, given.steps.to(DEVICE), given.y.to(DEVICE), batch
+    batch = Batch(*(each.to(DEVICE) for each in (given.x, given.y, given.q, given.z, given.labels)))
+    return columns, given.steps.to(DEVICE), batch
 
 
 def make_sums(given: Given, per_class: int) -> dict[str, Tensor]:
@@ -91,22 +98,19 @@ def make_sums(given: Given, per_class: int) -> dict[str, Tensor]:
 def by_loops(given: Given, runs: Runs) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Sums and bounds by `rows.py`."""
     sums, bounds = {name: values.numpy() for name, values in make_sums(given, runs.per_class).items()}, np.zeros(99)
-    rows = Rows(given.x.numpy())
-    row_loops.add_rows(
-        given.units.numpy(), given.steps.numpy(), rows.x, rows.largest, rows.active, given.y.numpy(), given.has_relu,
-        given.q.numpy(), given.z.numpy(), given.labels.numpy(), given.columns.numpy(), given.is_logit, runs.ends,
-        runs.closes, runs.per_class, sums["delta"], sums["delta_squared"], sums["touched"],
-        *(sums.get(name, NONE) for name in ("open", "open_squared", "within")), bounds,
-    )  # fmt: skip
+    batch, follows = on_host(given)
+    own = Sums(**(dict.fromkeys(("open", "open_squared", "within"), NO_SUMS) | sums), bounds=bounds)
+    inputs = look_up_inputs(batch.x)
+    row_loops.add_rows(given.units.numpy(), given.steps.numpy(), batch, inputs, follows, runs, own)
     return sums, bounds[: len(given.units)]
 
 
 def by_triton(given: Given, runs: Runs) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Sums by `triton_rows.py`."""
-    columns, steps, y, batch = on_device(given)
+    columns, steps, batch = on_device(given)
     sums = {name: values.to(DEVICE) for name, values in make_sums(given, runs.per_class).items()}
     bounds = torch.zeros(len(steps), dtype=torch.float64, device=DEVICE)
-    tk.add_rows(columns, steps, y, batch, runs, sums, bounds)
+    tk.add_rows(columns, steps, batch, runs, sums, bounds)
     return {name: values.cpu().numpy() for name, values in sums.items()}, bounds.cpu().numpy()
 
 
@@ -198,33 +202,35 @@ def test_how_the_work_is_cut_changes_no_byte(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", ["usual", "wide-classes", "without-relu"])
 def test_pairs_are_those_of_the_compiled_loops(name: str) -> None:
     given, runs = CASES[name]
-    columns, steps, y, batch = on_device(given)
-    pairs = tk.list_pairs(columns, steps, y, batch, torch.tensor(runs.ends, dtype=torch.int32, device=DEVICE))
+    columns, steps, batch = on_device(given)
+    on_cpu, follows = on_host(given)
+    pairs = tk.list_pairs(columns, steps, batch, torch.tensor(runs.ends, dtype=torch.int32, device=DEVICE))
     n = len(given.x)
     for row in range(len(steps)):
         own = given.columns[given.units[row]].numpy()
         if not own.any():
             assert pairs.starts[row, -1, -1] == 0
             continue
-        examples, candidates, opened = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(1, np.uint64)
-        low, high, reach = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n)
-        largest = np.float64(given.steps[row].abs().max())
-        n_pairs, n_candidates = row_loops.list_pairs(
-            largest, Rows(given.x.numpy()).largest, given.y[row].numpy(), given.has_relu, own.max() - own.min(),
-            examples, low, high, reach, opened, candidates,
-        )  # fmt: skip
-        kinds = [np.empty(n, np.int64) for _ in range(3)]
-        begin, order = 0, []
+        expected, largest = row_loops.make_pairs(n), np.float64(given.steps[row].abs().max())
+        column, _ = column_of(follows, int(given.units[row]))
+        row_loops.list_pairs(row, largest, column, on_cpu, look_up_inputs(on_cpu.x), expected, np.zeros(len(steps)))
+        n_pairs, n_candidates = expected.n
+        examples, candidates, opened = expected.examples, expected.candidates, expected.opened
+        low, high = expected.numbers[:, :2].T
+        chosen, begin, order = np.empty(n, np.int64), 0, []
         for run, last in enumerate(runs.ends):
-            end = begin + int(np.searchsorted(examples[begin:n_pairs], last))
-            counts = row_loops.sort_by_reach(begin, end, reach, *kinds)
-            starts = np.cumsum([begin, *counts])
+            end, starts = begin + int(np.searchsorted(examples[begin:n_pairs], last)), [begin]
+            for kind in (row_loops.SHORT, row_loops.LONG, row_loops.BEYOND):
+                count = row_loops.pick(expected.kinds, kind, begin, end, chosen)
+                starts.append(starts[-1] + count)
+                order += chosen[:count].tolist()
             np.testing.assert_array_equal(pairs.starts[row, run].cpu(), starts)
-            order += [pair for kind, count in zip(kinds, counts, strict=True) for pair in kind[:count]]
             begin = end
         assert len(order) == n_pairs == pairs.starts[row, -1, -1]
         for ours, theirs in zip(
-            (pairs.example, pairs.low, pairs.high, pairs.reach), (examples, low, high, reach), strict=True
+            (pairs.example, pairs.low, pairs.high, pairs.reach),
+            (examples, low, high, expected.farthest),
+            strict=True,
         ):
             np.testing.assert_allclose(ours[row, :n_pairs].cpu(), theirs[order], rtol=1e-15)
         listed = pairs.candidates[row, : int(pairs.n_candidates[row])].cpu().numpy()
@@ -236,8 +242,8 @@ def test_pairs_are_those_of_the_compiled_loops(name: str) -> None:
 @pytest.mark.parametrize("form", ["relu", "logit"])
 def test_every_coefficient_is_that_of_the_compiled_loops(form: str) -> None:
     given = make_given(4, units=5, examples=17, classes=7, form=form)
-    columns, steps, y, batch = on_device(given)
-    pairs = tk.list_pairs(columns, steps, y, batch, torch.tensor([17], dtype=torch.int32, device=DEVICE))
+    columns, steps, batch = on_device(given)
+    pairs = tk.list_pairs(columns, steps, batch, torch.tensor([17], dtype=torch.int32, device=DEVICE))
     bounds = torch.zeros(5, dtype=torch.float64, device=DEVICE)
     ours = tk.fit_series(columns, pairs, batch, bounds).cpu().numpy()
     m, kappa = np.empty(series.ORDERS), np.empty(series.ORDERS)
@@ -279,7 +285,9 @@ def test_the_direct_formula_is_that_of_the_compiled_loops(form: str, confidence:
     values = None if form == "logit" else torch.from_numpy(v).to(DEVICE)
     columns = tk.Columns(torch.from_numpy(units).to(DEVICE), values, True)
     empty = torch.zeros(3, 1)
-    batch = tk.Batch(*(each.to(DEVICE) for each in (empty, intact.rest, torch.from_numpy(z), torch.from_numpy(labels))))
+    batch = Batch(
+        *(each.to(DEVICE) for each in (empty, empty.T, intact.rest, torch.from_numpy(z), torch.from_numpy(labels)))
+    )
     ours = tk.far_losses(columns, *(torch.from_numpy(each).to(DEVICE) for each in (rows, examples, ts)), batch).cpu()
     q = intact.rest.numpy()
     for row, n, t, loss in zip(rows, examples, ts.astype(np.float64), ours.tolist(), strict=True):
@@ -324,7 +332,7 @@ PARTS: dict[str, tuple[Any, Any]] = {
         np.float32,
         lambda x, y, z: series.long_sum(x, tuple(map(np.float32, (0.3, -0.7, y, z, 1.1, 0.9, -0.6, 0.8)))),
     ),
-    "unit_delta": (np.float32, row_loops.unit_delta),
+    "unit_delta": (np.float32, relu_change),
     "expm1_small": (np.float32, lambda x, y, z: series.expm1_small(x)),
     "expm1": (np.float64, lambda x, y, z: np.expm1(x * 3)),
     "log1p": (np.float64, lambda x, y, z: np.log1p(x * 0.9)),
@@ -371,7 +379,7 @@ def test_the_path_on_a_device_equals_one_weight_by_one(layer: str, sites: str) -
     partials = []
     for name in ("direct", "response"):
         given = some if sites != "all" else every if name == "response" else every.listed()
-        path: Any = open_path(name, model, parameter, given, x[:2], precision="mixed", top1=False, lanes=1)
+        path: Any = open_path(name, Setup(model, parameter, given), x[:2])
         path.on_device = True
         partials.append(
             run_batches(

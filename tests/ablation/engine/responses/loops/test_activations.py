@@ -161,7 +161,8 @@ def test_changes_that_rounding_swallows_are_not_seen(name: str) -> None:
         (nn.Softplus(beta=-1.0), None),
         (nn.ELU(), None),
         (nn.Mish(), None),
-        (nn.ReLU(), None),  # has loops of its own
+        (nn.ReLU(), Function(activations.RELU)),
+        (nn.Identity(), Function(activations.IDENTITY)),
     ],
 )
 def test_functions_are_known_with_their_arguments(module: nn.Module, expected: Function | None) -> None:
@@ -169,7 +170,7 @@ def test_functions_are_known_with_their_arguments(module: nn.Module, expected: F
     head = find_head(record_calls(model, torch.randn(2, 5)), "0.weight")
     assert head is not None
     assert head.function == expected
-    assert head.is_known is (expected is not None or isinstance(module, nn.ReLU))
+    assert head.is_relu is isinstance(module, nn.ReLU)
 
 
 def test_functions_called_in_other_ways_are_known_too() -> None:

@@ -12,8 +12,8 @@ from ablation.engine.calls import record_calls
 from ablation.engine.deltas import Deltas, make_runs
 from ablation.engine.interface import Setup
 from ablation.engine.paths import open_path
-from ablation.engine.responses.loops import curved
-from ablation.engine.responses.loops.activations import GELU, HARDSWISH, HARDTANH, Function
+from ablation.engine.responses.loops import rows
+from ablation.engine.responses.loops.activations import GELU, HARDSWISH, HARDTANH, IDENTITY, RELU, Function
 from ablation.engine.responses.way import find_tail
 from ablation.sites import EveryWeight, Sites
 from tests.compare import brute_force, count_moved
@@ -134,24 +134,29 @@ def test_the_loss_is_no_steeper_than_its_bound() -> None:
             t = np.linspace(-reach, reach, 41)
             loss = np.log1p((q * np.expm1(t[:, None] * (v - v[label]))).sum(axis=1))
             steepest = np.abs(np.diff(loss) / np.diff(t)).max()
-            slope = curved.slope_of_loss(q, v, 0, label, False)
+            slope = rows.slope_of_loss(q, v, 0, label, False)
             assert steepest <= slope * np.exp(2 * 0.3)
             closest = max(closest, steepest / slope)
             moved = np.log1p(q[0] * np.expm1(t)) if label else np.log1p(q.sum() * np.expm1(-t))
-            assert np.abs(np.diff(moved) / np.diff(t)).max() <= curved.slope_of_loss(q, v, 0, label, True) * np.exp(0.6)
+            assert np.abs(np.diff(moved) / np.diff(t)).max() <= rows.slope_of_loss(q, v, 0, label, True) * np.exp(0.6)
     assert closest > 1  # the control: without the growth on the way it is no bound
 
 
 def test_tails_say_which_function_they_have() -> None:
     x = torch.randn(2, 5, 4, 4)
-    cases = {nn.ReLU6(): Function(HARDTANH, 0.0, 6.0), nn.Hardswish(): Function(HARDSWISH), nn.GELU(): Function(GELU)}
+    cases = {
+        nn.ReLU(): Function(RELU),
+        nn.ReLU6(): Function(HARDTANH, 0.0, 6.0),
+        nn.Hardswish(): Function(HARDSWISH),
+        nn.GELU(): Function(GELU),
+    }
     for module, expected in cases.items():
         tail = find_tail(record_calls(make_tail(module), x), "0.weight")
         assert tail is not None
-        assert (tail.function, tail.has_relu) == (expected, False)
-    relu = find_tail(record_calls(make_tail(nn.ReLU()), x), "0.weight")
-    assert relu is not None
-    assert (relu.function, relu.has_relu) == (None, True)
+        assert tail.function == expected
+    without = find_tail(record_calls(make_tail(nn.Identity()), x), "0.weight")
+    assert without is not None
+    assert without.function == Function(IDENTITY)
     for unknown in (
         nn.ELU(),
         nn.GELU("tanh"),
