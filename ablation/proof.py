@@ -19,8 +19,9 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from ablation.cost import PROVED_WHOLE
-from ablation.engine.deltas import Deltas
+from ablation.engine.deltas import Deltas, Responses
 from ablation.engine.interface import EnginePath
+from ablation.engine.loss import Intact
 from ablation.errors import ProofError
 from ablation.job import Job
 from ablation.loss import CROSS_ENTROPY, Loss, loss_values
@@ -144,7 +145,7 @@ def compare(
         intact, pieces = path.run(inputs, labels)
         largest_logit = max(largest_logit, float(intact.logits.abs().max()))
         unit = max(unit, _unit(loss, intact.logits, labels))
-        columns["engine"].append(torch.cat([piece.delta for piece in pieces if isinstance(piece, Deltas)]))
+        columns["engine"].append(torch.cat([_deltas_of(piece, intact).delta for piece in pieces]))
         columns["continued"].append(reference_deltas(model, parameter, sites, inputs, labels, loss))
     model = in_float64(model)  # only now: the reference keeps float64 numbers, too, while it runs
     for inputs, labels in cut_short(batches, PROVED_WHOLE):
@@ -152,6 +153,11 @@ def compare(
     arrays = {name: torch.cat(parts, dim=1).cpu().numpy() for name, parts in columns.items()}
     rounding = ROUNDING * (unit + mean_loss) + ROUNDING / 10 * unit * largest_logit
     return Compared(**arrays, sums=sums, utility_rms=utility_rms, rounding=rounding)
+
+
+def _deltas_of(piece: Deltas | Responses, intact: Intact) -> Deltas:
+    """The deltas example by example; response functions, which a path yields for many sites, compute them."""
+    return piece if isinstance(piece, Deltas) else piece.deltas_of(np.arange(piece.rows.stop), intact)
 
 
 def _unit(loss: Loss, logits: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> float:

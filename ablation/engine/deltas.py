@@ -63,8 +63,8 @@ class Responses(Protocol):
     def add(self, sums: dict[str, Any], runs: Runs, bounds: Any) -> None:
         """Add this batch's sums to `sums`, arrays of shape (sites,), and its error bounds to `bounds` (units,).
 
-        `sums` has `delta` and, where wanted, `delta_squared` and `touched`; for runs of classes also the sums `open`
-        and `open_squared` of the class under way, and `within`, the variance of those that are complete.
+        `sums` has `delta` and, where wanted, `delta_squared` and `touched`; for runs of classes also `class_delta` and
+        `class_delta_squared`, the sums over the class under way, and `within`, the variance of complete classes.
         """
         ...
 

@@ -42,7 +42,7 @@ class Sums:
             for name in (
                 *("delta", "delta_squared"),
                 *(("proof",) if proof else ()),
-                *(("within", "open", "open_squared") if per_class else ()),
+                *(("within", "class_delta", "class_delta_squared") if per_class else ()),
             )
         }
         self.count = {
@@ -111,14 +111,14 @@ class Sums:
         first, n = 0, delta.shape[1]
         while first < n:
             last = min(n, first + per_class - (self.n_seen + first) % per_class)
-            self.float["open"][rows] += delta[:, first:last].sum(dim=1)
-            self.float["open_squared"][rows] += squared[:, first:last].sum(dim=1)
+            self.float["class_delta"][rows] += delta[:, first:last].sum(dim=1)
+            self.float["class_delta_squared"][rows] += squared[:, first:last].sum(dim=1)
             if (self.n_seen + last) % per_class == 0:
                 self._close(rows, per_class)
             first = last
 
     def _close(self, rows: slice, per_class: int) -> None:
-        total, total_squared = self.float["open"][rows], self.float["open_squared"][rows]
+        total, total_squared = self.float["class_delta"][rows], self.float["class_delta_squared"][rows]
         if per_class > 1:
             deviation = (total_squared - total * total / per_class).clamp(min=0)
             self.float["within"][rows] += per_class / (per_class - 1) * deviation
@@ -128,7 +128,7 @@ class Sums:
     def finish(self) -> PartialSums:
         """Return the frozen partial."""
         self._add_proved()
-        floats = {name: values for name, values in self.float.items() if "open" not in name}
+        floats = {name: values for name, values in self.float.items() if "class_delta" not in name}
         totals = {
             "n_examples": self.n_seen,
             "n_correct": self.n_correct,

@@ -498,3 +498,12 @@ def test_where_no_site_is_run_nothing_is_proved() -> None:
     assert table.about["proof"] is None
     assert ("largest error", "not checked (no site was run)") in summary_lines(table.summary())
     table.plot()
+
+
+def test_a_proof_may_have_more_sites_than_the_loops_score_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5))
+    data = torch.randn(40, 12, generator=generator), torch.randint(5, (40,), generator=generator)
+    table = ablation.ablate(model, "0", {"test": data}, engine="response", verify=100, progress=False)
+    assert table.about["proof"]["n_sites"] == 100
+    assert table.about["proof"]["arithmetic_error"] < 1e-4

@@ -1,4 +1,4 @@
-"""The busiest loops of the finite-difference path on a CPU, in float32: one pass where PyTorch's operations take many.
+"""Compiled loops of a Linear and the ReLU behind it, in float32 on a CPU: one pass where PyTorch takes many.
 
     product        a matrix product by oneDNN (MKL leaves AVX-512 unused on other makers' processors: half the speed)
     picked         some rows and columns of a matrix; `lengths`: of its rows, over some of the columns
@@ -28,7 +28,7 @@ from ablation.engine.threads import over_rows
 TILE_UNITS = 64  # that one entry of a run is multiplied by at once: four vectors
 UNIT_STEP = 32  # numbers of units are rounded up to multiples of it
 ONEDNN_PRODUCTS = 1 << 24  # multiplications that are worth the making of a kernel for their shape
-SHARED = 4  # where 1 of so many ablations may open a unit, it is computed for all: a product is quicker
+SHARED = 4  # where 1 of so many ablations may activate a unit, it is computed for all: a product is quicker
 
 
 def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:
@@ -85,7 +85,7 @@ def _lengths(first, last, matrix, counted, result):
             result[case, row] = np.sqrt(total)
 
 
-# --- which units may open -------------------------------------------------------------------------------------------
+# --- which units may be activated -------------------------------------------------------------------------------------
 
 
 def sizes(moves: Float[Tensor, "rows columns"]) -> Float64[Tensor, " rows"]:
@@ -98,9 +98,9 @@ def sizes(moves: Float[Tensor, "rows columns"]) -> Float64[Tensor, " rows"]:
 
 
 def reaches(base: Float[Tensor, "*shape"], length: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
-    """How long dx must be at least to open a closed unit, dy = W dx: |dy_o| <= |W_o| |dx| (Cauchy-Schwarz).
+    """The least length of dx that can activate an inactive unit, dy = W dx: |dy_o| <= |W_o| |dx| (Cauchy-Schwarz).
 
-    Infinite where nothing finite can, minus infinite where the unit is open.
+    Infinity where nothing finite can, minus infinity where the unit is active.
     """
     reach = -base.double() / (length * (1 + 1e-3))  # with room for rounding
     return reach.nan_to_num_(nan=torch.inf, posinf=torch.inf).masked_fill_(base > 0, -torch.inf)
@@ -116,7 +116,7 @@ def run_rows(
     base: Float32[Tensor, "examples outputs"],
 ) -> list[tuple[Int64[Tensor, " _"], Float32[Tensor, "ablations _"]]]:
     """relu(y + dy) - relu(y) for dy = W dx, where dx is `numbers` from input `first` on: for each example, the outputs
-    that are open before or for any ablation, and their deltas.
+    that are active before or under any ablation, and their deltas.
 
     Ablations of the same run share its columns of the matrix, a tile of outputs at a time; zeros of dx are skipped.
     """
@@ -128,45 +128,47 @@ def run_rows(
     room = (n_examples, n_ablations, -(-moves.shape[2] // 4) * 4)
     values, places, n_moving = np.zeros(room, np.float32), np.zeros(room, np.uint64), np.zeros(room[:2], np.int64)
     over_rows(_compress, n_ablations, moves.size, moves, values, places, n_moving)
-    is_open = base > 0
-    n_open = F.pad(is_open, (0, -len(matrix) % TILE_UNITS)).unflatten(1, (-1, TILE_UNITS)).sum(dim=2).cumsum(dim=1)
-    n_before = F.pad(n_open, (1, 0)).numpy()  # open units in the tiles before each
-    kept = matrix.new_empty(n_examples, n_ablations, int(n_open[:, -1].max()) + 1)  # the open units' deltas
-    others = matrix.new_empty(n_examples, len(matrix), n_ablations + 16)  # those of units that an ablation opens, few
-    opened = torch.zeros_like(is_open)
+    is_active = base > 0
+    n_active = F.pad(is_active, (0, -len(matrix) % TILE_UNITS)).unflatten(1, (-1, TILE_UNITS)).sum(dim=2).cumsum(dim=1)
+    n_before = F.pad(n_active, (1, 0)).numpy()  # active units in the tiles before each
+    kept = matrix.new_empty(n_examples, n_ablations, int(n_active[:, -1].max()) + 1)  # the active units' deltas
+    others = matrix.new_empty(
+        n_examples, len(matrix), n_ablations + 16
+    )  # those of the few units that an ablation activates
+    activated = torch.zeros_like(is_active)
     over_rows(
         _run_tiles, n_before.shape[1] - 1, n_ablations * base.numel(), matrix.numpy(),
         _Runs(starts.numpy(), bounds, moves.shape[2]), _Moves(values, places, n_moving), base.numpy(),
-        _Results(kept.numpy(), others.numpy(), opened.numpy(), n_before),
+        _Results(kept.numpy(), others.numpy(), activated.numpy(), n_before),
     )  # fmt: skip
     rows = []
     for example in range(n_examples):
-        n = int(n_open[example, -1])
-        behind = _filled(opened[example], ~(is_open[example] | opened[example]), n)
+        n = int(n_active[example, -1])
+        behind = _filled(activated[example], ~(is_active[example] | activated[example]), n)
         result = matrix.new_empty(n_ablations, n + len(behind))
         over_rows(
             _in_order, n_ablations, result.numel(), kept[example, :, :n].numpy(), others[example].numpy(),
-            behind.numpy(), opened[example].numpy(), order.numpy(), result.numpy(),
+            behind.numpy(), activated[example].numpy(), order.numpy(), result.numpy(),
         )  # fmt: skip
-        rows.append((torch.cat([is_open[example].nonzero()[:, 0], behind]), result))
+        rows.append((torch.cat([is_active[example].nonzero()[:, 0], behind]), result))
     return rows
 
 
 def _filled(chosen: Bool[Tensor, " units"], rest: Bool[Tensor, " units"], n_before: int) -> Int64[Tensor, " _"]:
-    """The chosen units, and so many of the rest that `n_before` and they come to a multiple of `UNIT_STEP`."""
+    """The chosen units, padded from the others so that with `n_before` they are a multiple of `UNIT_STEP`."""
     which = torch.cat([chosen.nonzero()[:, 0], rest.nonzero()[:, 0]])
     return which[: _rounded(n_before + int(chosen.sum()), n_before + len(which)) - n_before]
 
 
 def _rounded(n: int, most: int) -> int:
-    """Up to the next multiple of `UNIT_STEP`: each new shape of a product costs time."""
+    """Round up to a multiple of `UNIT_STEP`, since each new shape of a product costs time."""
     return min(most, -(-n // UNIT_STEP) * UNIT_STEP)
 
 
 @kernel
 @no_type_check
 def _compress(first, last, moves, values, places, n_moving):
-    """The numbers that are not 0, and where they are; 0 at place 0 behind."""
+    """Write the numbers that are not 0 and their places, padded with 0 at place 0."""
     for ablation in range(first, last):
         for example in range(len(moves)):
             n = 0
@@ -179,7 +181,7 @@ def _compress(first, last, moves, values, places, n_moving):
 
 
 class _Runs(NamedTuple):
-    """Where the inputs of the ablations begin, each distinct start once."""
+    """The distinct first inputs of the ablations."""
 
     starts: np.ndarray  # (starts), int64
     bounds: np.ndarray  # (starts + 1), int64: the ablations of each start, which lie one after the other
@@ -197,10 +199,10 @@ class _Moves(NamedTuple):
 class _Results(NamedTuple):
     """The deltas of units behind the ReLU."""
 
-    kept: np.ndarray  # (examples, ablations, open units)
-    others: np.ndarray  # (examples, units, ablations): of the closed units that an ablation opens
-    opened: np.ndarray  # (examples, units): which units those are
-    n_before: np.ndarray  # (examples, tiles + 1): how many open units there are in the tiles before each
+    kept: np.ndarray  # (examples, ablations, active units)
+    others: np.ndarray  # (examples, units, ablations): of the inactive units that an ablation activates
+    activated: np.ndarray  # (examples, units): which units those are
+    n_before: np.ndarray  # (examples, tiles + 1): how many active units there are in the tiles before each
 
 
 class _Tile(NamedTuple):
@@ -208,9 +210,9 @@ class _Tile(NamedTuple):
 
     columns: np.ndarray  # (run, TILE_UNITS): the matrix, transposed
     moved: np.ndarray  # (TILE_UNITS): dy of one ablation
-    least: np.ndarray  # (examples, TILE_UNITS): an open unit's delta where it is shut
-    shut: np.ndarray  # (examples, TILE_UNITS): what dy must exceed to open a unit; infinite for open ones
-    is_open: np.ndarray  # (examples, TILE_UNITS), unsigned: no check for places counted from the end
+    least: np.ndarray  # (examples, TILE_UNITS): an active unit's delta where the ablation deactivates it
+    threshold: np.ndarray  # (examples, TILE_UNITS): dy must exceed it to activate a unit; infinite for active ones
+    is_active: np.ndarray  # (examples, TILE_UNITS), unsigned: no check for places counted from the end
 
 
 @kernel
@@ -227,7 +229,7 @@ def _run_tiles(first, last, matrix, runs, moves, base, results):
         begin = at * TILE_UNITS
         size = min(TILE_UNITS, base.shape[1] - begin)
         for e in range(n_examples):
-            _list_open(base[e, begin : begin + size], tile.is_open[e], tile.least[e], tile.shut[e])
+            _list_active(base[e, begin : begin + size], tile.is_active[e], tile.least[e], tile.threshold[e])
         for s in range(len(runs.starts)):
             _turn(matrix, begin, size, runs.starts[s], runs.length, tile.columns)
             for e in range(n_examples):
@@ -244,17 +246,17 @@ def _run_tiles(first, last, matrix, runs, moves, base, results):
 
 @kernel
 @no_type_check
-def _list_open(base, is_open, least, shut):
-    """Fill one example's row of a tile: its open units and what shuts them, and what opens the others."""
+def _list_active(base, is_active, least, threshold):
+    """Fill one example's row of a tile: its active units with their least deltas, and the other units' thresholds."""
     n = 0
-    shut[:] = np.inf
+    threshold[:] = np.inf
     for u in range(len(base)):
         if base[u] > 0:
-            is_open[n] = u
+            is_active[n] = u
             least[n] = -base[u]
             n += 1
         else:
-            shut[u] = -base[u]
+            threshold[u] = -base[u]
 
 
 @kernel
@@ -273,24 +275,24 @@ def _multiply(columns, values, places, n, moved):
 @kernel
 @no_type_check
 def _keep(e, ablation, at, base, tile, results):
-    """Write the deltas of one (example, ablation) for the open units of a tile, and for those that it opens."""
-    which, leasts, shuts, moved = tile.is_open[e], tile.least[e], tile.shut[e], tile.moved
+    """Write the deltas of one (example, ablation) for the active units of a tile, and for those that it activates."""
+    which, leasts, thresholds, moved = tile.is_active[e], tile.least[e], tile.threshold[e], tile.moved
     here = results.kept[e, ablation, results.n_before[e, at] : results.n_before[e, at + 1]]
     for k in range(len(here)):
         u = which[k]
         here[k] = leasts[k] if moved[u] < leasts[k] else moved[u]
     n_opening = np.int32(0)
     for u in range(TILE_UNITS):
-        n_opening += np.int32(not moved[u] <= shuts[u])  # NaN opens
+        n_opening += np.int32(not moved[u] <= thresholds[u])  # NaN activates
     if n_opening:
         units = slice(at * TILE_UNITS, at * TILE_UNITS + len(base))
-        opened, others = results.opened[e, units], results.others[e, units]
+        activated, others = results.activated[e, units], results.others[e, units]
         for u in range(len(base)):
-            if not (moved[u] <= shuts[u] or base[u] > 0):
-                if not opened[u]:
-                    opened[u] = True
+            if not (moved[u] <= thresholds[u] or base[u] > 0):
+                if not activated[u]:
+                    activated[u] = True
                     others[u] = 0
-                others[u, ablation] = moved[u] - shuts[u]
+                others[u, ablation] = moved[u] - thresholds[u]
 
 
 @kernel
@@ -311,14 +313,14 @@ def _turn(matrix, begin, size, start, run, tile):
 
 @kernel
 @no_type_check
-def _in_order(first, last, kept, others, behind, opened, order, result):
-    """Write the ablations back in their order: the open units, and those behind them; 0 where nothing opens."""
+def _in_order(first, last, kept, others, behind, activated, order, result):
+    """Write the ablations back in their order: the active units, and those behind them; 0 where none is activated."""
     n = kept.shape[1]
     for ablation in range(first, last):
         row = result[order[ablation]]
         row[:n] = kept[ablation]
         for k in range(len(behind)):
-            row[n + k] = others[behind[k], ablation] if opened[behind[k]] else np.float32(0)
+            row[n + k] = others[behind[k], ablation] if activated[behind[k]] else np.float32(0)
 
 
 # --- a Linear and a ReLU behind few columns ---------------------------------------------------------------------------
@@ -331,9 +333,9 @@ def column_rows(
     base: Float32[Tensor, "examples outputs"],
 ) -> list[tuple[Int64[Tensor, " _"], Float32[Tensor, "ablations _"]]]:
     """relu(y + dy) - relu(y) for dy = W dx, where of each example only some `columns` of dx move: the outputs that are
-    open before or for any ablation, and their deltas.
+    active before or under any ablation, and their deltas.
 
-    A closed output is computed only for the ablations that may open it (`reaches`).
+    An inactive output is computed only for the ablations that may activate it (`reaches`).
     """
     counted = torch.zeros(len(base), matrix.shape[1], dtype=torch.bool, device="cpu")
     for example, which in enumerate(columns):
@@ -343,67 +345,69 @@ def column_rows(
 
 
 def _column_row(matrix: Tensor, columns: Tensor, moves: Tensor, base: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """One example's units and their deltas: first the open units, then the near ones, which many ablations may open and
-    which are computed for all of them, then the far ones.
+    """Return one example's units and their deltas: active units, near ones, far ones.
+
+    Near units may be activated by many ablations and are computed for all of them; far ones only by a few.
     """
     moves = moves.contiguous()
     size, order = sizes(moves).sort(descending=True)
     reach, units = reach.sort(stable=True)
     base = base[units]
-    n_ablations = torch.searchsorted(
-        -size, -reach, right=True
-    )  # so many ablations, those that move most, may open each
-    n_open = int(torch.searchsorted(reach, 0.0))
-    n_near = _rounded(int((n_ablations * SHARED > len(moves)).sum()), len(units)) - n_open
-    n_far = max(0, int((n_ablations > 0).sum()) - n_open - n_near)
-    shut, shut_units, n_ablations = base[n_open:], units[n_open:], n_ablations[n_open:]
-    moved = product(moves, picked(matrix, units[: n_open + n_near], columns))
-    others = moves.new_empty(len(shut), len(moves))
-    opened = torch.zeros(len(shut), dtype=torch.bool, device="cpu")
-    others[:n_near] = relu_delta(shut[:n_near], moved[:, n_open:]).T
-    opened[:n_near] = (others[:n_near] != 0).any(dim=1)
-    far = _Far(*(each[n_near : n_near + n_far].numpy() for each in (shut_units, n_ablations, shut, others, opened)))
+    # Each unit may be activated by so many of the ablations that move most.
+    n_ablations = torch.searchsorted(-size, -reach, right=True)
+    n_active = int(torch.searchsorted(reach, 0.0))
+    n_near = _rounded(int((n_ablations * SHARED > len(moves)).sum()), len(units)) - n_active
+    n_far = max(0, int((n_ablations > 0).sum()) - n_active - n_near)
+    inactive, inactive_units, n_ablations = base[n_active:], units[n_active:], n_ablations[n_active:]
+    moved = product(moves, picked(matrix, units[: n_active + n_near], columns))
+    others = moves.new_empty(len(inactive), len(moves))
+    activated = torch.zeros(len(inactive), dtype=torch.bool, device="cpu")
+    others[:n_near] = relu_delta(inactive[:n_near], moved[:, n_active:]).T
+    activated[:n_near] = (others[:n_near] != 0).any(dim=1)
+    far = _Far(
+        *(each[n_near : n_near + n_far].numpy() for each in (inactive_units, n_ablations, inactive, others, activated))
+    )
     args = matrix.numpy(), columns.numpy(), moves.numpy(), order.numpy(), far
-    over_rows(_opening, n_far, n_far * len(moves) * len(columns), *args)
-    behind = _filled(opened, ~opened, n_open)
-    result = moves.new_empty(len(moves), n_open + len(behind))
-    torch.maximum(moved[:, :n_open], -base[:n_open], out=result[:, :n_open])
-    result[:, n_open:] = torch.where(opened[behind, None], others[behind], 0).T
-    return torch.cat([units[:n_open], shut_units[behind]]), result
+    over_rows(_activate, n_far, n_far * len(moves) * len(columns), *args)
+    behind = _filled(activated, ~activated, n_active)
+    result = moves.new_empty(len(moves), n_active + len(behind))
+    torch.maximum(moved[:, :n_active], -base[:n_active], out=result[:, :n_active])
+    result[:, n_active:] = torch.where(activated[behind, None], others[behind], 0).T
+    return torch.cat([units[:n_active], inactive_units[behind]]), result
 
 
 class _Far(NamedTuple):
-    """Closed units that only some ablations may open."""
+    """Inactive units that only some ablations may activate."""
 
     units: np.ndarray
-    n_ablations: np.ndarray  # so many ablations, those that move most, may open each
+    n_ablations: np.ndarray  # how many of the ablations that move most may activate each
     base: np.ndarray
     others: np.ndarray  # (units, ablations): their deltas
-    opened: np.ndarray  # whether an ablation opens them
+    activated: np.ndarray  # whether an ablation activates them
 
 
 @kernel
 @no_type_check
-def _opening(first, last, matrix, columns, moves, order, far):
-    """Compute what closed units let through, each for the ablations that may open it."""
+def _activate(first, last, matrix, columns, moves, order, far):
+    """Compute what inactive units let through, each for the ablations that may activate it."""
     row = np.empty(len(columns), np.float32)
     for k in range(first, last):
         source = matrix[far.units[k]]
         for j in range(len(columns)):
             row[j] = source[np.uint64(columns[j])]
         for n in range(far.n_ablations[k]):
-            _open_one(k, order[n], row, moves[order[n]], far)
+            _activate_one(k, order[n], row, moves[order[n]], far)
 
 
 @kernel
 @no_type_check
-def _open_one(k, ablation, row, move, far):
-    """Write the delta of one far unit for one ablation, where that opens it."""
+def _activate_one(k, ablation, row, move, far):
+    """Write the delta of one far unit for one ablation, where that activates it."""
     moved = far.base[k]
     for j in range(len(row)):
         moved += row[j] * move[j]
-    if not moved <= 0:  # NaN opens
-        if not far.opened[k]:
-            far.opened[k] = True
+    if not moved <= 0:  # NaN activates
+        if not far.activated[k]:
+            far.activated[k] = True
             far.others[k] = 0
         far.others[k, ablation] = moved

@@ -24,7 +24,7 @@ NO_SUMS = np.zeros((0, 0))  # in place of sums that are not wanted
 
 
 def look_up_inputs(x: Float32[np.ndarray, "examples inputs"]) -> Inputs:
-    """What the loops over whole rows look up of a batch's inputs."""
+    """Properties of a batch's inputs that the loops over whole rows look up."""
     bits = np.packbits(x != 0, axis=0, bitorder="little")
     padded = np.zeros((-(-len(x) // WORD) * 8, x.shape[1]), np.uint8)
     padded[: len(bits)] = bits
@@ -78,7 +78,7 @@ class Loops:
 
 
 def open_loops(head: OpenHead) -> Loops | None:
-    """The loops for a head, on the host; None where they don't fit."""
+    """The compiled loops for a head on the host; None where they cannot compute it."""
     is_narrow = head.last is None or head.last.given.dtype != torch.float64
     if not is_narrow or head.head.function is None:
         return None

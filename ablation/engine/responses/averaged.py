@@ -1,8 +1,8 @@
 """Convolutions whose channel is averaged before the last Linear: sampled weights, or all weights of a channel.
 
 In: a batch. Out: the intact network, and the deltas of single weights (path `direct`) or their sums over the batch for
-whole channels (path `response`). The loops are in `averaged.py`; on other devices they run on the host, since all that
-they need of a batch is the layer's input and one number per position.
+whole channels (path `response`). The loops (`loops/averaged.py`) run on the
+host whatever the device, since all that they need of a batch is the layer's input and one number per position.
 """
 
 import inspect
@@ -36,7 +36,7 @@ PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs held together: 8 MB a float64 m
 
 @dataclass(frozen=True)
 class TailBatch:
-    """What the intact network computes of one batch, as the tail needs it."""
+    """The values that the intact network computes on one batch and that the tail needs."""
 
     x: Float[Tensor, "examples inputs height width"]  # the convolution's input
     y: Float[Tensor, "examples channels positions"]  # before f: of the target's channels alone
@@ -64,7 +64,7 @@ class OpenTail:
 
 
 class _Watch(FromTargetOn):
-    """Follows the target's channels from call to call, and keeps what goes in on both ends."""
+    """Follows the target's channels from call to call; keeps the convolution's input and the input of the function."""
 
     def __init__(self, target: Tensor, tail: Tail) -> None:
         super().__init__(target)
@@ -116,7 +116,7 @@ class _Watch(FromTargetOn):
 
 @dataclass(frozen=True)
 class Form:
-    """What is the same in every batch."""
+    """The part of a tail that is the same in every batch."""
 
     tail: Tail
     shape: tuple[int, ...]  # of the weight
@@ -124,7 +124,7 @@ class Form:
     device: torch.device
 
     def layout(self, units: Int64[np.ndarray, " channels"], height: int, width: int) -> Layout:
-        """Where channels and positions are; height and width are those of the padded input."""
+        """The layout of channels and positions, for a padded input of this height and width."""
         (down, right), (dy, dx), (kh, kw) = self.tail.stride, self.tail.dilation, self.shape[2:]
         rows = np.arange((height - dy * (kh - 1) - 1) // down + 1) * down
         columns = np.arange((width - dx * (kw - 1) - 1) // right + 1) * right
@@ -193,7 +193,7 @@ class ChannelResponses:
 
     @property
     def n_units(self) -> int:
-        """How many channels there are."""
+        """Number of channels."""
         return len(self.sites) // int(np.prod(self.batch.form.shape[1:]))
 
     def add(self, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
@@ -219,8 +219,9 @@ class ChannelResponses:
                 batch.layout, batch.largest, batch.by_position, batch.form.follows, runs,
                 Sums(
                     delta=taken("delta", part), delta_squared=taken("delta_squared", part),
-                    touched=taken("touched", part, np.int32), open=taken("open", of_class),
-                    open_squared=taken("open_squared", of_class), within=taken("within", of_class), bounds=bounds[part],
+                    touched=taken("touched", part, np.int32), class_delta=taken("class_delta", of_class),
+                    class_delta_squared=taken("class_delta_squared", of_class), within=taken("within", of_class),
+                    bounds=bounds[part],
                 ),
             )  # fmt: skip
 
@@ -242,7 +243,7 @@ class ChannelResponses:
 
 
 class Pooled:
-    """The path of one job: holds the model, the tail's numbers, and the sites."""
+    """The paths `direct` and `response` of one job with an averaged convolution: the model, the tail, and the sites."""
 
     def __init__(self, setup: Setup, tail: Tail) -> None:
         if setup.precision == "float64" or setup.top1:

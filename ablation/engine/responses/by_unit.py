@@ -11,7 +11,7 @@ from ablation.sites import EveryWeight, Sites
 
 @dataclass(frozen=True)
 class ByUnit:
-    """The sites row of the weight by row of it: which units, and where each one's sites are."""
+    """The sites sorted by unit: the units, and where the sites of each of them begin."""
 
     sites: Sites
     units: Int64[np.ndarray, " units"]
@@ -20,7 +20,7 @@ class ByUnit:
     n_inputs: int
 
     def steps(self, block: slice) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Replacement minus weight of some units' rows, 0 beside the sites; and where each of the sites is there."""
+        """The steps r - w of all weights of some units, 0 beside the sites; and the sites' places in them."""
         rows = slice(self.starts[block.start], self.starts[block.stop])
         shape = block.stop - block.start, self.n_inputs
         if self.order is None:
@@ -34,17 +34,17 @@ class ByUnit:
 
     @cached_property
     def _whole_steps(self) -> np.ndarray:
-        """Of whole rows, kept: every batch asks for them, and for the proof's examples once more."""
+        """The steps of whole rows, kept because every batch asks for them."""
         return self.sites.steps_float32().cpu().numpy().reshape(len(self.units), self.n_inputs)
 
     def rows(self, block: slice) -> slice | np.ndarray:
-        """Of the table: those of some units' sites."""
+        """The rows of the table that hold the sites of some units."""
         rows = slice(self.starts[block.start], self.starts[block.stop])
         return rows if self.order is None else self.order[rows]
 
 
 def sort_by_unit(sites: Sites, n_inputs: int) -> ByUnit:
-    """Sites of a Linear's weight (units, inputs), by unit."""
+    """Sort the sites of a Linear's weight (units, inputs) by unit."""
     if isinstance(sites, EveryWeight):
         units = np.arange(sites.first // n_inputs, sites.last // n_inputs)
         return ByUnit(sites, units, None, np.arange(len(units) + 1) * n_inputs, n_inputs)

@@ -1,6 +1,6 @@
 """Classifier heads: Linear -> elementwise f -> at most one more Linear -> cross-entropy, many sites at once.
 
-One weight w_ij moves one unit i, and only through d = (r - w_ij) x_j (DESIGN.md 3.3). So per (site, example):
+One weight w_ij moves one unit i, and only through d = (r - w_ij) x_j (docs/03-engine.md). So per (site, example):
 
     t  = f(y_i + d) - f(y_i)          one number; 0 for most pairs: x_j = 0, or a ReLU closed before and after
     dz = t V[:, i]                    every logit, a scaled column of the last Linear
@@ -30,7 +30,7 @@ PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs looked at together: 8 MB a floa
 
 
 class Direct:
-    """The fast path of one job: holds the model, the head's numbers in the base's precision, and the sites."""
+    """The path `direct` of one job: the model, the head in the base's precision, and the sites."""
 
     def __init__(self, setup: Setup, head: Head) -> None:
         self.open_head = OpenHead(setup.model, head, setup.base_dtype, setup.activations)
@@ -60,11 +60,11 @@ class Direct:
         return intact, self._deltas(intact, x.T.contiguous(), batch.y.T.contiguous())
 
     def keep_prefix(self, inputs: Tensor) -> None:
-        """Let the cache have what other shards need of this batch."""
+        """Put what other shards need of this batch into the cache."""
         self.open_head.run(inputs)
 
     def _score(self, intact: Intact, batch: HeadBatch, loops: Loops) -> Iterator[Deltas]:
-        """By the compiled loops, which look at every pair once."""
+        """Compute the deltas by the compiled loops, which visit every pair once."""
         x = torch.ones(1, len(batch.x)) if self.input is None else batch.x.float().T.contiguous()
         record = loops.of_batch(intact, batch)
         at_once = max(1, PAIRS_AT_ONCE // len(batch.x))
@@ -98,7 +98,7 @@ class Direct:
     def _unit_deltas(
         self, rows: slice, x: Float[Tensor, "inputs examples"], y: Float[Tensor, "units examples"]
     ) -> Float[Tensor, "sites examples"]:
-        """t: how much the unit behind f moves. A small smooth f(y+d) - f(y) in float64 is right to 2e-16 of f(y)."""
+        """t = f(y + d) - f(y); behind a smooth f a difference in float64, exact to 2e-16 of f(y)."""
         step = self.step[rows, None].to(x.dtype)
         d = step.expand(-1, x.shape[1]) if self.input is None else step * x[self.input[rows]]
         if not self.head.functions:

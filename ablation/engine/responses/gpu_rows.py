@@ -1,4 +1,4 @@
-"""Whole rows of a classifier head on a CUDA device: what `rows.py` does on the host, with sums that stay there.
+"""Whole rows of a classifier head on a CUDA device: as `rows.py` on the host, with sums that stay on the device.
 
 For heads whose function is ReLU or none. The kernels are in `triton_rows.py`; this file is read only where there is
 such a device, since not every torch comes with Triton.
@@ -20,12 +20,12 @@ from ablation.engine.responses.loops.records import Batch
 from ablation.engine.responses.loops.triton_rows import Columns, add_rows
 
 DELTAS_AT_ONCE = 1 << 25  # (weight of the chosen units, example)
-SUMMED = ("delta", "delta_squared", "touched", "open", "open_squared", "within")
+SUMMED = ("delta", "delta_squared", "touched", "class_delta", "class_delta_squared", "within")
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Replacement minus weight of whole rows, 0 beside the sites; and where each of the sites is."""
+    """The steps r - w of whole rows, 0 for weights that are no sites; and the sites' places in them."""
 
     values: Float32[Tensor, "units inputs"]
     places: tuple[Tensor, Tensor] | None  # in the table's order; None: the sites are whole rows, one after the other
@@ -46,7 +46,7 @@ def make_steps(by_unit: ByUnit, device: torch.device) -> Steps:
 
 @dataclass(frozen=True)
 class DeviceHead:
-    """What of a head is the same for every batch."""
+    """The part of a head that is the same for every batch."""
 
     columns: Columns
     steps: Steps
@@ -81,12 +81,12 @@ class DeviceRows:
 
     @property
     def device(self) -> torch.device:
-        """Where the sums are."""
+        """The device that holds the sums."""
         return self.batch.y.device
 
     @property
     def n_units(self) -> int:
-        """How many rows of the weight the sites lie in."""
+        """Number of units whose weights the sites are."""
         return len(self.batch.y)
 
     @property
@@ -143,7 +143,7 @@ class DeviceRows:
         return by_run[unit, :, inputs], self._touched(unit, steps[places], self.batch.x[:, inputs].T)
 
     def _touched(self, unit: Tensor, steps: Float32[Tensor, " sites"], x: Float32[Tensor, "sites examples"]) -> Tensor:
-        """Whether input and unit are active; or the unit closed, and opened by this input."""
+        """Whether input and unit are active, or the input activates the unit."""
         moved = (x != 0) & (steps != 0)[:, None] & self.head.columns.is_heard[unit, None]
         if not self.head.columns.has_relu:
             return moved

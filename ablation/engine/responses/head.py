@@ -34,7 +34,7 @@ def activate(head: Head, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """What the intact head computes of one batch."""
+    """The values that the intact head computes on one batch."""
 
     x: Float[Tensor, "examples inputs"]  # as the model computes it
     y: Float[Tensor, "examples units"]
@@ -42,7 +42,7 @@ class HeadBatch:
 
 
 class OpenHead:
-    """A head with its model: its Linears in the base's precision. `units`: whose y are asked for; None: of all."""
+    """A head with its model and its Linears in the base's precision; `units`: those whose y is computed, None: all."""
 
     def __init__(
         self, model: torch.nn.Module, head: Head, dtype: torch.dtype, activations: Activations | None = None,
@@ -59,7 +59,7 @@ class OpenHead:
 
     @cached_property
     def own(self) -> Linear:
-        """The target, as far as it is asked for."""
+        """The target, cut to the units whose y is computed."""
         return self.first if self.units is None else self.first.of_units(self.units)
 
     def run(self, inputs: Tensor) -> HeadBatch:
@@ -83,7 +83,7 @@ class OpenHead:
 
 
 def catch_input(model: torch.nn.Module, target: Tensor, inputs: Tensor) -> Float[Tensor, "examples inputs"]:
-    """What the model feeds to the Linear that uses `target`; nothing after it is run. Large batches go in parts."""
+    """Return the input of the Linear that uses `target`; nothing after it runs, and large batches run in parts."""
     if len(inputs) > PREFIX_EXAMPLES:
         return torch.cat([catch_input(model, target, part) for part in inputs.split(PREFIX_EXAMPLES)])
     mode = _InputOf(target)
@@ -94,7 +94,7 @@ def catch_input(model: torch.nn.Module, target: Tensor, inputs: Tensor) -> Float
 
 
 class _Caught(BaseException):
-    """Not an error: the target was reached, nothing after it has to run."""
+    """Raised to end a forward pass that has reached the target; not an error."""
 
 
 class _InputOf(TorchFunctionMode):
@@ -121,6 +121,6 @@ def make_linear(model: torch.nn.Module, weight: str, bias: str | None, dtype: to
 
 
 def get_numbers(model: torch.nn.Module, name: str) -> Tensor:
-    """A parameter's numbers, or a buffer's."""
+    """Return a parameter or a buffer by its name."""
     owner, _, local = name.rpartition(".")
     return getattr(model.get_submodule(owner), local).detach()

@@ -1,8 +1,8 @@
 """Whole rows of a classifier head: all weights of a unit at once, by its response functions.
 
-All weights of row i share the examples' functions F_{n,i}(d) of one number: a few moments per
-(example, unit) give a polynomial, and each (weight, example) pair costs a multiply, a max and that polynomial. The sums
-over examples are formed inside (`rows.py`): no delta of a single pair is ever held.
+All weights of unit i share the examples' functions F_{n,i}(d) of one number (docs/03-engine.md): a few moments per
+(example, unit) give a polynomial, and each (weight, example) pair costs a multiply, a max and that polynomial. The
+loops (`loops/rows.py`) form the sums over examples, so no delta of a single pair is held.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,12 +43,12 @@ class RowResponses:
 
     @cached_property
     def inputs(self) -> Inputs:
-        """What the loops look up of the batch's inputs."""
+        """Properties of the batch's inputs that the loops look up."""
         return look_up_inputs(self.batch.x)
 
     @property
     def n_units(self) -> int:
-        """How many rows of the weight the sites lie in."""
+        """Number of units whose weights the sites are."""
         return len(self.by_unit.units)
 
     @property
@@ -79,13 +79,16 @@ class RowResponses:
             values[places] = sums[name][rows]
             return values
 
-        of_class = {name: taken(name) if runs.per_class else NO_SUMS for name in ("open", "open_squared", "within")}
+        of_class = {
+            name: taken(name) if runs.per_class else NO_SUMS
+            for name in ("class_delta", "class_delta_squared", "within")
+        }
         of_all = {name: taken(name) for name in ("delta", "delta_squared")} | {"touched": taken("touched", np.int32)}
         own = Sums(**of_all, **of_class, bounds=bounds[block])
         batch = self.batch._replace(y=self.batch.y[block])
         self.loops.add_rows(self.by_unit.units[block], steps, batch, self.inputs, runs, own)
         if places is not None:
-            for name in sums:
+            for name in sums.keys() & set(own._fields):
                 sums[name][rows] = getattr(own, name)[places]
 
     def of_examples(self, chosen: np.ndarray) -> "RowResponses":
@@ -116,7 +119,7 @@ class RowResponses:
 
 
 def can_launch() -> bool:
-    """Whether there is Triton, which not every torch comes with, and it can start kernels."""
+    """Whether Triton is installed, which not every build of torch comes with, and can launch kernels."""
     if find_spec("triton") is None:
         return False
     from ablation.engine.responses.loops import triton_rows
@@ -125,7 +128,7 @@ def can_launch() -> bool:
 
 
 class Whole:
-    """The path of one job: holds the model, the head's numbers, and the sites by unit."""
+    """The path `response` of one job with a head: the model, the head, and the sites by unit."""
 
     def __init__(self, setup: Setup, head: Head) -> None:
         target = setup.model.get_parameter(head.weight)
@@ -142,12 +145,12 @@ class Whole:
         self.on_device = self.units.is_cuda and (head.is_relu or not head.functions) and can_launch()
 
     def keep_prefix(self, inputs: Tensor) -> None:
-        """Let the cache have what other shards need of this batch."""
+        """Put what other shards need of this batch into the cache."""
         self.open_head.run(inputs)
 
     @cached_property
     def device_head(self) -> Any:
-        """The head's numbers on the device, and loops that run there."""
+        """The head on the device."""
         from ablation.engine.responses.gpu_rows import open_device_head
 
         return open_device_head(self.open_head, self.by_unit)

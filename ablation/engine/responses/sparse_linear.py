@@ -1,9 +1,9 @@
-"""A Linear in the base's precision, on inputs that are mostly 0 as behind a ReLU: only the others are multiplied.
+"""A Linear in the base's precision on inputs that are mostly 0, as behind a ReLU: only active inputs are multiplied.
 
     y_nu = b_u + sum over j with x_nj != 0 of x_nj W_uj
 
-In float64 with a weight of float32 or less, whose products lose nothing there; compiled by Numba. A number does not
-depend on the other examples of the batch, nor on how many threads there are.
+The compiled loop computes in float64 with weights of float32 or less, whose products are exact there. A result depends
+neither on the other examples of the batch nor on the number of threads.
 """
 
 from functools import cached_property
@@ -24,7 +24,7 @@ TILE_INPUTS, TILE_UNITS = 128, 1024  # of the weight, in float32: half of a core
 
 
 class Linear:
-    """The numbers of a Linear: `weight` (units, inputs) as the model has it, computed with in `dtype`."""
+    """A Linear whose `weight` (units, inputs) is given in the model's data type and used in `dtype`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.given = weight.detach()
@@ -38,16 +38,16 @@ class Linear:
 
     @cached_property
     def weight(self) -> Tensor:
-        """In the precision that is computed in."""
+        """The weight in the data type of the computation."""
         return self.given.to(self.dtype)
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """(inputs, units), float32, on the host: what one input is multiplied with lies together."""
+        """The transposed weight (inputs, units), float32, on the host: the weights of one input are contiguous."""
         return self.given.float().cpu().T.contiguous().numpy()
 
     def of_units(self, units: Tensor) -> "Linear":
-        """Some of its units."""
+        """The Linear restricted to some of its units."""
         if len(units) == len(self.given):
             return self
         return Linear(self.given[units], None if self.bias is None else self.bias[units], self.dtype)
@@ -70,7 +70,7 @@ class Linear:
         return y
 
     def _of_few(self, x: Float[Tensor, "examples inputs"]) -> Float[Tensor, "examples units"]:
-        """Block by block of units, converted on the way: for a few examples a whole copy of the weight costs most."""
+        """Compute by blocks of units, which are converted one at a time: copying the whole weight would cost most."""
         y = torch.cat([F.linear(x, block.to(self.dtype)) for block in self.given.split(BLOCK_UNITS)], dim=1)
         return y if self.bias is None else y.add_(self.bias)
 

@@ -5,7 +5,7 @@ the batch for all weights of some units.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,7 @@ from ablation.engine.interface import Setup
 from ablation.engine.loss import Intact, make_intact
 from ablation.engine.responses.head import catch_input, make_linear
 from ablation.engine.responses.loops import piecewise
-from ablation.engine.responses.loops.records import close_class
+from ablation.engine.responses.loops.records import Batch, close_class
 from ablation.engine.responses.sparse_linear import Linear
 from ablation.engine.responses.way import DeepHead
 from ablation.errors import ModelError
@@ -27,25 +27,25 @@ from ablation.sites import EveryWeight, Sites
 
 @dataclass(frozen=True)
 class DeepResponses:
-    """The response functions of one batch: see `deltas.Responses`."""
+    """The response functions of one batch, as `deltas.Responses` defines them."""
 
     columns: np.ndarray  # (units, second), float32: of the sites' units alone
     last: np.ndarray  # (second, classes), float32
-    examples: piecewise.Examples  # y1 of the sites' units
+    batch: Batch  # y: the target's output of the sites' units
     sites: EveryWeight
 
     @property
     def rows(self) -> slice:
-        """Of the table: all of the shard's."""
+        """The rows of the table: all of the shard's."""
         return slice(0, len(self.sites))
 
     @property
     def n_units(self) -> int:
-        """How many units' rows."""
-        return self.examples.first.shape[1]
+        """Number of units whose weights the sites are."""
+        return len(self.batch.y)
 
     def add(self, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
-        """Add the sums over the batch to those given, each (sites)."""
+        """Add the sums over the batch to `sums`, each (sites), and what the series left out to `bounds` (units)."""
         change = self.sites.steps_float32().cpu().numpy().reshape(self.n_units, -1)
         rows = piecewise.make_rows(change, self.columns, self.last)
         own = {name: values.reshape(rows.change.shape) for name, values in sums.items()}
@@ -53,7 +53,7 @@ class DeepResponses:
         touched = own["touched"] if "touched" in own else np.zeros(rows.change.shape, np.int32)
         first = 0
         for last, closes in zip(runs.ends.tolist(), runs.closes.tolist(), strict=True):
-            some = self._some(np.arange(first, last))
+            some = self.batch.of_examples(np.arange(first, last))
             first = last
             if not runs.per_class:
                 piecewise.add_rows(rows, some, own["delta"], squares, touched, bounds)
@@ -63,35 +63,26 @@ class DeepResponses:
             for name, values in (
                 ("delta", delta),
                 ("delta_squared", squared),
-                ("open", delta),
-                ("open_squared", squared),
+                ("class_delta", delta),
+                ("class_delta_squared", squared),
             ):
                 own[name] += values
             if closes:
-                flat = (own[name].reshape(-1) for name in ("open", "open_squared", "within"))
+                flat = (own[name].reshape(-1) for name in ("class_delta", "class_delta_squared", "within"))
                 close_class(*flat, runs.per_class)
 
     def of_examples(self, chosen: np.ndarray) -> "DeepResponses":
-        """Of some of the examples."""
-        return replace(self, examples=self._some(chosen))
+        """The response functions of some of the examples."""
+        return replace(self, batch=self.batch.of_examples(chosen))
 
     def joined(self, others: Sequence["DeepResponses"]) -> "DeepResponses":
-        """See `Responses`."""
-        parts = [part.examples for part in (self, *others)]
-        names = [field.name for field in fields(piecewise.Examples)]
-        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return replace(self, examples=piecewise.Examples(**joined))
+        """The response functions of these examples followed by those of `others`."""
+        return replace(self, batch=self.batch.joined([other.batch for other in others]))
 
     def deltas_of(self, rows: Int64[np.ndarray, " rows"], intact: Intact) -> Deltas:
-        """Example by example, of some rows of the table."""
-        first_unit = self.sites.first // self.examples.inputs.shape[1]
-        return score_sites(self.sites.pick(rows), first_unit, self.columns, self.last, self.examples, intact)
-
-    def _some(self, chosen: np.ndarray) -> piecewise.Examples:
-        given = self.examples
-        return piecewise.Examples(
-            given.inputs[chosen], given.first[chosen], given.second[chosen], given.logits[chosen], given.labels[chosen]
-        )
+        """The deltas of some rows of the table, example by example."""
+        first_unit = self.sites.first // self.batch.x.shape[1]
+        return score_sites(self.sites.pick(rows), first_unit, self.columns, self.last, self.batch, intact)
 
 
 def score_sites(
@@ -99,20 +90,20 @@ def score_sites(
     first_unit: int,
     columns: np.ndarray,
     last: np.ndarray,
-    examples: piecewise.Examples,
+    batch: Batch,
     intact: Intact,
 ) -> Deltas:
-    """The deltas of listed sites, unit by unit; `columns` and `examples` have the units from `first_unit` on."""
-    n_inputs = examples.inputs.shape[1]
+    """The deltas of listed sites, unit by unit; `columns` and `batch.y` have the units from `first_unit` on."""
+    n_inputs = batch.x.shape[1]
     units, inputs = np.divmod(sites.indices.cpu().numpy(), n_inputs)
     steps = sites.steps_float32().cpu().numpy()
-    delta = np.zeros((len(sites), len(examples.labels)))
+    delta = np.zeros((len(sites), len(batch.labels)))
     for unit in np.unique(units).tolist():
         own, place = np.flatnonzero(units == unit), unit - first_unit
         change = np.zeros((1, n_inputs), np.float32)
         change[0, inputs[own]] = steps[own]
         one = piecewise.make_rows(change, columns[place : place + 1], last)
-        some = replace(examples, first=np.ascontiguousarray(examples.first[:, place : place + 1]))
+        some = batch._replace(y=batch.y[place : place + 1])
         chosen = np.stack([np.zeros(len(own), np.int64), inputs[own]], axis=1)
         sums, squares, touched = (np.zeros(change.shape, dtype) for dtype in (np.float64, np.float64, np.int32))
         delta[own] = piecewise.add_rows(one, some, sums, squares, touched, np.zeros(1), chosen)
@@ -121,7 +112,7 @@ def score_sites(
 
 
 class Deep:
-    """The path of one job: holds the model, the three Linears' numbers, and the sites."""
+    """The path `response` of one job in front of two more Linears: the model, the Linears' weights, and the sites."""
 
     def __init__(self, setup: Setup, head: DeepHead) -> None:
         if setup.precision == "float64" or setup.top1:
@@ -140,30 +131,31 @@ class Deep:
 
     @cached_property
     def own(self) -> Linear:
-        """The target, as far as the sites are in it."""
+        """The target, cut to the units that the sites are in."""
         return self.linears[0].of_units(self.units)
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Responses | Deltas]]:
         """One batch: the intact network, and its response functions; of a few sites (a job's proof) their deltas."""
         x, first, second, logits = self._intact(inputs)
         intact = make_intact(logits, labels, torch.float32)
-        examples = piecewise.Examples(
-            inputs=x.float().cpu().numpy(),
-            first=first.double().cpu().numpy(),
-            second=second.double().cpu().numpy(),
-            logits=logits.double().cpu().numpy(),
+        batch = Batch(
+            x=x.float().cpu().numpy(),
+            y=first.double().T.contiguous().cpu().numpy(),
+            q=intact.rest.float().cpu().numpy(),
+            z=logits.double().cpu().numpy(),
             labels=labels.cpu().numpy(),
+            second=second.double().cpu().numpy(),
         )
         if isinstance(self.sites, EveryWeight):
-            return intact, iter([DeepResponses(self.columns, self.last, examples, self.sites)])
-        return intact, iter([score_sites(self.sites, 0, self.columns, self.last, examples, intact)])
+            return intact, iter([DeepResponses(self.columns, self.last, batch, self.sites)])
+        return intact, iter([score_sites(self.sites, 0, self.columns, self.last, batch, intact)])
 
     def keep_prefix(self, inputs: Tensor) -> None:
-        """Let the cache have what other shards need of this batch."""
+        """Put what other shards need of this batch into the cache."""
         self._intact(inputs)
 
     def _intact(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, y1 of the sites' units, y2 and the logits; all but y1 may have been left in the cache."""
+        """Return x, y1 of the sites' units, y2 and the logits; all but y1 may come from the cache."""
         first, second, last = self.linears
         address = "" if self.activations is None else self.activations.address(inputs)
         kept = None if self.activations is None else self.activations.get(address)

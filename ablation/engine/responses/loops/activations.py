@@ -158,7 +158,7 @@ def change_of(function, y, d):
 
 @kernel
 def unseen_change(function, y, slope):
-    """How small a t is lost, about, when y + d and f(y + d) are rounded to float64: it doesn't count as touched."""
+    """The size of t, about, below which rounding to float64 loses it, so that it does not count as touched."""
     size = max(abs(value_of(function, y)), abs(slope * y))
     if function.code == GELU and y < 0 and value_of(function, y) == 0:  # 1 + erf is 0 there, and beside it
         return np.inf
@@ -302,7 +302,7 @@ def rest_of_function(function, y, reach, order):
 
 @kernel
 def reaches_of(function, y):
-    """Up to which |d| the short and the long series are used."""
+    """The largest |d| for which the short and the long series are used."""
     code, first, second = function
     short, long = REACHES[code - FIRST_SMOOTH, 0], REACHES[code - FIRST_SMOOTH, 1]
     if code != SOFTPLUS:

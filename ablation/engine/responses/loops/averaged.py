@@ -45,7 +45,7 @@ _NONE, _ONE = np.float32(0), np.float32(1)
 
 
 class Layout(NamedTuple):
-    """Where a convolution's channels and positions are."""
+    """The layout of a convolution's channels and positions in the arrays."""
 
     units: np.ndarray  # (channels), int64: the last Linear's input
     offsets: np.ndarray  # (positions), int64: where each output position begins among the padded input positions
@@ -62,7 +62,7 @@ class Weights(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """How one channel's t is worked out on every example. Space for it; `chart_channel` fills it."""
+    """The numbers that one channel's t is computed from on every example: buffers that `chart_channel` fills."""
 
     layout: Layout
     largest: np.ndarray  # (examples, padded positions), float64: the largest |x|
@@ -226,7 +226,7 @@ def chart_channel(y, largest, column, batch, chart, bound):
 
 @in_order
 def add_four(total, step, x, low, high):
-    """Add t of four positions of one (channel, example) behind a ReLU. One position a round is RATIO times as slow."""
+    """Add t of four positions of one (channel, example) behind a ReLU. Four share the loads and stores of the sums."""
     x0, x1, x2, x3 = x
     l0, l1, l2, l3 = low
     h0, h1, h2, h3 = high
@@ -425,6 +425,7 @@ def add_channels(channels, steps, layout, largest, batch, follows, runs, sums):
 def tile_of(sums, row, tile, k):
     """One tile of one channel's sums, at one kernel position."""
     return Sums(
-        sums.delta[row, tile, k], sums.delta_squared[row, tile, k], sums.touched[row, tile, k], sums.open[row, tile, k],
-        sums.open_squared[row, tile, k], sums.within[row, tile, k], sums.bounds[row : row + 1],
+        sums.delta[row, tile, k], sums.delta_squared[row, tile, k], sums.touched[row, tile, k],
+        sums.class_delta[row, tile, k], sums.class_delta_squared[row, tile, k], sums.within[row, tile, k],
+        sums.bounds[row : row + 1],
     )  # fmt: skip

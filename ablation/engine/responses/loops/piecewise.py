@@ -3,7 +3,7 @@
     x -> y1 = W1 x + b1 -> relu -> y2 = W2 a + b2 -> relu -> z = V b + c -> cross-entropy
 
 Replacing any weight of row i moves unit i alone, by t = relu(y1_i + d) - relu(y1_i) with d = (r - w_ij) x_j. So for one
-example all weights of a row share one function F(t) (DESIGN.md 3.4), with a kink wherever a unit k of the second layer
+example all weights of a row share one function F(t), with a kink wherever a unit k of the second layer
 flips, at t = -y2_k / W2_ki. Between kinks the logits are affine in t. With u_c = dz_c/dt - dz_y/dt and p the softmax
 where the piece starts,
 
@@ -19,34 +19,37 @@ kappa_k: the cumulants of u under p, here from moments about the label, which ke
 
 Numerics. The series after order 6 is off by at most C_7/7! x^5 e^x t^2 kappa_2, x = |t| R, R = max u - min u: the
 7th cumulant is at most C_7 R^5 kappa_2 (from |central moment k| <= R^(k-2) kappa_2 and kappa_2 <= R^2/4), and kappa_2
-grows by at most e^x on the way. Pieces end where x reaches REACH, which makes that 1e-6 for any network. What lies more
-than PIECES pieces out is a difference of two losses in float64. Deltas are float32, their sums float64, and kinks are
+grows by at most e^x on the way. Pieces end where x reaches PIECE_REACH, which makes that 1e-6 for any network. Beyond
+MOST_PIECES pieces, F is a difference of two losses in float64. Deltas are float32, their sums float64, and kinks are
 placed in float64. Every number is computed in the same order by however many threads.
 
 Not here: the intact network in float64, and which weights and examples there are.
 """
 
 import math
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
 from ablation.engine.compiled import kernel
+from ablation.engine.responses.loops.records import Batch
 from ablation.engine.threads import run_ranges
 
-REACH = 0.17  # |t| R of one piece: C_7 = 28.125, and 28.125/5040 x^5 e^x = 9.4e-7
+PIECE_REACH = 0.17  # largest |t| R of one piece: with C_7 = 28.125, 28.125/5040 x^5 e^x is 9.4e-7
 REST = 28.125 / 5040
-PIECES = 512  # on either side of 0
-EXAMPLES = 64  # charted before they are added up, so that the sums of a row are fetched once for all (32, 128: slower)
-PAIRS = 64  # charted by one call: their u stay in the cache
-INPUTS = 1536  # summed at once: what belongs to them of one row of weights stays in the first-level cache
-LANES = 64  # of a maximum: it becomes vector code only where every lane is an element of its own
-NOWHERE = -1  # the chart of a pair (example, unit) that no weight moves
+MOST_PIECES = 512  # pieces on either side of 0
+EXAMPLES = 64  # examples per block: a unit's sums are fetched once for all of them (32 and 128 are slower)
+PAIRS = 64  # (example, unit) pairs charted by one call: their u stay in the cache
+INPUTS = 1536  # inputs summed at once: a unit's weights and sums of them stay in the first-level cache
+VECTOR = 64  # running maxima kept side by side, so that the loop over them becomes vector code
+NOWHERE = -1  # marks a pair (example, unit) that no weight moves
 
-# Columns of a piece: where it starts, 1 / the length that REACH allows it, F in units of that length, do logits move.
+# Columns of a piece: its start, 1 / the length that PIECE_REACH allows it, F's series in units of that length, and
+# whether logits move.
 START, SCALE, CONSTANT, MOVES, N_PIECE = 0, 1, 2, 9, 10
-# Of a pair: where its first piece ends, where its last ones do, and its t (float32); its pieces and far values.
+# Columns of a pair's `ends`: where its first piece ends, where its last ones do, and its range of t; columns of its
+# `spans`: its pieces, and the weights beyond them.
 LOW, HIGH, LAST_LOW, LAST_HIGH, LEAST, MOST, N_ENDS = 0, 1, 2, 3, 4, 5, 6
 PIECE, N_BELOW, N_ABOVE, FAR, N_FAR, N_SPAN = 0, 1, 2, 3, 4, 5
 
@@ -54,8 +57,7 @@ ZERO, ONE, TINY = np.float32(0), np.float32(1), np.float32(1e-30)
 E2, E3, E4, E5, E6 = (np.float32(1 / math.factorial(k)) for k in range(2, 7))
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Some units of the target, and the network behind them."""
 
     change: Float32[np.ndarray, "units inputs"]  # r - w; finite
@@ -65,19 +67,46 @@ class Rows:
     steepest: Float32[np.ndarray, " second"]  # max |W2_ki| over the units
 
 
-@dataclass(frozen=True)
-class Examples:
-    """What the intact network makes of some examples."""
+class Example(NamedTuple):
+    """The values of the intact network on one example."""
 
-    inputs: Float32[np.ndarray, "examples inputs"]  # x
-    first: Float64[np.ndarray, "examples units"]  # y1, of the units of `Rows`
-    second: Float64[np.ndarray, "examples second"]  # y2
-    logits: Float64[np.ndarray, "examples classes"]
-    labels: Int64[np.ndarray, " examples"]
+    x: np.ndarray  # (inputs), float32
+    y1: np.ndarray  # (units), float64
+    y2: np.ndarray  # (second), float64
+    gradient: np.ndarray  # (second), float64: d loss / d y2
+    logits: np.ndarray  # (classes), float64
+    softmax: np.ndarray  # (classes), float32
+    label: int
+    loss: float
 
 
-@dataclass(frozen=True)
-class Charts:
+class Kinks(NamedTuple):
+    """The kinks on one side of t = 0, in the order of |t|: the flips of units of the second layer."""
+
+    at: np.ndarray  # (kinks), float64: |t|
+    which: np.ndarray  # (kinks), int64: units of the second layer
+    column: np.ndarray  # (second), float32: W2[:, i]
+    last: np.ndarray  # (second, classes), float32: V transposed
+    label: int
+
+
+class Used(NamedTuple):
+    """The inputs that are not 0, one example after the other."""
+
+    inputs: np.ndarray  # int32: which
+    values: np.ndarray  # float32
+    cuts: np.ndarray  # (examples, blocks + 1), int64: where each INPUTS begin
+
+
+class Totals(NamedTuple):
+    """Sums that are added to, (units, inputs) or one unit's."""
+
+    delta: np.ndarray  # float64: of the loss deltas, in nats
+    squared: np.ndarray  # float64
+    touched: np.ndarray  # int32: the examples on which any logit moves
+
+
+class Charts(NamedTuple):
     """F of some examples and units, piece by piece.
 
     A pair's pieces lie one after the other: the one at 0 (good for both signs of t), then those below 0 and those
@@ -106,7 +135,7 @@ def make_rows(
 
 def add_rows(
     rows: Rows,
-    examples: Examples,
+    batch: Batch,
     sums: Float64[np.ndarray, "units inputs"],
     squares: Float64[np.ndarray, "units inputs"],
     touched: Int32[np.ndarray, "units inputs"],
@@ -115,10 +144,16 @@ def add_rows(
 ) -> Float64[np.ndarray, "weights examples"]:
     """Add to these arrays what replacing each weight of these units, alone, does to these examples.
 
-    `sums`: of the loss deltas, ablated minus intact, in nats. `squares`: of their squares. `touched`: the number of
-    examples on which any logit's delta is nonzero. `bounds`: what the series left out of a sum of these units at most.
-    `chosen` names weights by (unit, input), units counted as in `rows`.
-    Everything given must be finite, and `change` 0 for weights that are not to be run.
+    All numbers must be finite, and `rows.change` must be 0 for weights that are not replaced.
+
+    Args:
+        rows: the units, and the network behind them.
+        batch: the examples; `y` is the target's output of these units, `second` the second Linear's output.
+        sums: sums of the loss deltas, ablated minus intact, in nats.
+        squares: sums of the squared loss deltas.
+        touched: numbers of examples on which any logit's delta is nonzero.
+        bounds: upper bounds, in nats, on what the series leave out of any sum of a unit.
+        chosen: weights (unit, input), units counted as in `rows`, whose deltas are returned one by one.
 
     Returns:
         The deltas of the chosen weights, one by one.
@@ -127,37 +162,38 @@ def add_rows(
     max(|u|, 0.01 rms u), both tested against brute force in float64.
     """
     chosen = np.empty((0, 2), np.int64) if chosen is None else np.ascontiguousarray(chosen)
-    n = len(examples.labels)
+    n, totals = len(batch.labels), Totals(sums, squares, touched)
     deltas = np.zeros((len(chosen), n))
     for first in range(0, n, EXAMPLES):
         block = slice(first, min(first + EXAMPLES, n))
-        some = Examples(*(np.ascontiguousarray(getattr(examples, field.name)[block]) for field in fields(Examples)))
+        some = batch.of_examples(np.arange(block.start, block.stop))
         charts = make_charts(rows, some)
-        _add_charts(rows, some.inputs, charts, sums, squares, touched)
+        _add_charts(rows, some.x, charts, totals)
         _add_rests(charts.at, charts.ends, charts.spans, charts.pieces, bounds)
-        _pick(chosen, rows.change, some.inputs, *_arrays(charts), deltas[:, block])
+        _pick(chosen, rows.change, some.x, charts, deltas[:, block])
     return deltas
 
 
-def make_charts(rows: Rows, examples: Examples) -> Charts:
+def make_charts(rows: Rows, batch: Batch) -> Charts:
     """F for every example and unit that a weight of the unit can move."""
-    first = examples.first.astype(np.float32)
+    y1 = np.ascontiguousarray(batch.y.T)
+    first = y1.astype(np.float32)
     low, high = np.zeros((2, *first.shape), np.float32)
-    biggest = np.abs(examples.inputs).max(axis=1)
+    biggest = np.abs(batch.x).max(axis=1)
 
     def find_reach(start: int, stop: int) -> None:
-        _reach(start, stop, rows.change, rows.largest, examples.inputs, biggest, first, low, high)
+        _reach(start, stop, rows, batch.x, biggest, first, low, high)
 
     run_ranges(find_reach, first.shape[1])
     at, tasks = _cut(low, high)
     ends = np.zeros((at.max(initial=NOWHERE) + 1, N_ENDS), np.float32)
     spans = np.zeros((len(ends), N_SPAN), np.int64)
     charted: list[tuple[np.ndarray, ...]] = [()] * len(tasks)
-    softmax, loss = _intact(examples.logits, examples.labels)
-    gradient = np.zeros(examples.second.shape)
+    softmax, loss = _intact(batch.z, batch.labels)
+    gradient = np.zeros(batch.second.shape)
 
     def pull(start: int, stop: int) -> None:
-        _pull(start, stop, rows.last, examples.second, softmax, examples.labels, gradient)
+        _pull(start, stop, rows.last, batch.second, softmax, batch.labels, gradient)
 
     run_ranges(pull, len(gradient))
 
@@ -165,12 +201,11 @@ def make_charts(rows: Rows, examples: Examples) -> Charts:
         for k in range(start, stop):
             n, units = tasks[k]
             here = slice(at[n, units[0]], at[n, units[-1]] + 1)
-            charted[k] = _chart(
-                *(units, rows.change, rows.columns, rows.last, rows.steepest),
-                *(examples.inputs[n], examples.first[n], examples.second[n], gradient[n], examples.logits[n]),
-                *(softmax[n].astype(np.float32), int(examples.labels[n]), loss[n], low[n], high[n]),
-                *(ends[here], spans[here]),
-            )
+            example = Example(
+                batch.x[n], y1[n], batch.second[n], gradient[n], batch.z[n], softmax[n].astype(np.float32),
+                int(batch.labels[n]), float(loss[n]),
+            )  # fmt: skip
+            charted[k] = _chart(units, rows, example, low[n], high[n], ends[here], spans[here])
 
     run_ranges(chart, len(tasks))
     for column, part in ((PIECE, 0), (FAR, 1)):  # from a place in the task to the place among all
@@ -193,34 +228,28 @@ def _cut(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, list[tuple[int,
 
 
 def _intact(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax and loss."""
+    """Softmax and loss of each example."""
     above = np.exp(logits - logits.max(axis=1, keepdims=True))
     total = above.sum(axis=1, keepdims=True)
     own = np.take_along_axis(logits - logits.max(axis=1, keepdims=True), labels[:, None], axis=1)
     return above / total, (np.log(total) - own)[:, 0]
 
 
-def _arrays(charts: Charts) -> tuple[np.ndarray, ...]:
-    return tuple(getattr(charts, field.name) for field in fields(Charts))
-
-
-def _find_used(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The inputs that are not 0, one example after the other: which, their values, and where each INPUTS begin."""
+def _find_used(inputs: np.ndarray) -> Used:
+    """List the inputs that are not 0."""
     n_examples, n_inputs = inputs.shape
     example, used = inputs.nonzero()
     edges = np.append(np.arange(0, n_inputs, INPUTS), n_inputs)
     cuts = np.searchsorted(example * n_inputs + used, np.arange(n_examples)[:, None] * n_inputs + edges)
-    return used.astype(np.int32), inputs[example, used], cuts
+    return Used(used.astype(np.int32), inputs[example, used], cuts)
 
 
-def _add_charts(
-    rows: Rows, inputs: np.ndarray, charts: Charts, sums: np.ndarray, squares: np.ndarray, touched: np.ndarray
-) -> None:
-    """The inner loop: over all inputs for the piece at 0, which vectorises; over those that are not 0 for others."""
+def _add_charts(rows: Rows, inputs: np.ndarray, charts: Charts, totals: Totals) -> None:
+    """Add the deltas: the piece at 0 for all inputs, as vector code; the other pieces for inputs that are not 0."""
     used = _find_used(inputs)
 
     def add_up(start: int, stop: int) -> None:
-        _add_up(start, stop, rows.change, inputs, *used, *_arrays(charts), sums, squares, touched)
+        _add_up(start, stop, rows.change, inputs, used, charts, totals)
 
     run_ranges(add_up, len(rows.change))
 
@@ -229,43 +258,43 @@ def _add_charts(
 
 
 @kernel
-def _moved(d, y):  # type: ignore[no-untyped-def]
+def _moved(d, y):
     """relu(y + d) - relu(y), exact for small d."""
     zero = y - y
     return (d if d > -y else -y) + (y if y < zero else zero)
 
 
 @kernel
-def _reach(first, last, change, largest, inputs, biggest, y, low, high):  # type: ignore[no-untyped-def]
+def _reach(first, last, rows, inputs, biggest, y, low, high):
     """The least and the largest t of each unit's weights: low, high (examples, units), which are 0 before."""
-    most, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    whole = change.shape[1] // LANES * LANES
+    most, least = np.empty(VECTOR, np.float32), np.empty(VECTOR, np.float32)
+    whole = inputs.shape[1] // VECTOR * VECTOR
     for i in range(first, last):
         for n in range(inputs.shape[0]):
-            if y[n, i] + largest[i] * biggest[n] <= 0:
+            if y[n, i] + rows.largest[i] * biggest[n] <= 0:
                 continue
-            x, step = inputs[n], change[i]
+            x, step = inputs[n], rows.change[i]
             most[:] = 0
             least[:] = 0
-            for j in range(0, whole, LANES):
-                for lane in range(LANES):
-                    d = step[j + lane] * x[j + lane]
-                    most[lane] = d if d > most[lane] else most[lane]
-                    least[lane] = d if d < least[lane] else least[lane]
+            for j in range(0, whole, VECTOR):
+                for v in range(VECTOR):
+                    d = step[j + v] * x[j + v]
+                    most[v] = d if d > most[v] else most[v]
+                    least[v] = d if d < least[v] else least[v]
             up, down = _fold(most, least)
-            for j in range(whole, change.shape[1]):
+            for j in range(whole, inputs.shape[1]):
                 up, down = max(up, step[j] * x[j]), min(down, step[j] * x[j])
             low[n, i], high[n, i] = _moved(down, y[n, i]), _moved(up, y[n, i])
 
 
 @kernel
-def _fold(most, least):  # type: ignore[no-untyped-def]
-    """The largest and the smallest of all lanes."""
-    half = LANES // 2
+def _fold(most, least):
+    """The largest and the smallest of all running maxima."""
+    half = VECTOR // 2
     while half:
-        for lane in range(half):
-            most[lane] = most[lane + half] if most[lane + half] > most[lane] else most[lane]
-            least[lane] = least[lane + half] if least[lane + half] < least[lane] else least[lane]
+        for v in range(half):
+            most[v] = most[v + half] if most[v + half] > most[v] else most[v]
+            least[v] = least[v + half] if least[v + half] < least[v] else least[v]
         half //= 2
     return most[0], least[0]
 
@@ -274,15 +303,14 @@ def _fold(most, least):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _chart(  # type: ignore[no-untyped-def]
-    units, change, columns, last, steepest, x, y1, y2, gradient, logits, softmax, label, loss, low, high, ends, spans
-):
+def _chart(units, rows, example, low, high, ends, spans):
     """F of some units on one example: fills `ends` and `spans`, returns the pieces and the far values."""
-    slopes = _slopes(units, columns, last, y2)
+    columns, y2, softmax, label = rows.columns, example.y2, example.softmax, example.label
+    slopes = _slopes(units, columns, rows.last, y2)
     farthest = 0.0
     for i in units:
         farthest = max(farthest, np.float64(high[i]), -np.float64(low[i]))
-    near = (np.abs(y2) <= farthest * steepest).nonzero()[0]  # what any of these units can flip
+    near = (np.abs(y2) <= farthest * rows.steepest).nonzero()[0]  # what any of these units can flip
     pieces = np.empty((16 * len(units), N_PIECE), np.float32)
     far_inputs, far_values, far_moves = np.empty(0, np.int32), np.empty(0, np.float64), np.empty(0, np.int32)
     u, p, n = np.empty_like(softmax), np.empty_like(softmax), 0
@@ -294,25 +322,23 @@ def _chart(  # type: ignore[no-untyped-def]
         head, n = n, n + 1
         spans[k, PIECE], spans[k, FAR] = head, len(far_inputs)
         ends[k, LEAST], ends[k, MOST] = low[i], high[i]
-        exact = _dot(columns[i], gradient)
+        exact = _dot(columns[i], example.gradient)
         _level(exact, softmax, label, slope)
         _write_piece(0.0, 0.0, softmax, slope, own != 0, pieces[head])
         for side in (-1, 1):
             end = np.float64(high[i]) if side > 0 else -np.float64(low[i])
-            at, which = _kinks(side, y2, columns[i], near, end)
+            kinks = Kinks(*_find_kinks(side, y2, columns[i], near, end), columns[i], rows.last, label)
             u[:] = slope if side > 0 else -slope
             p[:] = softmax
             before = n
-            first_end, last_end, pieces, n = _walk(
-                side, end, at, which, columns[i], last, label, own * side, p, u, pieces, head, n
-            )
+            first_end, last_end, pieces, n = _walk(side, end, kinks, own * side, (p, u), pieces, head, n)
             ends[k, HIGH if side > 0 else LOW] = side * first_end
             ends[k, LAST_HIGH if side > 0 else LAST_LOW] = side * last_end
             spans[k, N_ABOVE if side > 0 else N_BELOW] = n - before
             if last_end < end:
                 u[:] = slope if side > 0 else -slope
-                inputs, t = _find_far(side, change[i], x, y1[i], ends[k])
-                values, moves = _far(t, at, which, columns[i], last, label, own * side, u, logits, loss)
+                inputs, t = _find_far(side, rows.change[i], example.x, example.y1[i], ends[k])
+                values, moves = _far(t, kinks, own * side, u, example.logits, example.loss)
                 far_inputs = np.append(far_inputs, inputs)
                 far_values = np.append(far_values, values)
                 far_moves = np.append(far_moves, moves)
@@ -321,7 +347,7 @@ def _chart(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _pull(first, last, v, y2, softmax, labels, gradient):  # type: ignore[no-untyped-def]
+def _pull(first, last, v, y2, softmax, labels, gradient):
     """d loss / d y2 of some examples (examples, second), 0 before: sum_c p_c (V_ck - V_yk) where unit k is active."""
     for n in range(first, last):
         for k in range(len(v)):
@@ -333,8 +359,8 @@ def _pull(first, last, v, y2, softmax, labels, gradient):  # type: ignore[no-unt
 
 
 @kernel
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    """In float64."""
+def _dot(a, b):
+    """The dot product of two vectors, in float64."""
     total = 0.0
     for k in range(len(a)):
         total += a[k] * b[k]
@@ -342,7 +368,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _level(exact, p, label, u):  # type: ignore[no-untyped-def]
+def _level(exact, p, label, u):
     """Shift u, but not the label's, so that dF/dt at 0, which is sum p u, is as exact as float64 has it.
 
     A float32 product of a thousand terms is off by 1e-6, and most of that by the label's slope, which is in every u.
@@ -359,7 +385,7 @@ def _level(exact, p, label, u):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _slopes(units, columns, last, y2):  # type: ignore[no-untyped-def]
+def _slopes(units, columns, last, y2):
     """dz/dt at 0 of each unit: the sum over the active k of W2_ki V[:, k]. Rows of zeros make it whole fours."""
     active = (y2 > 0).nonzero()[0]
     rows = np.zeros(-(-len(active) // 8) * 8, np.int64)
@@ -378,7 +404,7 @@ def _slopes(units, columns, last, y2):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _multiply(a, k, v, out):  # type: ignore[no-untyped-def]
+def _multiply(a, k, v, out):
     """out (4, classes) += a (4, 8) @ v[k]: as fast as a library's product, without copying the rows of v together."""
     a00, a01, a02, a03, a04, a05, a06, a07 = a[0, 0], a[0, 1], a[0, 2], a[0, 3], a[0, 4], a[0, 5], a[0, 6], a[0, 7]
     a10, a11, a12, a13, a14, a15, a16, a17 = a[1, 0], a[1, 1], a[1, 2], a[1, 3], a[1, 4], a[1, 5], a[1, 6], a[1, 7]
@@ -401,8 +427,8 @@ def _multiply(a, k, v, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _with_room(pieces, n):  # type: ignore[no-untyped-def]
-    """The same pieces, with room for number n."""
+def _with_room(pieces, n):
+    """Return the pieces in an array with room for number n."""
     if n < len(pieces):
         return pieces
     larger = np.empty((2 * len(pieces), N_PIECE), np.float32)
@@ -413,8 +439,8 @@ def _with_room(pieces, n):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _kinks(side, y2, column, near, end):  # type: ignore[no-untyped-def]
-    """Which units of the second layer flip on one side, and at which |t|, from the inside outward.
+def _find_kinks(side, y2, column, near, end):
+    """The units of the second layer that flip on one side, and the |t| at which they do, in the order of |t|.
 
     A unit at exactly 0 is closed, and opens at once on one side.
     """
@@ -431,24 +457,24 @@ def _kinks(side, y2, column, near, end):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _walk(  # type: ignore[no-untyped-def]
-    side, end, at, which, column, last, label, own, p, u, pieces, head, n
-):
-    """Write the pieces of one side, from where the one at 0 ends; u = du/d|t| and p there, own: the label's slope.
+def _walk(side, end, kinks, own, tilt, pieces, head, n):
+    """Write the pieces of one side, from where the one at 0 ends; `tilt`: p and u = du/d|t| there, own: the label's
+    slope.
 
     Every kink adds |W2_ki| V[:, k], whichever way the unit flips: a ReLU is convex. Returns the ends of the first piece
     and of the last, and the pieces.
     """
+    (p, u), at, last = tilt, kinks.at, kinks.last
     row, sign, start, total, k, first = head, side, 0.0, 0.0, 0, n
     stop = first_stop = _next_stop(start, pieces[row], at, k)
-    while stop < end and n - first < PIECES:
+    while stop < end and n - first < MOST_PIECES:
         total += _rise(pieces[row], sign * np.float32(stop - start))
         weight, v = np.float32(0), last[0]
         if k < len(at) and at[k] <= stop:
-            weight, v = abs(column[which[k]]), last[which[k]]
+            weight, v = abs(kinks.column[kinks.which[k]]), last[kinks.which[k]]
             k += 1
-        _advance(np.float32(stop - start), weight, v, label, p, u)
-        own += weight * v[label]
+        _advance(np.float32(stop - start), weight, v, kinks.label, p, u)
+        own += weight * v[kinks.label]
         pieces = _with_room(pieces, n)
         _write_piece(stop, total, p, u, own != 0 or pieces[row, MOVES] != 0, pieces[n])
         row, sign, start, n = n, 1, stop, n + 1
@@ -457,15 +483,15 @@ def _walk(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _next_stop(start, piece, at, k):  # type: ignore[no-untyped-def]
-    """The next kink, or as far as the series goes."""
+def _next_stop(start, piece, at, k):
+    """The end of a piece: the next kink, or the limit of the series."""
     kink = at[k] if k < len(at) else np.inf
     return min(kink, start + 1 / np.float64(piece[SCALE])) if piece[SCALE] > 0 else kink
 
 
 @kernel
-def _advance(t, weight, v, label, p, u):  # type: ignore[no-untyped-def]
-    """Go on by t, which tilts p, and turn: add weight * v to the slopes. |t u| is at most REACH."""
+def _advance(t, weight, v, label, p, u):
+    """Advance by t: update p, and add weight * v to the slopes. |t u| is at most PIECE_REACH."""
     own, mass = v[label], np.float32(0)
     for c in range(len(u)):
         x = t * u[c]
@@ -477,10 +503,10 @@ def _advance(t, weight, v, label, p, u):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _write_piece(start, constant, p, u, moves, piece):  # type: ignore[no-untyped-def]
+def _write_piece(start, constant, p, u, moves, piece):
     """kappa_k / k! of u under p, in units of the piece's full length, so that no power over- or underflows."""
     spread = _spread(u)
-    scale = spread / np.float32(REACH)
+    scale = spread / np.float32(PIECE_REACH)
     length = ONE / scale if scale > TINY else np.float32(0)
     m0 = m1 = m2 = m3 = m4 = m5 = m6 = np.float32(0)
     for c in range(len(u)):
@@ -512,14 +538,14 @@ def _write_piece(start, constant, p, u, moves, piece):  # type: ignore[no-untype
 
 
 @kernel
-def _spread(u):  # type: ignore[no-untyped-def]
+def _spread(u):
     """max u - min u; u is 0 for the label."""
-    most, least = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    whole = len(u) // LANES * LANES
-    for c in range(0, whole, LANES):
-        for lane in range(LANES):
-            most[lane] = u[c + lane] if u[c + lane] > most[lane] else most[lane]
-            least[lane] = u[c + lane] if u[c + lane] < least[lane] else least[lane]
+    most, least = np.zeros(VECTOR, np.float32), np.zeros(VECTOR, np.float32)
+    whole = len(u) // VECTOR * VECTOR
+    for c in range(0, whole, VECTOR):
+        for v in range(VECTOR):
+            most[v] = u[c + v] if u[c + v] > most[v] else most[v]
+            least[v] = u[c + v] if u[c + v] < least[v] else least[v]
     up, down = _fold(most, least)
     for c in range(whole, len(u)):
         up, down = max(up, u[c]), min(down, u[c])
@@ -527,7 +553,7 @@ def _spread(u):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _rise(piece, t):  # type: ignore[no-untyped-def]
+def _rise(piece, t):
     """F(start + t) - F(start)."""
     x = t * piece[SCALE]
     return x * (piece[3] + x * (piece[4] + x * (piece[5] + x * (piece[6] + x * (piece[7] + x * piece[8])))))
@@ -537,7 +563,7 @@ def _rise(piece, t):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _find_far(side, step, x, y1, ends):  # type: ignore[no-untyped-def]
+def _find_far(side, step, x, y1, ends):
     """The inputs that move the unit beyond the last piece of one side, and their |t| in float64."""
     found, far, n = np.empty(len(x), np.int32), np.empty(len(x)), 0
     for j in range(len(x)):
@@ -549,14 +575,15 @@ def _find_far(side, step, x, y1, ends):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _far(t, at, which, column, last, label, own, u, logits, loss):  # type: ignore[no-untyped-def]
+def _far(t, kinks, own, u, logits, loss):
     """F as a difference of two losses in float64, from the inside outward; and whether any logit moves."""
+    at, label = kinks.at, kinks.label
     values, moves = np.empty(len(t)), np.zeros(len(t), np.int32)
     slope, shift = u.astype(np.float64), logits - logits[label]
     own_shift, start, k = 0.0, 0.0, 0
     for q in np.argsort(t):
         while k < len(at) and at[k] <= t[q]:
-            v, weight = last[which[k]], np.float64(abs(column[which[k]]))
+            v, weight = kinks.last[kinks.which[k]], np.float64(abs(kinks.column[kinks.which[k]]))
             for c in range(len(slope)):
                 shift[c] += (at[k] - start) * slope[c]
                 slope[c] += weight * (v[c] - v[label])
@@ -574,39 +601,37 @@ def _far(t, at, which, column, last, label, own, u, logits, loss):  # type: igno
 
 
 @kernel
-def _add_up(  # type: ignore[no-untyped-def]
-    first, last, change, inputs, used, values, cuts, at, y, ends, spans, pieces, far_inputs, far_values, far_moves,
-    sums, squares, touched,
-):  # fmt: skip
-    """Add the deltas of all examples to the rows of some units; `used`, `values`, `cuts` as of `_find_used`."""
+def _add_up(first, last, change, inputs, used, charts, totals):
+    """Add the deltas of all examples to the rows of some units."""
+    at, spans, pieces = charts.at, charts.spans, charts.pieces
     for i in range(first, last):
-        for b in range(cuts.shape[1] - 1):
+        own = Totals(totals.delta[i], totals.squared[i], totals.touched[i])
+        for b in range(used.cuts.shape[1] - 1):
             here = slice(b * INPUTS, min((b + 1) * INPUTS, inputs.shape[1]))
             for n in range(inputs.shape[0]):
                 k = at[n, i]
                 if k == NOWHERE:
                     continue
+                y, ends = charts.first[n, i], charts.ends[k]
                 _add_inner(
-                    change[i, here], inputs[n, here], y[n, i], ends[k], pieces[spans[k, PIECE]],
-                    sums[i, here], squares[i, here], touched[i, here],
+                    change[i, here], inputs[n, here], y, ends, pieces[spans[k, PIECE]],
+                    own.delta[here], own.squared[here], own.touched[here],
                 )  # fmt: skip
                 if spans[k, N_BELOW] + spans[k, N_ABOVE] > 0:
-                    there = slice(cuts[n, b], cuts[n, b + 1])
-                    _add_outer(
-                        used[there], values[there], change[i], y[n, i], ends[k], spans[k], pieces,
-                        sums[i], squares[i], touched[i],
-                    )  # fmt: skip
+                    there = slice(used.cuts[n, b], used.cuts[n, b + 1])
+                    _add_outer(used.inputs[there], used.values[there], change[i], y, ends, spans[k], pieces, own)
         for n in range(inputs.shape[0]):
             k = at[n, i]
             for q in range(spans[k, FAR], spans[k, FAR] + spans[k, N_FAR]) if k != NOWHERE else range(0):
-                sums[i, far_inputs[q]] += far_values[q]
-                squares[i, far_inputs[q]] += far_values[q] * far_values[q]
-                touched[i, far_inputs[q]] += far_moves[q]
+                j, value = charts.far_inputs[q], charts.far_values[q]
+                own.delta[j] += value
+                own.squared[j] += value * value
+                own.touched[j] += charts.far_moves[q]
 
 
 @kernel
-def _add_inner(step, x, y, ends, piece, sums, squares, touched):  # type: ignore[no-untyped-def]
-    """The weights whose t lies in the piece at 0; for the others, whatever that gives, nothing."""
+def _add_inner(step, x, y, ends, piece, sums, squares, touched):
+    """Add the deltas of the weights whose t lies in the piece at 0, and 0 for the others."""
     floor, shift = -y, min(y, y - y)
     low, high, scale, moves = ends[LOW], ends[HIGH], piece[SCALE], np.int32(piece[MOVES])
     c1, c2, c3, c4, c5, c6 = piece[3], piece[4], piece[5], piece[6], piece[7], piece[8]
@@ -623,11 +648,9 @@ def _add_inner(step, x, y, ends, piece, sums, squares, touched):  # type: ignore
 
 
 @kernel
-def _add_outer(  # type: ignore[no-untyped-def]
-    used, values, step, y, ends, span, pieces, sums, squares, touched
-):
-    """The weights whose t lies in other pieces: gathered, since they are few."""
-    room = len(used) + LANES
+def _add_outer(used, values, step, y, ends, span, pieces, own):
+    """Add the deltas of the weights whose t lies in other pieces; these are few, so they are gathered first."""
+    room = len(used) + VECTOR
     where, t, n = np.empty(room, np.int32), np.empty(room, np.float32), 0
     low, high, last_low, last_high = ends[LOW], ends[HIGH], ends[LAST_LOW], ends[LAST_HIGH]
     for k in range(len(used)):
@@ -639,15 +662,15 @@ def _add_outer(  # type: ignore[no-untyped-def]
         if t[k] < last_low or t[k] > last_high:
             continue
         wide = np.float64(deltas[k])
-        sums[where[k]] += wide
-        squares[where[k]] += wide * wide
-        touched[where[k]] += moves[k]
+        own.delta[where[k]] += wide
+        own.squared[where[k]] += wide * wide
+        own.touched[where[k]] += moves[k]
 
 
 @kernel
-def _values(t, n, span, pieces):  # type: ignore[no-untyped-def]
-    """F of the first n of t, none of which is in the piece at 0, and whether logits move. t has LANES to spare."""
-    whole = (n + LANES - 1) // LANES * LANES
+def _values(t, n, span, pieces):
+    """F of the first n of t, none of which is in the piece at 0, and whether logits move. t has VECTOR to spare."""
+    whole = (n + VECTOR - 1) // VECTOR * VECTOR
     t[n:whole] = 0
     deltas, moves = np.zeros(whole, np.float32), np.zeros(whole, np.int32)
     first = span[PIECE] + 1
@@ -660,8 +683,8 @@ def _values(t, n, span, pieces):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _correct(t, side, piece, deltas, moves):  # type: ignore[no-untyped-def]
-    """F from this piece on, outward on this side: all t at once, and where the next piece begins it corrects again."""
+def _correct(t, side, piece, deltas, moves):
+    """Replace the deltas of all t beyond the start of this piece; the next piece then corrects those beyond its own."""
     start, scale, constant, moving = piece[START], piece[SCALE], piece[CONSTANT], np.int32(piece[MOVES])
     c1, c2, c3, c4, c5, c6 = piece[3], piece[4], piece[5], piece[6], piece[7], piece[8]
     for q in range(len(deltas)):
@@ -673,8 +696,8 @@ def _correct(t, side, piece, deltas, moves):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _add_rests(at, ends, spans, pieces, bounds):  # type: ignore[no-untyped-def]
-    """What the series left out at most of a weight whose t lies at the farther end, unit by unit."""
+def _add_rests(at, ends, spans, pieces, bounds):
+    """Add to each unit's bound what the series leave out at most at the farther end of its range of t."""
     for n in range(at.shape[0]):
         for i in range(at.shape[1]):
             k = at[n, i]
@@ -689,8 +712,8 @@ def _add_rests(at, ends, spans, pieces, bounds):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _rests(pieces, end):  # type: ignore[no-untyped-def]
-    """Of pieces one behind the other, up to the end of the last."""
+def _rests(pieces, end):
+    """A bound on what the series of adjacent pieces leave out, up to the end of the last one."""
     total = 0.0
     for k in range(len(pieces)):
         stop = pieces[k + 1, START] if k + 1 < len(pieces) else end
@@ -699,32 +722,35 @@ def _rests(pieces, end):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _rest(piece, t):  # type: ignore[no-untyped-def]
+def _rest(piece, t):
     """C_7/7! x^5 e^x t^2 kappa_2 at t, or at the end of the piece where that comes first."""
     if piece[SCALE] <= 0:
         return 0.0
     r = min(1.0, np.float64(t) * piece[SCALE])
-    x = REACH * r
+    x = PIECE_REACH * r
     return REST * x**5 * math.exp(x) * 2 * abs(np.float64(piece[4])) * r * r
 
 
 @kernel
-def _pick(  # type: ignore[no-untyped-def]
-    chosen, change, inputs, at, y, ends, spans, pieces, far_inputs, far_values, far_moves, deltas
-):
+def _pick(chosen, change, inputs, charts, deltas):
     """The deltas of single weights (weights, examples), which are 0 before."""
     for q in range(len(chosen)):
         i, j = chosen[q]
         for n in range(inputs.shape[0]):
-            k = at[n, i]
-            if k == NOWHERE:
-                continue
-            t = _moved(change[i, j] * inputs[n, j], y[n, i])
-            if t >= ends[k, LOW] and t <= ends[k, HIGH]:
-                deltas[q, n] = _rise(pieces[spans[k, PIECE]], t)
-            elif t >= ends[k, LAST_LOW] and t <= ends[k, LAST_HIGH]:
-                deltas[q, n] = _values(np.full(LANES, t), 1, spans[k], pieces)[0][0]
-            else:
-                for f in range(spans[k, FAR], spans[k, FAR] + spans[k, N_FAR]):
-                    if far_inputs[f] == j:
-                        deltas[q, n] = far_values[f]
+            k = charts.at[n, i]
+            if k != NOWHERE:
+                deltas[q, n] = _delta_at(_moved(change[i, j] * inputs[n, j], charts.first[n, i]), j, k, charts)
+
+
+@kernel
+def _delta_at(t, j, k, charts):
+    """F(t) of pair number k, where input j leads to t."""
+    ends, span = charts.ends[k], charts.spans[k]
+    if t >= ends[LOW] and t <= ends[HIGH]:
+        return np.float64(_rise(charts.pieces[span[PIECE]], t))
+    if t >= ends[LAST_LOW] and t <= ends[LAST_HIGH]:
+        return np.float64(_values(np.full(VECTOR, t), 1, span, charts.pieces)[0][0])
+    for f in range(span[FAR], span[FAR] + span[N_FAR]):
+        if charts.far_inputs[f] == j:
+            return charts.far_values[f]
+    return 0.0

@@ -1,4 +1,4 @@
-"""Records that the compiled loops take: a batch, what follows the target, one unit's part of that, and the sums.
+"""Records that the compiled loops take: a batch, the network behind the target, one unit's part of it, and sums.
 
 All are named tuples, which Numba takes as arguments. None of them copies an array.
 """
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
 
 class Follows(NamedTuple):
-    """What follows the target: a function, and the last Linear; or the loss, where each unit is a logit."""
+    """The network behind the target: a function and the last Linear, or the loss where each unit is a logit."""
 
     columns: np.ndarray  # (units, classes), float32: the last Linear's weight, transposed; (1, 1) where `is_logit`
     is_logit: bool
@@ -60,7 +60,7 @@ class Follows(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What follows one unit: its function and its column of the last Linear."""
+    """The network behind one unit: the function and the unit's column of the last Linear."""
 
     values: np.ndarray  # (classes), float32
     range: float  # max - min of the values, float32: no |v_c - v_label| is larger; 1 where the unit is a logit
@@ -75,15 +75,15 @@ class Sums(NamedTuple):
     delta: np.ndarray  # of the loss deltas, ablated minus intact, in nats
     delta_squared: np.ndarray
     touched: np.ndarray  # int32: the examples on which any logit moves
-    open: np.ndarray  # of the class that has begun, as `delta`; empty where classes don't count
-    open_squared: np.ndarray
+    class_delta: np.ndarray  # of the class that has begun, as `delta`; empty where classes don't count
+    class_delta_squared: np.ndarray
     within: np.ndarray  # n/(n-1) times the squared deviations from their class's mean, of the classes that are complete
     bounds: np.ndarray  # (units): what the series have left out at most, in nats
 
 
 @kernel
 def column_of(follows, unit):
-    """What follows a unit, and whether any logit depends on the unit."""
+    """The network behind one unit, and whether any logit depends on the unit."""
     values = follows.columns[0 if follows.is_logit else unit]
     width = np.float32(1) if follows.is_logit else values.max() - values.min()
     column = Column(values, width, unit, follows.is_logit, follows.function)
@@ -124,6 +124,6 @@ def add_run(wide, own, runs, k):
     """Add the sums of run number k to a tile's, and close its class where that ends with the run."""
     add_sums(wide, own.delta, own.delta_squared)
     if runs.per_class:
-        add_sums(wide, own.open, own.open_squared)
+        add_sums(wide, own.class_delta, own.class_delta_squared)
         if runs.closes[k]:
-            close_class(own.open, own.open_squared, own.within, runs.per_class)
+            close_class(own.class_delta, own.class_delta_squared, own.within, runs.per_class)

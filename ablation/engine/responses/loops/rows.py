@@ -60,7 +60,7 @@ _NONE, _ONE = np.float32(0), np.float32(1)
 
 
 class Inputs(NamedTuple):
-    """What is looked up of a batch's inputs."""
+    """Properties of a batch's inputs."""
 
     largest: np.ndarray  # (examples), float64: the largest |x|
     active: np.ndarray  # (words, inputs), uint64: a bit for each example, 1 where x is not 0
@@ -420,7 +420,7 @@ def add_kinds(step, first, pairs, between, column, batch, scratch):
 
 @kernel
 def ones(bits):
-    """How many bits of a 64-bit word are set; LLVM knows this form and makes one instruction of it."""
+    """The number of set bits of a 64-bit word; LLVM compiles this expression to one instruction."""
     bits -= (bits >> np.uint64(1)) & np.uint64(0x5555555555555555)
     bits = (bits & np.uint64(0x3333333333333333)) + ((bits >> np.uint64(2)) & np.uint64(0x3333333333333333))
     bits = (bits + (bits >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -495,6 +495,6 @@ def add_rows(units, steps, batch, inputs, follows, runs, sums):
 def tile_of(sums, row, tile):
     """One tile of one unit's sums."""
     return Sums(
-        sums.delta[row, tile], sums.delta_squared[row, tile], sums.touched[row, tile], sums.open[row, tile],
-        sums.open_squared[row, tile], sums.within[row, tile], sums.bounds[row : row + 1],
+        sums.delta[row, tile], sums.delta_squared[row, tile], sums.touched[row, tile], sums.class_delta[row, tile],
+        sums.class_delta_squared[row, tile], sums.within[row, tile], sums.bounds[row : row + 1],
     )  # fmt: skip

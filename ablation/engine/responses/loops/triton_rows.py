@@ -2,17 +2,17 @@
 """The loops over whole rows (`rows.py`) for CUDA devices, in Triton.
 
 In: tensors on one device. Out: sums, added to tensors that the caller gives. Formulas, orders and reaches are those of
-`rows.py`, which also says what the letters mean; a test compares the two number by number.
+`rows.py` and `series.py`; a test compares the results number by number.
 
     list_pairs   a program per unit: the examples that it may move on, by how far it moves them
     fit_series   a warp per pair: its M_k over the classes; then, a program per unit, the coefficients of the series
     find_far     the direct formula, for the (unit, example, input) that are beyond the series
     add_rows     a program per (unit, tile of inputs): its sums stay in registers over all examples
 
-What bounds it is `add_rows`: ten instructions and four bytes of x for each (open pair, input). Hence
-- the pairs of a unit are a list and not a mask: the loop runs over a third of the examples, and as all lanes of a
-  program are inputs of the one unit, none waits for another. (A tile of several units would share what it reads of x,
-  but runs over all examples that any of them is open on: for two units 15 % less to read and 70 % more to compute.)
+`add_rows` takes most of the time: ten instructions and four bytes of x for each (active pair, input). Hence
+- the pairs of a unit are a list and not a mask: the loop runs over a third of the examples, and as all threads of a
+  program are inputs of one unit, none waits for another. (A tile of several units would share its reads of x, but runs
+  over all examples on which any of them is active: for two units 15 % less to read and 70 % more to compute.)
 - programs that run at the same time have the same inputs and different units, so that x comes out of the caches.
 - which inputs are active matters only for `touched`; that count is a product of two matrices of 0 and 1.
 
@@ -20,8 +20,42 @@ Moments could be products q @ V^k instead, as in `series.py`. Those are dense in
 pairs are looked at, need float64 (they are shifted to v_label afterwards, which cancels), and so a device that is fast
 at it. Here differences come first, and float32 is enough.
 
-Each program owns what it writes and walks over the examples in order: no atomics, the same bytes however programs are
-scheduled. Nothing waits for the host, but for the number of far ones where a pair is wide.
+Each program owns what it writes and visits the examples in order: no atomics, the same bytes in whatever order programs
+run. The host is waited for only where some pair is beyond the series, for the number of such inputs.
+
+All kernels are launched by keyword. Their pointers, each to contiguous memory of the shape given:
+
+    q             float32 (examples, classes)        softmax, 0 for the label
+    z             float64 (examples, classes)        logits
+    labels        int64   (examples)                 classes
+    x             float32 (examples, inputs)         inputs of the layer
+    y             float64 (units, examples)          outputs of the layer
+    step          float32 (units, inputs)            replacement minus weight
+    largest       float64 (units)                    largest |step| of a unit; 0 where no logit depends on the unit
+    largest_x     float64 (examples)                 largest |x| of an example
+    columns       float32 (units, classes)           the last Linear's columns v
+    units         int64   (units)                    the units' numbers, which are their logits where IS_LOGIT
+    spread        float64 (units)                    max v - min v: no |u| = |v_c - v_label| is larger
+    of_others     float64 (examples)                 sum of q
+    ends, closes  int32   (runs)                     where runs of examples end; 1 where a class ends there, too
+    example       int32   (units, examples)          the examples of a unit's pairs, in the order of `starts`
+    low, high     float32 (units, examples)          of each pair: t = max(d, low) + high
+    reach         float64 (units, examples)          of each pair: its largest |t| times spread
+    starts        int32   (units, runs, 4)           where a run's short, long and wide pairs begin, and where it ends
+    opened        float16 (units, examples)          1 where a unit that may move is active, in the batch's order
+    candidates    int32   (units, examples)          the pairs whose unit is inactive and may be activated
+    n_candidates  int32   (units)                    how many these are
+    moments, c    float32 (units, examples, ORDERS)  of each pair: moments, which become the coefficients of F
+    bounds        float64 (units)                    added to: what the series leave out at most, in nats
+    far_starts    int64   (units * tiles * runs + 1) where the far inputs of a unit, tile and run begin
+    far_inputs    int32   (far)                      inputs that are beyond the series
+    far_losses    float64 (far)                      F of them
+    rows, examples, ts, loss       (far)             unit (int64), example (int64), t (float32) and F (float64) of each
+    delta, delta_squared           float64 (units, inputs)        added to: sums of F and of F^2
+    class_delta, class_delta_squared   float64 (units, inputs)    added to: the same sums over the class that has begun
+    within                         float64 (units, inputs)        added to: n/(n-1) (S2 - S^2/n) of complete classes
+    touched                        int32   (units, inputs)        added to: examples on which t is not 0
+    by_run                         float64 (units, runs, inputs)  set to: sums of F run by run
 """
 
 import inspect
@@ -88,7 +122,7 @@ def can_launch() -> bool:
 
 @kernel
 def _look(y, largest, largest_x, spread, begin, last, HAS_RELU: tl.constexpr, BLOCK: tl.constexpr):
-    """Some examples of one unit: their kind (KINDS: not moved), reach, bounds of t, and whether the unit is open."""
+    """Return the kind (KINDS: not moved), reach, low and high of some pairs of one unit, and whether it is active."""
     n = begin + tl.arange(0, BLOCK)
     inside = n < last
     y_n = tl.load(y + n, mask=inside, other=0.0)
@@ -174,7 +208,7 @@ def _list_pairs(
 def _moments(
     q, columns, labels, example, starts, moments, n_examples, n_classes, n_runs, CLASSES: tl.constexpr
 ):  # fmt: skip
-    """sum_c q_c u_c^k of some pairs of one unit: each lane adds up every CLASSES-th class, then the lanes are added."""
+    """Store sum_c q_c u_c^k of some pairs of one unit: every CLASSES-th class is added up, then these sums are."""
     row = tl.program_id(0).to(tl.int64)
     of_row = row * n_examples
     column = columns + row * n_classes
@@ -218,7 +252,7 @@ def _moments(
 
 @kernel
 def _moment_of_logit(q, units, labels, of_others, row, n, listed, n_classes):
-    """What takes the place of q_c where only one logit moves, and the sign of u."""
+    """The factor in q_c's place where only one logit moves, and the sign of u."""
     unit = tl.load(units + row)
     is_label = tl.load(labels + n, mask=listed, other=0) == unit
     own = tl.load(q + n * n_classes + unit, mask=listed, other=0.0).to(tl.float64)
@@ -239,7 +273,7 @@ def _series(
     q, units, labels, of_others, spread, example, reach, starts, c, bounds, n_examples, n_classes, n_runs,
     IS_LOGIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Moments into the coefficients of log1p(sum_k m_k t^k / k!), in place: cumulants over k!; and the bounds."""
+    """Turn moments into the coefficients of log1p(sum_k m_k t^k / k!) in place, and add to the bounds."""
     row = tl.program_id(0).to(tl.int64)
     of_row = row * n_examples
     n_pairs = tl.load(starts + (row + 1) * n_runs * (KINDS + 1) - 1)
@@ -286,7 +320,7 @@ def _series(
 
 @kernel
 def _rest_of_series(reach, spread, kappa_2):
-    """A bound on what is left out of each pair's series, in nats."""
+    """A bound on what each pair's series leaves out, in nats."""
     reach = tl.minimum(reach, REACH_LONG)
     short, long = REST_SHORT * _power(reach, SHORT - 1), REST_LONG * _power(reach, LONG - 1)
     factor = tl.where(reach <= REACH_SHORT, short, long)
@@ -314,7 +348,7 @@ def _unit_delta(d, low, high):
 
 @kernel
 def _expm1_small(z):
-    """For |z| <= 1/4, to float32's last digit."""
+    """expm1(z) for |z| <= 1/4, to float32's last digit."""
     high = 1 + z * (1 / 6) * (1 + z * (1 / 7))
     low = 1 + z * (1 / 4) * (1 + z * (1 / 5) * high)
     return z * (1 + z * (1 / 2) * (1 + z * (1 / 3) * low))
@@ -322,7 +356,7 @@ def _expm1_small(z):
 
 @kernel
 def _expm1(z):
-    """In float64: below 1 by the series at z/8, doubled three times, expm1(2h) = expm1(h) (2 + expm1(h))."""
+    """expm1(z) in float64: below 1 by the series at z/8, doubled three times: expm1(2h) = expm1(h) (2 + expm1(h))."""
     h = z / 8
     total = 1 + h / 14
     for k in tl.static_range(12):
@@ -336,7 +370,7 @@ def _expm1(z):
 
 @kernel
 def _log1p(x):
-    """In float64, of Kahan: the rounding of 1 + x is undone by the same rounding below the line."""
+    """log1p(x) in float64 by Kahan's formula, in which the rounding of 1 + x cancels."""
     rounded = 1 + x
     near = rounded == 1
     return tl.where(near, x, tl.log(rounded) * (x / tl.where(near, 1.0, rounded - 1)))
@@ -358,8 +392,8 @@ def _logits(z, column, unit, n, c, n_classes, IS_LOGIT: tl.constexpr):
 def _large_loss(
     t, z, column, unit, own, n, n_classes, IS_LOGIT: tl.constexpr, FARS: tl.constexpr, CLASSES: tl.constexpr
 ):  # fmt: skip
-    """In float64, from the logits: p_c expm1(t u_c), or for large t u_c a difference; where the sum is large
-    a difference of two losses. Where only one logit moves, u is 1 there and 0 elsewhere."""
+    """F(t) in float64 from the logits: by p_c expm1(t u_c), or by a difference for large t u_c; where their sum is
+    large, a difference of two losses. Where only one logit moves, u is 1 there and 0 elsewhere."""
     top = tl.full([FARS], float("-inf"), tl.float64)
     moved_top = tl.full([FARS], float("-inf"), tl.float64)
     for begin in range(0, n_classes, CLASSES):
@@ -390,7 +424,7 @@ def _far_losses(
     rows, examples, ts, units, spread, q, z, labels, of_others, columns, loss, n_far, n_classes,
     IS_LOGIT: tl.constexpr, FARS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """log1p(sum_c q_c expm1(t u_c)), in float64: the direct formula, for some (unit, example, t)."""
+    """Store F(t) = log1p(sum_c q_c expm1(t u_c)) in float64, from its definition, for some (unit, example, t)."""
     k = tl.program_id(0).to(tl.int64) * FARS + tl.arange(0, FARS)
     listed = k < n_far
     row, n = tl.load(rows + k, mask=listed, other=0), tl.load(examples + k, mask=listed, other=0)
@@ -435,7 +469,7 @@ def _add_series(
     total, squared, begin, end, step, j, inside, x, n_inputs, example, low, high, c, spread,
     IS_SHORT: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Add F and F^2 of some pairs: a few in float32, these in float64. Beyond the end coefficients are 0, and F is."""
+    """Return the sums plus F and F^2 of some pairs: FLUSH pairs in float32, their sums in float64."""
     for first in range(begin, end, FLUSH):
         narrow = tl.zeros_like(step)
         narrow_squared = tl.zeros_like(step)
@@ -471,7 +505,7 @@ def _add_series(
 @kernel
 def _add_rows(
     step, x, spread, example, low, high, c, starts, far_starts, far_inputs, far_losses, closes,
-    delta, delta_squared, open_delta, open_squared, within, by_run, n_examples, n_inputs, n_runs,
+    delta, delta_squared, class_delta, class_delta_squared, within, by_run, n_examples, n_inputs, n_runs,
     TILE: tl.constexpr, HAS_FAR: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_RUNS: tl.constexpr,
     PER_CLASS: tl.constexpr,
 ):  # fmt: skip
@@ -488,8 +522,8 @@ def _add_rows(
     total = tl.zeros([TILE], tl.float64)
     squared = tl.zeros([TILE], tl.float64)
     if PER_CLASS:
-        of_class = tl.load(open_delta + out, mask=inside, other=0.0)
-        of_class_squared = tl.load(open_squared + out, mask=inside, other=0.0)
+        of_class = tl.load(class_delta + out, mask=inside, other=0.0)
+        of_class_squared = tl.load(class_delta_squared + out, mask=inside, other=0.0)
         spreads = tl.zeros([TILE], tl.float64)
     for run in range(n_runs):
         start = starts + (row * n_runs + run) * (KINDS + 1)
@@ -531,8 +565,8 @@ def _add_rows(
     if HAS_SQUARES:
         tl.store(delta_squared + out, tl.load(delta_squared + out, mask=inside) + squared, mask=inside)
     if PER_CLASS:
-        tl.store(open_delta + out, of_class, mask=inside)
-        tl.store(open_squared + out, of_class_squared, mask=inside)
+        tl.store(class_delta + out, of_class, mask=inside)
+        tl.store(class_delta_squared + out, of_class_squared, mask=inside)
         tl.store(within + out, tl.load(within + out, mask=inside) + spreads, mask=inside)
 
 
@@ -540,7 +574,7 @@ def _add_rows(
 def _count_opened(
     step, x, low, example, candidates, n_candidates, touched, n_examples, n_inputs, TILE: tl.constexpr
 ):  # fmt: skip
-    """Add the examples on which the unit is closed, and opened by an input."""
+    """Add the examples on which an input activates the unit."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tile * TILE + tl.arange(0, TILE)
     inside = j < n_inputs
@@ -560,7 +594,7 @@ def _count_opened(
 
 @dataclass(frozen=True)
 class Columns:
-    """Those of a last Linear that belong to some units; where the units are the logits, only which they are."""
+    """The last Linear's columns of some units; where the units are the logits, only their numbers."""
 
     units: Int64[Tensor, " units"]
     values: Float32[Tensor, "units classes"] | None
@@ -580,11 +614,11 @@ class Columns:
 
     @cached_property
     def is_heard(self) -> Tensor:
-        """Which units any logit hears of."""
+        """Whether any logit depends on a unit, for each of them."""
         return torch.ones_like(self.units, dtype=torch.bool) if self.values is None else (self.values != 0).any(1)
 
     def pick(self, rows: slice | Int64[Tensor, " chosen"]) -> "Columns":
-        """Of some of the units."""
+        """The columns of some of the units."""
         values = None if self.values is None else self.values[rows]
         return Columns(self.units[rows], values, self.has_relu)
 
@@ -596,7 +630,7 @@ def sum_of_others(batch: Batch) -> Float64[Tensor, " examples"]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Of each unit the examples that it may move on, in the order of `starts`: run by run, short, long, wide."""
+    """The examples on which each unit may move, in the order of `starts`: in each run short, long and wide pairs."""
 
     example: Int32[Tensor, "units examples"]
     low: Float32[Tensor, "units examples"]
@@ -625,11 +659,11 @@ def add_rows(
     sums: dict[str, Tensor],
     bounds: Float64[Tensor, " units"],
 ) -> None:
-    """Add the sums over one batch of all weights of some units; see `rows.add_rows`.
+    """Add the sums over one batch of all weights of some units, as `rows.add_rows` does.
 
     sums: each (units, inputs), and contiguous: `delta` and, where wanted, `delta_squared`, `touched`; for runs of
-    classes `open`, `open_squared` and `within`. Or, for a few units: `by_run` (units, runs, inputs), set to the sums of
-    each run.
+    classes `class_delta`, `class_delta_squared` and `within`. Or, for a few units: `by_run` (units, runs, inputs),
+    set to the sums of each run.
     """
     at_once = max(1, PAIRS_AT_ONCE // batch.y.shape[1])
     for first in range(0, len(steps), at_once):
@@ -663,7 +697,7 @@ def _add_units(
         c=coefficients, starts=pairs.starts, far_starts=ends if far is None else far.starts,
         far_inputs=ends if far is None else far.inputs, far_losses=unused if far is None else far.losses,
         closes=closes, delta=unused, delta_squared=sums.get("delta_squared", unused),
-        open_delta=sums.get("open", unused), open_squared=sums.get("open_squared", unused),
+        class_delta=sums.get("class_delta", unused), class_delta_squared=sums.get("class_delta_squared", unused),
         within=sums.get("within", unused), by_run=sums.get("by_run", unused), n_examples=batch.y.shape[1],
         n_inputs=n_inputs, n_runs=n_runs, TILE=tile, HAS_FAR=far is not None, HAS_SQUARES="delta_squared" in sums,
         HAS_RUNS="by_run" in sums, PER_CLASS=runs.per_class, **OPTIONS,
@@ -671,7 +705,7 @@ def _add_units(
 
 
 def tile_of(n_inputs: int) -> int:
-    """How many inputs a program adds up: a power of two."""
+    """The number of inputs that one program adds up: a power of two."""
     return min(row_loops.ROW_TILE, triton.next_power_of_2(n_inputs))
 
 
@@ -724,7 +758,7 @@ def fit_series(
 
 
 def wide_pairs(pairs: Pairs) -> Int64[Tensor, "wide 2"]:
-    """Which some input may take beyond the series: unit, and pair of it."""
+    """The pairs that some input may take beyond the series, as (unit, pair)."""
     n_pairs = pairs.starts[:, -1, -1:]
     listed = torch.arange(pairs.reach.shape[1], device=n_pairs.device) < n_pairs
     return (listed & ~(pairs.reach <= REACH_LONG.value)).nonzero()
@@ -749,7 +783,7 @@ def find_far(
 def _far_inputs(
     columns: Columns, steps: Tensor, pairs: Pairs, batch: Batch, wide: Int64[Tensor, "wide 2"]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of some wide pairs (unit, pair): unit, example, input and loss of each input that is far."""
+    """Return unit, example, input and loss of each input that takes one of these pairs beyond the series."""
     unit, pair = wide.unbind(1)
     example = pairs.example[unit, pair].long()
     low, high = pairs.low[unit, pair], pairs.high[unit, pair]
@@ -766,7 +800,7 @@ def far_losses(
     ts: Float32[Tensor, " far"],
     batch: Batch,
 ) -> Float64[Tensor, " far"]:
-    """The loss delta of each by the direct formula, in nats. rows: which of the columns' units."""
+    """The loss deltas from their definition, in nats. rows: positions in the columns' units."""
     losses = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     n_classes = batch.q.shape[1]
     if not len(rows):
@@ -783,7 +817,7 @@ def far_losses(
 
 
 def count_touched(steps: Tensor, pairs: Pairs, batch: Batch, touched: Int32[Tensor, "units inputs"]) -> None:
-    """Add the examples where t is not 0: input and unit active; or the unit closed, and opened by this input."""
+    """Add the examples where t is not 0: input and unit are active, or the input activates the unit."""
     n_inputs = steps.shape[1]
     for first in range(0, len(batch.x), COUNTED):
         some = slice(first, first + COUNTED)

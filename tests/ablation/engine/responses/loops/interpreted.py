@@ -87,7 +87,7 @@ def on_device(given: Given) -> tuple[tk.Columns, Tensor, Batch]:
 
 def make_sums(given: Given, per_class: int) -> dict[str, Tensor]:
     """Sums that hold something already, but for the unit that no logit hears of."""
-    names = ("delta", "delta_squared", *(("open", "open_squared", "within") if per_class else ()))
+    names = ("delta", "delta_squared", *(("class_delta", "class_delta_squared", "within") if per_class else ()))
     generator = torch.Generator().manual_seed(1)
     sums = {name: torch.rand(given.steps.shape, generator=generator, dtype=torch.float64) * 1e-3 for name in names}
     for values in sums.values():
@@ -99,7 +99,7 @@ def by_loops(given: Given, runs: Runs) -> tuple[dict[str, np.ndarray], np.ndarra
     """Sums and bounds by `rows.py`."""
     sums, bounds = {name: values.numpy() for name, values in make_sums(given, runs.per_class).items()}, np.zeros(99)
     batch, follows = on_host(given)
-    own = Sums(**(dict.fromkeys(("open", "open_squared", "within"), NO_SUMS) | sums), bounds=bounds)
+    own = Sums(**(dict.fromkeys(("class_delta", "class_delta_squared", "within"), NO_SUMS) | sums), bounds=bounds)
     inputs = look_up_inputs(batch.x)
     row_loops.add_rows(given.units.numpy(), given.steps.numpy(), batch, inputs, follows, runs, own)
     return sums, bounds[: len(given.units)]

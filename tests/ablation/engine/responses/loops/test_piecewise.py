@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ablation.engine.responses.loops.piecewise import INPUTS, PAIRS, Examples, Rows, add_rows, make_rows
+from ablation.engine.responses.loops.piecewise import INPUTS, PAIRS, Rows, add_rows, make_rows
+from ablation.engine.responses.loops.records import Batch
 
 N_EXAMPLES, N_INPUTS, N_UNITS, N_SECOND, N_CLASSES = 67, 69, 9, 71, 131
 
@@ -60,11 +61,13 @@ def draw_inputs(seed: int, n_inputs: int = N_INPUTS) -> tuple[np.ndarray, np.nda
     return inputs, random.integers(N_CLASSES, size=N_EXAMPLES)
 
 
-def prepare(network: Network, inputs: np.ndarray, labels: np.ndarray, value: float = 0.0) -> tuple[Rows, Examples]:
+def prepare(network: Network, inputs: np.ndarray, labels: np.ndarray, value: float = 0.0) -> tuple[Rows, Batch]:
     change = (value - network.w1).astype(np.float32)
     rows = make_rows(change, network.w2.T.astype(np.float32), network.v.T.astype(np.float32))
     y1 = product(inputs.astype(np.float64), network.w1.T) + network.b1
-    return rows, Examples(inputs, y1, *network.tail(y1), labels)
+    second, logits = network.tail(y1)
+    unused = np.zeros(logits.shape, np.float32)
+    return rows, Batch(inputs, np.ascontiguousarray(y1.T), unused, logits, labels, second)
 
 
 def brute_force(
@@ -102,7 +105,7 @@ def loss_deltas(logits: np.ndarray, labels: np.ndarray, q: np.ndarray, dz: np.nd
     return np.where((np.abs(centred).max(axis=1) < 0.5) & (np.abs(large) < 0.4), small, large)
 
 
-def run(rows: Rows, examples: Examples, chosen: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+def run(rows: Rows, examples: Batch, chosen: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     shape = rows.change.shape
     sums, squares, touched = np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int32)
     deltas = add_rows(rows, examples, sums, squares, touched, np.zeros(shape[0]), chosen)
@@ -225,7 +228,7 @@ def test_without_kinks_it_is_wrong() -> None:
     inputs, labels = draw_inputs(2)
     rows, examples = prepare(network, inputs, labels)
     truth, _ = brute_force(network, inputs, labels)
-    straight = replace(rows, steepest=np.zeros_like(rows.steepest))
+    straight = rows._replace(steepest=np.zeros_like(rows.steepest))
     assert error_of(run(straight, examples)[0], truth) > 1e-3
 
 
@@ -294,11 +297,10 @@ def test_any_cut_and_any_number_of_threads() -> None:
         torch.set_num_threads(threads)
     for part in (slice(0, 4), slice(4, N_UNITS)):
         some = make_rows(rows.change[part], rows.columns[part], rows.last)
-        for mine, theirs in zip(run(some, replace(examples, first=examples.first[:, part]))[:3], whole, strict=True):
+        for mine, theirs in zip(run(some, examples._replace(y=examples.y[part]))[:3], whole, strict=True):
             np.testing.assert_array_equal(mine, theirs[part])
     parts = []
     for part in (slice(0, 11), slice(11, N_EXAMPLES)):
-        fields = ("inputs", "first", "second", "logits", "labels")
-        parts.append(run(rows, Examples(*(getattr(examples, field)[part] for field in fields)))[:3])
+        parts.append(run(rows, examples.of_examples(np.arange(N_EXAMPLES)[part]))[:3])
     for first, second, theirs in zip(*parts, whole, strict=True):
         np.testing.assert_allclose(first + second, theirs, rtol=1e-12, atol=1e-15)

@@ -48,7 +48,7 @@ def test_the_kernels_equal_the_compiled_loops_on_a_gpu() -> None:
 LISTS = {"units", "labels", "rows", "examples", "far_starts"}  # int64; `examples` of far ones
 WIDE = {  # float64
     *("y", "largest", "largest_x", "spread", "reach", "of_others", "bounds", "z", "loss", "far_losses"),
-    *("delta", "delta_squared", "open_delta", "open_squared", "within", "by_run"),
+    *("delta", "delta_squared", "class_delta", "class_delta_squared", "within", "by_run"),
 }
 NARROW = {"q", "columns", "moments", "c", "ts", "low", "high", "step", "x"}  # float32
 COMPILED: list[tuple[str, dict[str, Any], int]] = [
