@@ -64,13 +64,14 @@ class Weights(NamedTuple):
 class Chart(NamedTuple):
     """The numbers that one channel's t is computed from on every example: buffers that `chart_channel` fills."""
 
-    layout: Layout
+    offsets: np.ndarray  # (positions), int64, as in `Layout`
     largest: np.ndarray  # (examples, padded positions), float64: the largest |x|
     moving: np.ndarray  # (examples), int64: how many positions are listed, a multiple of four behind a ReLU
     at: np.ndarray  # (examples, positions + 3), int64: the positions that move behind a ReLU
     numbers: np.ndarray  # (examples, positions + 3, 9), float32: low and high; an exact form; or a series of t
     reaches: np.ndarray  # (examples, positions, 2), float32: the |d| that a smooth function's two series hold for
     series: np.ndarray  # (examples, ORDERS), float32: the series of F
+    may_be_far: np.ndarray  # (examples), bool: whether a weight may take t beyond that series
 
 
 class Scratch(NamedTuple):
@@ -211,9 +212,10 @@ def chart_channel(y, largest, column, batch, chart, bound):
         if column.function.code < FIRST_BENT:
             n_moving, chart.moving[n] = list_positions(column.function, y[n], far, chart.at[n], chart.numbers[n])
             reach = far * column.range * n_moving / n_positions
+            chart.may_be_far[n] = reach > REACH_LONG
         else:
             farthest, rest = chart_positions(column.function, y[n], far, chart.numbers[n], chart.reaches[n])
-            reach, chart.moving[n] = farthest * column.range, n_positions
+            reach, chart.moving[n], chart.may_be_far[n] = farthest * column.range, n_positions, True
         if chart.moving[n]:
             series_of(column, batch, n, m, kappa)
             chart.series[n] = kappa
@@ -225,9 +227,8 @@ def chart_channel(y, largest, column, batch, chart, bound):
 
 
 @in_order
-def add_four(total, step, x, low, high):
+def add_four(total, step, x0, x1, x2, x3, low, high):
     """Add t of four positions of one (channel, example) behind a ReLU. Four share the loads and stores of the sums."""
-    x0, x1, x2, x3 = x
     l0, l1, l2, l3 = low
     h0, h1, h2, h3 = high
     for j in range(total.shape[0]):
@@ -239,25 +240,14 @@ def add_four(total, step, x, low, high):
 
 
 @kernel
-def add_relu_positions(total, step, x, place, chart, n):
-    """Add t of the positions that move behind a ReLU."""
-    at, a, offsets, first, last = (
-        chart.at[n],
-        chart.numbers[n],
-        chart.layout.offsets,
-        place.first,
-        place.first + len(step),
-    )
-    for p in range(0, chart.moving[n], 4):
-        add_four(
-            total, step,
-            (
-                x[offsets[at[p]] + place.shift, first:last], x[offsets[at[p + 1]] + place.shift, first:last],
-                x[offsets[at[p + 2]] + place.shift, first:last], x[offsets[at[p + 3]] + place.shift, first:last],
-            ),
-            (a[p, 0], a[p + 1, 0], a[p + 2, 0], a[p + 3, 0]),
-            (a[p, 1], a[p + 1, 1], a[p + 2, 1], a[p + 3, 1]),
-        )  # fmt: skip
+def add_relu_positions(total, step, x, first, begins, at, a, n_moving):
+    """Add t of the positions that move behind a ReLU. begins: where each position begins among those of x."""
+    last = first + step.shape[0]
+    for p in range(0, n_moving, 4):
+        x0, x1 = x[begins[at[p]], first:last], x[begins[at[p + 1]], first:last]
+        x2, x3 = x[begins[at[p + 2]], first:last], x[begins[at[p + 3]], first:last]
+        low, high = (a[p, 0], a[p + 1, 0], a[p + 2, 0], a[p + 3, 0]), (a[p, 1], a[p + 1, 1], a[p + 2, 1], a[p + 3, 1])
+        add_four(total, step, x0, x1, x2, x3, low, high)
 
 
 def make_add_position(change: Any) -> Any:
@@ -296,31 +286,25 @@ def add_far_position(total, step, x, reach, function, y):
 
 
 @kernel
-def add_smooth_position(total, step, x, far, a, reaches, unit):
-    """Add t of one position behind a smooth function, by the series that holds for |d| <= far. unit: f and y."""
-    function, y, p = unit
-    if far <= reaches[p, 0]:
-        add_short_position(total, step, x, short_numbers(a, p))
-    elif far <= reaches[p, 1]:
-        add_long_position(total, step, x, long_series(a, p))
-    elif add_near_position(total, step, x, long_series(a, p), reaches[p, 1]) > 0:
-        add_far_position(total, step, x, reaches[p, 1], function, y[p])
-
-
-@kernel
 def add_curved_positions(total, step, x, place, chart, n, unit):
     """Add t of all positions behind a bent or smooth function. unit: f and y."""
     function, y = unit
-    largest = np.float64(max(step.max(), -step.min()))
+    offsets, largest_x, a, reaches = chart.offsets, chart.largest[n], chart.numbers[n], chart.reaches[n]
+    largest, first, last = np.float64(max(step.max(), -step.min())), place.first, place.first + step.shape[0]
     for p in range(y.shape[0]):
-        at = chart.layout.offsets[p] + place.shift
-        far, x_p = largest * chart.largest[n, at], x[at, place.first : place.first + step.shape[0]]
+        at = offsets[p] + place.shift
+        far, x_p = largest * largest_x[at], x[at, first:last]
         if far == 0:
             continue
-        if function.code >= FIRST_SMOOTH:
-            add_smooth_position(total, step, x_p, far, chart.numbers[n], chart.reaches[n], (function, y, p))
-        elif largest_bent_change(function, y[p], far) > 0:
-            add_bent_position(total, step, x_p, bent_numbers(chart.numbers[n], p))
+        if function.code < FIRST_SMOOTH:
+            if largest_bent_change(function, y[p], far) > 0:
+                add_bent_position(total, step, x_p, bent_numbers(a, p))
+        elif far <= reaches[p, 0]:
+            add_short_position(total, step, x_p, short_numbers(a, p))
+        elif far <= reaches[p, 1]:
+            add_long_position(total, step, x_p, long_series(a, p))
+        elif add_near_position(total, step, x_p, long_series(a, p), reaches[p, 1]) > 0:
+            add_far_position(total, step, x_p, reaches[p, 1], function, y[p])
 
 
 # --- whole channels ---------------------------------------------------------------------------------------------------
@@ -339,12 +323,21 @@ def add_series(total, c, narrow, counts):
 
 
 @kernel
-def add_far(total, n, column, batch, chart, scratch):
+def count_far(total, width):
+    """How many t are beyond the series of F."""
+    n_far = 0
+    for j in range(total.shape[0]):
+        n_far += abs(total[j]) * width > REACH_LONG
+    return n_far
+
+
+@kernel
+def add_far(total, c, n, column, batch, scratch):
     """Add F and F^2 where t is beyond the series, and set t to 0 there."""
     for j in range(total.shape[0]):
         t = total[j]
         if abs(t) * column.range > REACH_LONG:
-            f = loss_of(t, long_series(chart.series, n), column, batch, n)
+            f = loss_of(t, c, column, batch, n)
             scratch.wide[j] += f
             scratch.wide[CHANNEL_TILE + j] += f * f
             scratch.counts[j] += 1
@@ -352,41 +345,38 @@ def add_far(total, n, column, batch, chart, scratch):
 
 
 @kernel
-def add_example(n, step, place, column, batch, chart, scratch):
-    """Add F and F^2 of one example."""
-    total, n_far = scratch.total[: step.shape[0]], 0
-    total[:] = 0
-    if column.function.code < FIRST_BENT:
-        add_relu_positions(total, step, batch.x[n], place, chart, n)
-    else:
-        add_curved_positions(total, step, batch.x[n], place, chart, n, (column.function, batch.y[place.channel, n]))
-    inverse = np.float32(1 / chart.layout.offsets.shape[0])
-    for j in range(total.shape[0]):
-        total[j] *= inverse
-        n_far += abs(total[j]) * column.range > REACH_LONG
-    if n_far > 0:
-        add_far(total, n, column, batch, chart, scratch)
-    add_series(total, long_series(chart.series, n), scratch.narrow, scratch.counts)
-
-
-@kernel
 def add_tile(step, place, column, batch, chart, runs, own, scratch):
     """Add the sums of one tile of weights, run by run."""
-    begin = 0
+    # Arrays leave their records here, once for all examples: Numba counts references wherever a record is passed on,
+    # which for each position of each example doubles the time.
+    x, y, at, numbers, series = batch.x, batch.y[place.channel], chart.at, chart.numbers, chart.series
+    moving, may_be_far, total = chart.moving, chart.may_be_far, scratch.total[: step.shape[0]]
+    narrow, wide, counts, begins = scratch.narrow, scratch.wide, scratch.counts, chart.offsets + place.shift
+    inverse, is_relu, begin = np.float32(1 / begins.shape[0]), column.function.code < FIRST_BENT, 0
     for k in range(runs.ends.shape[0]):
-        scratch.wide[:] = 0
-        scratch.counts[:] = 0
+        wide[:] = 0
+        counts[:] = 0
         for n in range(begin, runs.ends[k]):
-            if chart.moving[n] == 0:
+            if moving[n] == 0:
                 continue
-            add_example(n, step, place, column, batch, chart, scratch)
+            total[:] = 0
+            if is_relu:
+                add_relu_positions(total, step, x[n], place.first, begins, at[n], numbers[n], moving[n])
+            else:
+                add_curved_positions(total, step, x[n], place, chart, n, (column.function, y[n]))
+            for j in range(total.shape[0]):
+                total[j] *= inverse
+            c = long_series(series, n)
+            if may_be_far[n] and count_far(total, column.range) > 0:
+                add_far(total, c, n, column, batch, scratch)
+            add_series(total, c, narrow, counts)
             if n % FLUSH_EXAMPLES == FLUSH_EXAMPLES - 1:
-                flush(scratch.narrow, scratch.wide)
-        flush(scratch.narrow, scratch.wide)
+                flush(narrow, wide)
+        flush(narrow, wide)
         begin = runs.ends[k]
-        add_run(scratch.wide, own, runs, k)
+        add_run(wide, own, runs, k)
         for j in range(step.shape[0]):
-            own.touched[j] += scratch.counts[j]
+            own.touched[j] += counts[j]
 
 
 @kernel
@@ -399,9 +389,10 @@ def add_channels(channels, steps, layout, largest, batch, follows, runs, sums):
     """
     n_examples, n_positions, n_inputs = batch.x.shape[0], layout.offsets.shape[0], batch.x.shape[2]
     chart = Chart(
-        layout, largest, np.empty(n_examples, np.int64), np.empty((n_examples, n_positions + 3), np.int64),
+        layout.offsets, largest, np.empty(n_examples, np.int64), np.empty((n_examples, n_positions + 3), np.int64),
         np.empty((n_examples, n_positions + 3, activations.N_BENT), np.float32),
         np.empty((n_examples, n_positions, 2), np.float32), np.empty((n_examples, ORDERS), np.float32),
+        np.empty(n_examples, np.bool_),
     )  # fmt: skip
     scratch = Scratch(
         np.empty(CHANNEL_TILE, np.float32), np.zeros(2 * CHANNEL_TILE, np.float32), np.empty(2 * CHANNEL_TILE),
