@@ -30,7 +30,7 @@ DEEP_S = 3e-5  # each of them, plus a product over the active units
 ACTIVE_SHARE = 0.25  # share of active units
 PROVED_WHOLE = 4  # examples per split on which a proof runs the whole network in float64
 PROOF_FLOP_S = 1 / 21e9  # the reference, whose float64 convolutions have no optimised library
-START_S = 0.2  # recording the model's calls and checking it in another batch composition
+PREPARE_S = 0.2  # recording the model's calls and checking it in another batch composition
 
 
 def pass_s(facts: ModelFacts, threads: int) -> float:

@@ -46,7 +46,7 @@ def run_smaller(
 
 
 def halve(plan: Plan, error: Exception) -> int:
-    """How often the next plan is halved, after memory ran out with this one.
+    """The number of halvings of the next plan, after memory ran out with this one.
 
     Raises:
         OutOfMemory: this plan carries one example and one site at a time already.

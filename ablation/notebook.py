@@ -82,7 +82,7 @@ def ablate(
     loss: str | Mapping[str, Any] | torch.nn.CrossEntropyLoss | Loss = "cross_entropy",
     progress: bool = True,
 ) -> Table:
-    """The exact change of the mean cross-entropy when single weights of a layer are replaced, one at a time.
+    """The exact change of the mean loss when single weights of a layer are replaced, one at a time.
 
     For weight w, replacement r and a split of N examples with cross-entropy l in nats, in eval mode:
 

@@ -7,12 +7,12 @@ Torch-free: the API plans.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import assert_never, get_args
 
 import numpy as np
 from pydantic import Field
 
-from ablation.cost import START_S, Path, carried_flops, gradient_s, pass_s, proof_s, split_s
+from ablation.cost import PREPARE_S, Path, carried_flops, gradient_s, pass_s, proof_s, split_s
 from ablation.criteria import find_statistics
 from ablation.errors import SpecError
 from ablation.inputs.catalog import (
@@ -345,7 +345,7 @@ def possible_paths(layer: LayerFacts, *, is_whole: bool, is_plain: bool = True) 
 
 
 def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) -> Path:
-    """The path that was asked for; else the fastest, where response functions pay only for many weights of a row."""
+    """Choose the path: `engine` if it is possible, else the fastest; `response` only for many weights of a layer."""
     if engine not in ENGINES:
         raise SpecError("engine", engine, f"one of {', '.join(ENGINES)}")
     is_close = _usual_step(spec.value) <= HUGE_STEP
@@ -356,25 +356,32 @@ def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) ->
         return next(path for path in paths if path != "response" or is_dense)
     if engine in paths:
         return engine
-    if engine == "direct":
-        what = (
-            "not part of a classifier head"
-            if layer.path != "direct"
-            else f"so only in 'mixed' or 'float32', without top1, {CLOSE}, and with plain cross-entropy"
-        )
-        raise SpecError("engine", engine, "auto, finite, rerun or reference for this layer", f"{layer.name} is {what}.")
-    why = (
-        "It is for all weights of a layer with response functions, in 'mixed' or 'float32', without top1, "
-        f"{CLOSE}, and with cross-entropy without label smoothing and class weights."
-    )
-    raise SpecError("engine", engine, "auto, finite, rerun or reference for this job", why)
+    conditions = f"only in 'mixed' or 'float32', without top1, {CLOSE}, and with plain cross-entropy"
+    if engine == "response":
+        why = f"The engine 'response' takes all weights of a layer with response functions, {conditions}."
+    elif layer.path != "direct":
+        why = f"{layer.name} is not part of a classifier head, which the engine 'direct' is for."
+    else:
+        why = f"The engine 'direct' takes {layer.name} {conditions}."
+    raise SpecError("engine", engine, f"{', '.join(('auto', *paths))} for this job", why)
 
 
 def _usual_step(value: ValueSpec) -> float:
-    """How far a replacement is from its weight, if the weight is 1 or smaller: the plan knows no weights."""
-    if isinstance(value, Constant):
-        return abs(value.constant)
-    return abs(value.scale - 1) if isinstance(value, Scale) else 1.0
+    """About |replacement - weight| for weights of at most 1, since the plan does not know the weights.
+
+    `replace_weights` of `sites.py` makes the numbers themselves.
+    """
+    match value:
+        case Constant(constant=constant):
+            return abs(constant)
+        case Scale(scale=scale):
+            return abs(scale - 1)
+        case "zero":
+            return 1.0
+        case "flip_sign":
+            return 2.0
+        case _:
+            assert_never(value)
 
 
 def _choose_batch_size(facts: ModelFacts) -> int:
@@ -419,7 +426,7 @@ def _gradient_values(facts: ModelFacts, layer: LayerFacts) -> int:
 
 
 def _cut_split(work: _Work, split: SplitPlan, options: PlanOptions) -> list[Shard]:
-    """The shards of one split: whole rows of a Linear are cut by rows, anything else by examples and sites."""
+    """Cut one split into shards: by units for all weights of a Linear, else by examples and sites."""
     layer, n_sites = work.layer, work.n_sites
     n_wanted = work.split_s(split) / options.shard_s
     if options.is_shared:
@@ -521,7 +528,7 @@ def _plan_proof(work: _Work, shards: tuple[Shard, ...]) -> ProofPlan:
 def _estimate(work: _Work, shards: tuple[Shard, ...], proof: ProofPlan, pace: float) -> Estimate:
     n_examples = sum(split.n_examples for split in work.splits)
     n_proved = sum(len(examples) for examples in proof.examples.values())
-    seconds = START_S + work.shards_s(shards) + work.proof_s(n_proved, proof.n_sites)
+    seconds = PREPARE_S + work.shards_s(shards) + work.proof_s(n_proved, proof.n_sites)
     n_parameters = sum(each.n_weights for each in work.facts.layers)
     sum_bytes = {split.name: _partial_bytes(split, work.spec) for split in work.splits}
     row_bytes = _row_bytes(work.splits, work.spec)
@@ -534,7 +541,7 @@ def _estimate(work: _Work, shards: tuple[Shard, ...], proof: ProofPlan, pace: fl
         gradient_bytes = GRADIENT_BYTES * values + 24 * work.layer.n_weights
     return Estimate(
         n_examples=n_examples,
-        passes=(seconds - START_S) / (n_examples * pass_s(work.facts, work.threads)),
+        passes=(seconds - PREPARE_S) / (n_examples * pass_s(work.facts, work.threads)),
         seconds=seconds / pace,
         memory_bytes=12 * n_parameters
         + 12 * work.batch_size * work.facts.widest

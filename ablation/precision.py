@@ -204,8 +204,7 @@ def _replaced(model: torch.nn.Module, parameter: str, tensor: Tensor) -> Iterato
 
 @contextmanager
 def left_alone(model: torch.nn.Module) -> Iterator[None]:
-    """Afterwards the model's buffers are what they were, though its forward may count in them, and Python's and numpy's
-    random states too, which imports and data sets draw from."""
+    """Context that restores the model's buffers, which a forward may update, and Python's and numpy's random states."""
     drawn = random.getstate(), np.random.get_state()
     places = [(module, name, held) for module in model.modules() for name, held in module._buffers.items()]
     values = [None if held is None else held.detach().clone() for _, _, held in places]

@@ -161,7 +161,7 @@ def _deltas_of(piece: Deltas | Responses, intact: Intact) -> Deltas:
 
 
 def _unit(loss: Loss, logits: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> float:
-    """How much larger the loss is than cross-entropy, at logits of 0: by so much more it is rounded. At least 1."""
+    """The ratio of the loss to cross-entropy at logits of 0 (at least 1), by which its rounding error grows."""
     flat = torch.zeros_like(logits)
     ratio = loss_values(loss, flat, labels) / loss_values(CROSS_ENTROPY, flat, labels)
     return max([1.0, *ratio[ratio.isfinite()].abs().tolist()])

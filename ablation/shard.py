@@ -176,7 +176,7 @@ def read(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, 
 
 @contextmanager
 def example_of(split: Split, positions: np.ndarray) -> Iterator[None]:
-    """Inside, errors that say where an example is among `positions` become errors that name it as the data set does."""
+    """Context in which errors about an example, counted among `positions`, name it as the data set does."""
     try:
         yield
     except ExampleError as error:
@@ -186,7 +186,7 @@ def example_of(split: Split, positions: np.ndarray) -> Iterator[None]:
 
 @contextmanager
 def threads_of(plan: Plan) -> Iterator[None]:
-    """Inside, torch runs the plan's number of threads, which decides the last bits; afterwards as many as before."""
+    """Context in which torch runs the plan's number of threads, which affects the last bits of results."""
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:

@@ -5,6 +5,7 @@ In: the spec's `sites` and `value`, and the parameter tensor. Out: frozen `Sites
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -16,16 +17,33 @@ from ablation.spec import Constant, CountOfSites, Scale, SiteIndices, SitesSpec,
 BLOCK = 1 << 16  # sites whose numbers are made together: they stay in the cache
 
 
-def replace_weights(weights: Float64[Tensor, "*weights"], value: ValueSpec) -> Float64[Tensor, "*weights"]:
-    """The numbers that a spec's `value` replaces weights by.
+def replace_weights(
+    weights: Float64[Tensor, " sites"],
+    value: ValueSpec,
+    parameter: Shaped[Tensor, "*shape"],
+    indices: Int64[Tensor, " sites"] | slice,
+) -> Float64[Tensor, " sites"]:
+    """Return the numbers that a spec's `value` replaces weights by: a new value is one more case here.
+
+    Args:
+        weights: the intact weights of the sites.
+        value: the field `value` of the job spec.
+        parameter: the whole parameter, for values that depend on other weights, such as the mean of a row.
+        indices: flat indices of the sites in the parameter; a slice where they are consecutive.
 
     Numerics: float64; infinite where the product with a scale overflows.
     """
-    if isinstance(value, Constant):
-        return torch.full_like(weights, value.constant)
-    if isinstance(value, Scale):
-        return weights * value.scale
-    return torch.zeros_like(weights) if value == "zero" else -weights
+    match value:
+        case Constant(constant=constant):
+            return torch.full_like(weights, constant)
+        case Scale(scale=scale):
+            return weights * scale
+        case "zero":
+            return torch.zeros_like(weights)
+        case "flip_sign":
+            return -weights
+        case _:
+            assert_never(value)
 
 
 @dataclass(frozen=True)
@@ -79,13 +97,18 @@ class EveryWeight(Sites):
     The lists take 25 bytes a site. Here they are made each time they are asked for, so ask for those of a slice.
     """
 
-    flat: Shaped[Tensor, " weights"]
+    parameter: Shaped[Tensor, "*shape"]
     first: int
     last: int
     value: ValueSpec
 
-    def __init__(self, flat: Shaped[Tensor, " weights"], first: int, last: int, value: ValueSpec) -> None:
-        vars(self).update(flat=flat, first=first, last=last, value=value)  # frozen, as all sites are
+    def __init__(self, parameter: Shaped[Tensor, "*shape"], first: int, last: int, value: ValueSpec) -> None:
+        vars(self).update(parameter=parameter, first=first, last=last, value=value)  # frozen, as all sites are
+
+    @property
+    def flat(self) -> Shaped[Tensor, " weights"]:
+        """All weights of the parameter, in the order of their flat indices."""
+        return self.parameter.reshape(-1)
 
     @property
     def indices(self) -> Int64[Tensor, " sites"]:
@@ -104,19 +127,22 @@ class EveryWeight(Sites):
 
     @property
     def replacements(self) -> Float64[Tensor, " sites"]:
-        """What replaces them."""
-        return _replace(self.weights, self.value)[0]
+        """The numbers that replace them."""
+        return self._replace(self.weights)[0]
 
     @property
     def steps(self) -> Float64[Tensor, " sites"]:
         """Replacement minus weight; 0.0 where the two are equal, for zeros of either sign."""
         weights = self.weights
-        return _replace(weights, self.value)[0].sub_(weights)
+        return self._replace(weights)[0].sub_(weights)
 
     @property
     def not_finite(self) -> Bool[Tensor, " sites"]:
-        """Where the value gives no finite number."""
-        return _replace(self.weights, self.value)[1]
+        """Whether the value gives no finite number, for each weight."""
+        return self._replace(self.weights)[1]
+
+    def _replace(self, weights: Float64[Tensor, " sites"]) -> tuple[Tensor, Tensor]:
+        return _replace(weights, self.value, self.parameter, slice(self.first, self.last))
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -125,27 +151,31 @@ class EveryWeight(Sites):
         first, last, step = rows.indices(len(self))
         if step != 1:
             return super().__getitem__(rows)
-        return EveryWeight(self.flat, self.first + first, self.first + max(first, last), self.value)
+        return EveryWeight(self.parameter, self.first + first, self.first + max(first, last), self.value)
 
     def pick(self, rows: Int64[np.ndarray, " rows"]) -> "Sites":
         """The sites of these rows."""
         picked = torch.from_numpy(rows).to(self.flat.device) + self.first
-        return _make(picked, self.flat[picked].double(), self.value)
+        return _make(picked, self.parameter, self.value)
 
 
-def _make(indices: Int64[Tensor, " sites"], weights: Float64[Tensor, " sites"], value: ValueSpec) -> Sites:
-    """Listed sites with what a spec's `value` replaces each of them by."""
-    return Sites(indices, weights, *_replace(weights, value))
+def _make(indices: Int64[Tensor, " sites"], parameter: Shaped[Tensor, "*shape"], value: ValueSpec) -> Sites:
+    """Make the list of these sites, with the number that a spec's `value` replaces each of them by."""
+    weights = parameter.reshape(-1)[indices].double()
+    return Sites(indices, weights, *_replace(weights, value, parameter, indices))
 
 
 def _replace(
-    weights: Float64[Tensor, " sites"], value: ValueSpec
+    weights: Float64[Tensor, " sites"],
+    value: ValueSpec,
+    parameter: Shaped[Tensor, "*shape"],
+    indices: Int64[Tensor, " sites"] | slice,
 ) -> tuple[Float64[Tensor, " sites"], Bool[Tensor, " sites"]]:
-    """Replacements, the weight itself where there is no finite one; and where that is.
+    """Return the replacements, with the weight itself where there is no finite one, and which these are.
 
     Adding 0.0 turns -0.0 into 0.0: the step of a zero is 0.0 whichever its sign, and scale 0 gives the bytes of zero.
     """
-    replacements = replace_weights(weights, value).add_(0.0)
+    replacements = replace_weights(weights, value, parameter, indices).add_(0.0)
     not_finite = replacements.isfinite().logical_not_()
     if not_finite.any():
         replacements[not_finite] = weights[not_finite]
@@ -161,7 +191,7 @@ def find_not_finite(sites: Sites) -> Bool[np.ndarray, " sites"] | None:
 def list_sites(parameter: Tensor, asked: SitesSpec, value: ValueSpec) -> Sites:
     """The sites of `parameter` that a spec asks for; of a whole layer without a list of them."""
     if asked == "all":
-        return EveryWeight(parameter.detach().reshape(-1), 0, parameter.numel(), value)
+        return EveryWeight(parameter.detach().contiguous(), 0, parameter.numel(), value)
     return make_sites(parameter, draw_indices(asked, parameter.numel()), value)
 
 
@@ -179,4 +209,4 @@ def draw_indices(asked: SitesSpec, n_weights: int) -> Int64[np.ndarray, " sites"
 def make_sites(parameter: Tensor, indices: Int64[np.ndarray, " sites"], value: ValueSpec) -> Sites:
     """The sites at `indices` of `parameter`, with what the spec's `value` replaces each of them by."""
     flat_indices = torch.from_numpy(indices).to(parameter.device)
-    return _make(flat_indices, parameter.detach().reshape(-1)[flat_indices].double(), value)
+    return _make(flat_indices, parameter.detach(), value)

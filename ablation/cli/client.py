@@ -16,7 +16,7 @@ from ablation.spec import JobSpec
 
 TIMEOUT_S = 30.0
 POLL_TIMEOUT_S = 5.0  # the socket of a dead API stays open, so requests wait until it is restarted
-MAX_POLL_S = 2.0  # shorter than the server's Retry-After, since a person watches; at 429 the server's is kept
+LONGEST_WAIT_S = 2.0  # shorter than the server's Retry-After, since a person watches; at 429 the server's is kept
 AWAY_S = 60.0  # how long a server may be away, for instance to restart, before polling gives up
 
 
@@ -139,4 +139,4 @@ def _check(answer: httpx.Response) -> httpx.Response:
 
 def _pause_s(answer: dict[str, Any]) -> float:
     """Seconds until the next poll: a tenth of the remaining time, from 0.2 to 2."""
-    return min(MAX_POLL_S, max(0.2, (answer.get("eta_seconds") or 0.0) / 10))
+    return min(LONGEST_WAIT_S, max(0.2, (answer.get("eta_seconds") or 0.0) / 10))

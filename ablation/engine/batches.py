@@ -25,12 +25,12 @@ from ablation.reference import intact_logits
 N_COMPARED = 32  # examples at the beginning of a shard that the model is run on as it is, for its logits
 
 # How each statistic of `criteria.py` is made ready for one shard: its setup, and how many examples to take at once.
-STATISTICS: dict[str, Callable[[Setup, int], Statistic]] = {"gradient": Gradients}
+STATISTIC_TYPES: dict[str, Callable[[Setup, int], Statistic]] = {"gradient": Gradients}
 
 
 def open_statistics(names: Iterable[str], setup: Setup, examples_at_once: int) -> dict[str, Statistic]:
     """Make these statistics ready for one shard."""
-    return {name: STATISTICS[name](setup, examples_at_once) for name in names}
+    return {name: STATISTIC_TYPES[name](setup, examples_at_once) for name in names}
 
 
 def run_batches(

@@ -101,7 +101,7 @@ def loss_gradient(
 
 @contextmanager
 def _nothing_else_asked(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, no parameter of the model asks for a gradient and no backward hook of its modules is called."""
+    """Context in which no parameter of the model requires a gradient and no backward hook of its modules runs."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hooked = {
         module: (module._backward_hooks, module._backward_pre_hooks)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablation.cost import START_S
+from ablation.cost import PREPARE_S
 from ablation.errors import SpecError
 from ablation.inputs.catalog import LayerFacts, ModelFacts
 from ablation.plan import LANE_VALUES, MAX_SITES_PER_SHARD, PARTIAL_BYTES, Plan, PlanOptions, SplitCounts, make_plan
@@ -245,7 +245,7 @@ def test_refusals(options, field, words) -> None:
 
 @pytest.mark.parametrize(("seconds", "n_shards"), [(1.5, 1), (5, 2), (20, 8), (50, 8), (700, 12)])
 def test_a_job_of_seconds_is_cut_for_workers_to_share(seconds: float, n_shards: int) -> None:
-    one_s = (plan(n=4000, verify=0, batch_size=1).estimate.seconds - START_S) / 4000
+    one_s = (plan(n=4000, verify=0, batch_size=1).estimate.seconds - PREPARE_S) / 4000
     options = {"n": round(seconds / one_s), "verify": 0, "batch_size": 1}
     cut = plan(**options)
     assert len(cut.shards) == pytest.approx(n_shards, abs=1 if n_shards > 8 else 0)

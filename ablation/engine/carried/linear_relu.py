@@ -389,7 +389,7 @@ class _Far(NamedTuple):
 @kernel
 @no_type_check
 def _activate(first, last, matrix, columns, moves, order, far):
-    """Compute what inactive units let through, each for the ablations that may activate it."""
+    """Compute the outputs of inactive units, each for the ablations that may activate it."""
     row = np.empty(len(columns), np.float32)
     for k in range(first, last):
         source = matrix[far.units[k]]

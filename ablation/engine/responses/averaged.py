@@ -134,7 +134,7 @@ class Form:
 
 @dataclass(frozen=True)
 class ChannelBatch:
-    """One batch, as the loops take it, and what else they need of it."""
+    """One batch in the loops' layout, with its scale and positions."""
 
     form: Form
     record: Batch  # x is padded

@@ -6,8 +6,8 @@ One weight w_ij moves one unit i, and only through d = (r - w_ij) x_j (docs/03-e
     dz = t V[:, i]                    every logit, a scaled column of the last Linear
 
 and the loss changes as `loss.py` says. Pairs with t = 0 are dropped before anything of size (classes) is touched.
-On a CPU, for ReLU, plain cross-entropy and in the usual precision, compiled loops do it (`arrays.py`); else matrix
-operations, below.
+On a CPU, in float32, with plain cross-entropy and a function that they know, compiled loops do it (`arrays.py`); else
+matrix operations do.
 """
 
 from collections.abc import Iterator

@@ -59,7 +59,7 @@ class OpenHead:
 
     @cached_property
     def own(self) -> Linear:
-        """The target, cut to the units whose y is computed."""
+        """The target Linear restricted to the units whose y is computed."""
         return self.first if self.units is None else self.first.of_units(self.units)
 
     def run(self, inputs: Tensor) -> HeadBatch:

@@ -20,7 +20,7 @@ from ablation.engine.threads import run_ranges
 SPARSE = 0.4  # share of active inputs up to which leaving out the others pays
 SKIP_WEIGHTS = 1 << 18  # the least number of weights of which leaving out some pays
 FEW_EXAMPLES, BLOCK_UNITS = 16, 128  # so few go block by block, of so many units
-TILE_INPUTS, TILE_UNITS = 128, 1024  # of the weight, in float32: half of a core's cache
+CACHED_INPUTS, CACHED_UNITS = 128, 1024  # of the weight, in float32: half of a core's cache
 
 
 class Linear:
@@ -78,17 +78,17 @@ class Linear:
 @kernel
 def add_active(x, columns, y):
     """Add to y (examples, units) the products of the inputs that are not 0, tile by tile."""
-    lists, lengths = np.empty((x.shape[0], TILE_INPUTS), np.int32), np.empty(x.shape[0], np.int32)
-    for first in range(0, x.shape[1], TILE_INPUTS):
-        last = min(first + TILE_INPUTS, x.shape[1])
+    lists, lengths = np.empty((x.shape[0], CACHED_INPUTS), np.int32), np.empty(x.shape[0], np.int32)
+    for first in range(0, x.shape[1], CACHED_INPUTS):
+        last = min(first + CACHED_INPUTS, x.shape[1])
         for n in range(x.shape[0]):
             n_active = 0
             for j in range(first, last):
                 lists[n, n_active] = j
                 n_active += x[n, j] != 0
             lengths[n] = n_active
-        for begin in range(0, y.shape[1], TILE_UNITS):
-            end = min(begin + TILE_UNITS, y.shape[1])
+        for begin in range(0, y.shape[1], CACHED_UNITS):
+            end = min(begin + CACHED_UNITS, y.shape[1])
             for n in range(x.shape[0]):
                 add_products(x[n], columns, begin, end, lists[n, : lengths[n]], y[n])
 

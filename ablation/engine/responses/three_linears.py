@@ -131,7 +131,7 @@ class Deep:
 
     @cached_property
     def own(self) -> Linear:
-        """The target, cut to the units that the sites are in."""
+        """The target Linear restricted to the units that the sites are in."""
         return self.linears[0].of_units(self.units)
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Responses | Deltas]]:

@@ -264,4 +264,4 @@ def test_a_forward_pass_without_gradients_is_refused_and_a_weight_without_effect
 
 
 def test_every_statistic_of_the_registry_can_be_computed() -> None:
-    assert list(batches.STATISTICS) == list(STATISTICS)
+    assert list(batches.STATISTIC_TYPES) == list(STATISTICS)

@@ -35,22 +35,22 @@ from ablation.engine.compiled import in_order, kernel
 
 IDENTITY, RELU, LEAKY, HARDTANH, HARDSIGMOID, HARDSWISH, SIGMOID, TANH, SOFTPLUS, SILU, GELU = range(11)
 FIRST_BENT, FIRST_SMOOTH = LEAKY, SIGMOID
-SHORT, LONG = 4, 8  # orders of the two series
-ORDERS = LONG
+SHORT_INCREMENT, LONG_INCREMENT = 4, 8  # orders of the two series
+INCREMENT_ORDERS = LONG_INCREMENT
 N_BENT = 9  # numbers of the exact form
 
 # Up to which |d| the short and the long series are used, by smooth function: the bound on the rest is then at most 5e-7
 # of |d f'(y)|, or of a tenth of that at the largest f' (test_activations.py).
 REACHES = np.array([(0.07, 0.48), (0.035, 0.24), (0.08, 0.55), (0.045, 0.37), (0.032, 0.3)])
 
-_FACTORIALS = np.array([math.factorial(k) for k in range(ORDERS + 2)], dtype=np.float64)
+_FACTORIALS = np.array([math.factorial(k) for k in range(INCREMENT_ORDERS + 2)], dtype=np.float64)
 _ROOT_2, _ROOT_2_PI = math.sqrt(0.5), math.sqrt(2 * math.pi)
 _CRAMER = 1.0865 / _ROOT_2_PI
 _HALF_STEP = 2.0**-54  # of a float64: no more than half of the distance to the next one
 
 
 class Function(NamedTuple):
-    """A function by its number, with a slope, limits, or what else it takes."""
+    """An elementwise function: its code and up to two parameters (slope; limits; beta and threshold)."""
 
     code: int
     first: float = 0.0
@@ -58,10 +58,10 @@ class Function(NamedTuple):
 
 
 def _make_euler() -> np.ndarray:
-    """Euler's numbers A(n, k) for n up to ORDERS."""
-    numbers = np.zeros((ORDERS + 1, ORDERS + 1))
+    """Euler's numbers A(n, k) for n up to INCREMENT_ORDERS."""
+    numbers = np.zeros((INCREMENT_ORDERS + 1, INCREMENT_ORDERS + 1))
     numbers[0, 0] = numbers[1, 0] = 1
-    for n in range(2, ORDERS + 1):
+    for n in range(2, INCREMENT_ORDERS + 1):
         for k in range(n):
             numbers[n, k] = (k + 1) * numbers[n - 1, k] + (n - k) * numbers[n - 1, k - 1] * (k > 0)
     return numbers
@@ -170,7 +170,9 @@ def unseen_change(function, y, slope):
 
 @kernel
 def bend(function, y, b):
-    """The exact form of one bent function at y: slope, b_1, b_2, s; where e is cut, its shift; where r is, its shift.
+    """Write the nine numbers of a bent function's exact form at y.
+
+    They are the slope, b_1, b_2, s, the two limits and the shift of e, and the limit and the shift of r.
 
     Cuts are float32 and shifts their negatives, so that what is flat is 0 to the last digit.
     """
@@ -207,7 +209,7 @@ def bent_change(d, b):
 
 @kernel
 def largest_bent_change(function, y, far):
-    """No |t| is larger for |d| <= far: 0 where f is flat so far."""
+    """An upper bound of |t| for |d| <= far; 0 where f is constant on that interval."""
     code, first, second = function
     if code == LEAKY:
         return max(1.0, abs(first)) * far
@@ -228,7 +230,7 @@ def derivatives_of_sigmoid(y, scale, s):
     v = math.exp(-abs(scale * y))
     s[0] = (v if scale * y < 0 else 1.0) / (1.0 + v)
     power = v / (1.0 + v)
-    for n in range(1, ORDERS + 1):
+    for n in range(1, INCREMENT_ORDERS + 1):
         power *= scale / (1.0 + v)
         total = 0.0
         for k in range(n - 1, -1, -1):
@@ -242,7 +244,7 @@ def derivatives_of_gelu(y, a):
     density = math.exp(-0.5 * y * y) / _ROOT_2_PI
     a[0] = 0.5 * math.erfc(-y * _ROOT_2) + y * density
     before, here, sign = 1.0, y, 1.0  # He_(n-2), He_(n-1)
-    for n in range(2, ORDERS + 1):
+    for n in range(2, INCREMENT_ORDERS + 1):
         after = y * here - (n - 1) * before
         a[n - 1] = sign * (before - after) * density
         before, here, sign = here, after, -sign
@@ -250,19 +252,19 @@ def derivatives_of_gelu(y, a):
 
 @kernel
 def series_of_function(function, y, s, a):
-    """a[k - 1] = f^(k)(y) / k! for k up to ORDERS. `s` (ORDERS + 1): scratch."""
+    """a[k - 1] = f^(k)(y) / k! for k up to INCREMENT_ORDERS. `s` (INCREMENT_ORDERS + 1): scratch."""
     code, first, second = function
     a[:] = 0
     if code == GELU:
         derivatives_of_gelu(y, a)
-        for k in range(1, ORDERS):
+        for k in range(1, INCREMENT_ORDERS):
             a[k] /= _FACTORIALS[k + 1]
     elif code == SOFTPLUS and y * first > second:
         a[0] = 1.0
     else:
         scale = 2.0 if code == TANH else first if code == SOFTPLUS else 1.0
         derivatives_of_sigmoid(y, scale, s)
-        for k in range(1, ORDERS + 1):
+        for k in range(1, INCREMENT_ORDERS + 1):
             each = s[k]
             if code == TANH:
                 each *= 2

@@ -184,7 +184,7 @@ def chart_positions(function, y, far, a, reaches):
 
     Returns the means over the positions of the largest |t| and of the rest of t.
     """
-    s, a_p = np.empty(activations.ORDERS + 1), np.empty(activations.ORDERS)
+    s, a_p = np.empty(activations.INCREMENT_ORDERS + 1), np.empty(activations.INCREMENT_ORDERS)
     farthest, rest = 0.0, 0.0
     for p in range(y.shape[0]):
         if function.code < FIRST_SMOOTH:
@@ -193,11 +193,11 @@ def chart_positions(function, y, far, a, reaches):
             continue
         series_of_function(function, y[p], s, a_p)
         short, long = reaches_of(function, y[p])
-        a[p, : activations.ORDERS], reaches[p, 0], reaches[p, 1] = a_p, short, long
+        a[p, : activations.INCREMENT_ORDERS], reaches[p, 0], reaches[p, 1] = a_p, short, long
         farthest += largest_change(a_p, min(far, long))
         rest += max(
-            rest_of_function(function, y[p], min(far, short), activations.SHORT),
-            rest_of_function(function, y[p], min(far, long), activations.LONG),
+            rest_of_function(function, y[p], min(far, short), activations.SHORT_INCREMENT),
+            rest_of_function(function, y[p], min(far, long), activations.LONG_INCREMENT),
         )
     return farthest / y.shape[0], rest / y.shape[0]
 

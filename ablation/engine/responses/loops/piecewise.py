@@ -39,7 +39,7 @@ from ablation.engine.threads import run_ranges
 PIECE_REACH = 0.17  # largest |t| R of one piece: with C_7 = 28.125, 28.125/5040 x^5 e^x is 9.4e-7
 REST = 28.125 / 5040
 MOST_PIECES = 512  # pieces on either side of 0
-EXAMPLES = 64  # examples per block: a unit's sums are fetched once for all of them (32 and 128 are slower)
+BLOCK_EXAMPLES = 64  # examples per block: a unit's sums are fetched once for all of them (32 and 128 are slower)
 PAIRS = 64  # (example, unit) pairs charted by one call: their u stay in the cache
 INPUTS = 1536  # inputs summed at once: a unit's weights and sums of them stay in the first-level cache
 VECTOR = 64  # running maxima kept side by side, so that the loop over them becomes vector code
@@ -128,7 +128,7 @@ def make_rows(
     columns: Float32[np.ndarray, "units second"],
     last: Float32[np.ndarray, "second classes"],
 ) -> Rows:
-    """The units of a whole layer or of a part of it: r - w, W2 transposed, V transposed."""
+    """Make the record of some units from r - w, W2 transposed and V transposed."""
     change, columns, last = (np.ascontiguousarray(values) for values in (change, columns, last))
     return Rows(change, columns, last, np.abs(change).max(axis=1), np.abs(columns).max(axis=0))
 
@@ -164,8 +164,8 @@ def add_rows(
     chosen = np.empty((0, 2), np.int64) if chosen is None else np.ascontiguousarray(chosen)
     n, totals = len(batch.labels), Totals(sums, squares, touched)
     deltas = np.zeros((len(chosen), n))
-    for first in range(0, n, EXAMPLES):
-        block = slice(first, min(first + EXAMPLES, n))
+    for first in range(0, n, BLOCK_EXAMPLES):
+        block = slice(first, min(first + BLOCK_EXAMPLES, n))
         some = batch.of_examples(np.arange(block.start, block.stop))
         charts = make_charts(rows, some)
         _add_charts(rows, some.x, charts, totals)
@@ -369,7 +369,7 @@ def _dot(a, b):
 
 @kernel
 def _level(exact, p, label, u):
-    """Shift u, but not the label's, so that dF/dt at 0, which is sum p u, is as exact as float64 has it.
+    """Shift all slopes but the label's so that dF/dt at 0, which is sum p u, equals its float64 value.
 
     A float32 product of a thousand terms is off by 1e-6, and most of that by the label's slope, which is in every u.
     Utilities cancel over examples: without this they would be off by as much of 0.01 of their root mean square as 1e-4.
@@ -386,7 +386,7 @@ def _level(exact, p, label, u):
 
 @kernel
 def _slopes(units, columns, last, y2):
-    """dz/dt at 0 of each unit: the sum over the active k of W2_ki V[:, k]. Rows of zeros make it whole fours."""
+    """dz/dt at 0 of each unit: the sum over the active k of W2_ki V[:, k]. Padded with zeros to a multiple of four."""
     active = (y2 > 0).nonzero()[0]
     rows = np.zeros(-(-len(active) // 8) * 8, np.int64)
     for k in range(len(active)):
@@ -669,7 +669,10 @@ def _add_outer(used, values, step, y, ends, span, pieces, own):
 
 @kernel
 def _values(t, n, span, pieces):
-    """F of the first n of t, none of which is in the piece at 0, and whether logits move. t has VECTOR to spare."""
+    """F of the first n of t, none of which is in the piece at 0, and whether logits move.
+
+    `t` must have room for VECTOR more entries.
+    """
     whole = (n + VECTOR - 1) // VECTOR * VECTOR
     t[n:whole] = 0
     deltas, moves = np.zeros(whole, np.float32), np.zeros(whole, np.int32)

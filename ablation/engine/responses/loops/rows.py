@@ -67,23 +67,22 @@ class Inputs(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The examples on which one unit moves, in the batch's order. Space for all of them; `list_pairs` fills it."""
+    """The examples on which one unit moves, in the batch's order; `list_pairs` fills the arrays."""
 
     examples: np.ndarray  # (pairs), int64
     kinds: np.ndarray  # (pairs), int64: SHORT, LONG or BEYOND
     y: np.ndarray  # (pairs), float64
-    farthest: np.ndarray  # (pairs), float64: the largest |t| times the column's range
     reach: np.ndarray  # (pairs), float32: the |d| up to which the numbers of t hold
     unseen: np.ndarray  # (pairs), float32: the |t| up to which rounding hides a change
     numbers: np.ndarray  # (pairs, 9), float32: low and high of a ReLU; an exact form; or a series of t
     series: np.ndarray  # (pairs, ORDERS), float32: the series of F
-    candidates: np.ndarray  # (pairs), int64: the pairs whose ReLU is closed, and opened by some input at most
-    opened: np.ndarray  # (words), uint64: a bit for each example, 1 where the ReLU is open already
+    candidates: np.ndarray  # (pairs), int64: the pairs whose unit is inactive behind a ReLU, and may be activated
+    active: np.ndarray  # (words), uint64: a bit for each example, 1 where the unit is active
     n: np.ndarray  # (2), int64: how many pairs there are, and how many candidates
 
 
 class Scratch(NamedTuple):
-    """Sums of F, in the first half, and of F^2, in the second, for one tile of inputs, and what leads to them."""
+    """Sums of F (first half) and of F^2 (second half) for one tile of inputs, and work arrays."""
 
     narrow: np.ndarray  # (2 * ROW_TILE), float32
     wide: np.ndarray  # (2 * ROW_TILE), float64
@@ -94,13 +93,19 @@ class Scratch(NamedTuple):
 
 @kernel
 def make_pairs(n):
-    """Space for n pairs."""
-    numbers, series = np.empty((n, activations.N_BENT), np.float32), np.empty((n, ORDERS), np.float32)
+    """Allocate the record of n pairs."""
     return Pairs(
-        np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n), np.empty(n), np.empty(n, np.float32),
-        np.empty(n, np.float32), numbers, series, np.empty(n, np.int64), np.empty((n + 63) // 64, np.uint64),
-        np.zeros(2, np.int64),
-    )  # fmt: skip
+        examples=np.empty(n, np.int64),
+        kinds=np.empty(n, np.int64),
+        y=np.empty(n),
+        reach=np.empty(n, np.float32),
+        unseen=np.empty(n, np.float32),
+        numbers=np.empty((n, activations.N_BENT), np.float32),
+        series=np.empty((n, ORDERS), np.float32),
+        candidates=np.empty(n, np.int64),
+        active=np.empty((n + 63) // 64, np.uint64),
+        n=np.zeros(2, np.int64),
+    )
 
 
 # --- single weights ---------------------------------------------------------------------------------------------------
@@ -135,7 +140,7 @@ def score_sites(places, x, batch, follows, delta, touched):
 
 @kernel
 def slope_of_loss(q, v, unit, label, is_logit):
-    """sum_c q_c |u_c|: no |dF/dt| at t = 0 is larger."""
+    """An upper bound of |dF/dt| at t = 0: sum_c q_c |u_c|."""
     total = 0.0
     if is_logit:
         for c in range(q.shape[0]):
@@ -148,7 +153,7 @@ def slope_of_loss(q, v, unit, label, is_logit):
 
 @kernel
 def largest_change(a, reach):
-    """sum_k |a_k| reach^k: no |t| is larger, but for the rest of the series."""
+    """An upper bound of |t| without the series' remainder: sum_k |a_k| reach^k."""
     total = 0.0
     for k in range(a.shape[0] - 1, -1, -1):
         total = (total + abs(a[k])) * reach
@@ -180,19 +185,19 @@ def chart_pair(column, y, far, s, a_p, a):
         largest = largest_bent_change(function, y, far)  # |t| R may be 0 where this is not: a column of equal numbers
         return (STILL if largest == 0 else kind_of(largest * width)), _EVERY, largest * width, 0.0, 0.0
     series_of_function(function, y, s, a_p)
-    a[: activations.ORDERS] = a_p
+    a[: activations.INCREMENT_ORDERS] = a_p
     short, long = reaches_of(function, y)
     reach, unseen = min(far, long), unseen_change(function, y, a_p[0])
     farthest = largest_change(a_p, reach) * width
     if far <= short and farthest <= REACH_SHORT:
-        return SHORT, short, farthest, rest_of_function(function, y, far, activations.SHORT), unseen
+        return SHORT, short, farthest, rest_of_function(function, y, far, activations.SHORT_INCREMENT), unseen
     kind = LONG if far <= long and farthest <= REACH_LONG else BEYOND
-    return kind, long, farthest, rest_of_function(function, y, reach, activations.LONG), unseen
+    return kind, long, farthest, rest_of_function(function, y, reach, activations.LONG_INCREMENT), unseen
 
 
 @kernel
 def rest_of_loss(farthest, rest, kappa_2, column, batch, n):
-    """A bound on what one pair's F is off by, in nats, where its t is off by `rest` at most."""
+    """An upper bound of the error of one pair's F, in nats, if its t has an error of at most `rest`."""
     total = rest_of_series(farthest, column.range, kappa_2)
     if rest > 0:
         at_most = math.exp(2 * min(np.float64(farthest), np.float64(REACH_LONG)))
@@ -204,10 +209,10 @@ def rest_of_loss(farthest, rest, kappa_2, column, batch, n):
 @kernel
 def list_pairs(row, largest, column, batch, inputs, pairs, bounds):
     """Fill `pairs` for one unit whose largest |step| is `largest`, and add to its bound."""
-    s, a_p = np.empty(activations.ORDERS + 1), np.empty(activations.ORDERS)
+    s, a_p = np.empty(activations.INCREMENT_ORDERS + 1), np.empty(activations.INCREMENT_ORDERS)
     m, kappa = np.empty(ORDERS), np.empty(ORDERS)
     n_pairs = n_candidates = 0
-    pairs.opened[:] = 0
+    pairs.active[:] = 0
     for n in range(batch.labels.shape[0]):
         far, p, y = largest * inputs.largest[n], n_pairs, batch.y[row, n]
         if far == 0:
@@ -217,13 +222,13 @@ def list_pairs(row, largest, column, batch, inputs, pairs, bounds):
             continue
         series_of(column, batch, n, m, kappa)
         bounds[row] += rest_of_loss(farthest, rest, 2 * kappa[1], column, batch, n)
-        pairs.examples[p], pairs.kinds[p], pairs.y[p], pairs.farthest[p] = n, kind, y, farthest
+        pairs.examples[p], pairs.kinds[p], pairs.y[p] = n, kind, y
         pairs.series[p] = kappa
         if column.function.code == RELU and y <= 0:
             pairs.candidates[n_candidates] = p
             n_candidates += 1
         else:
-            pairs.opened[n // 64] |= np.uint64(1) << np.uint64(n % 64)
+            pairs.active[n // 64] |= np.uint64(1) << np.uint64(n % 64)
         n_pairs += 1
     pairs.n[0], pairs.n[1] = n_pairs, n_candidates
 
@@ -274,8 +279,8 @@ def bent_numbers(a, k):
 
 @kernel
 def add_short_relu(step, x, first, pairs, n_chosen, scratch):
-    """Add F and F^2 of the chosen pairs behind a ReLU, by the short series: two pairs a round, which share the sums
-    that they read and write. One pair a round, as `make_add_pairs` has it, is RATIO times as slow.
+    """Add F and F^2 of the chosen pairs behind a ReLU, by the short series: two pairs a round, which share the loads
+    and stores of the sums. `make_add_pairs`, which takes one pair a round, takes RATIO times as long.
     """
     size, narrow, chosen = step.shape[0], scratch.narrow, scratch.chosen
     examples, low_high = pairs.examples, pairs.numbers
@@ -355,7 +360,7 @@ def make_add_near(change: Any) -> Any:
 
 @kernel
 def add_far(step, x, p, pairs, column, batch, scratch):
-    """Add F and F^2 of one pair where `add_near` did not: t from its definition, and F as it comes."""
+    """Add F and F^2 of one pair where `add_near` did not: t from its definition, F by its series or directly."""
     wide, c, y, n = scratch.wide, long_series(pairs.series, p), pairs.y[p], pairs.examples[p]
     for j in range(step.shape[0]):
         if scratch.near[j] != 0:
@@ -398,7 +403,7 @@ def add_beyond(step, first, pairs, n_chosen, column, batch, scratch):
 
 @kernel
 def add_kinds(step, first, pairs, between, column, batch, scratch):
-    """Add F and F^2 of the pairs `between` two, kind by kind."""
+    """Add F and F^2 of the pairs from `between[0]` to before `between[1]`, one kind after the other."""
     x, code, chosen = batch.x, column.function.code, scratch.chosen
     n_short = pick(pairs.kinds, SHORT, between[0], between[1], chosen)
     if code < FIRST_BENT:
@@ -431,8 +436,8 @@ def ones(bits):
 def count_touched(step, x, first, active, pairs, touched):
     """Add the examples where a ReLU's t is not 0: input and unit active, or the unit opened by this input."""
     size = step.shape[0]
-    for word in range(pairs.opened.shape[0]):
-        bits, active_bits = pairs.opened[word], active[word, first : first + size]
+    for word in range(pairs.active.shape[0]):
+        bits, active_bits = pairs.active[word], active[word, first : first + size]
         for j in range(size):
             touched[j] += np.int64(ones(bits & active_bits[j]))
     for k in range(pairs.n[1]):

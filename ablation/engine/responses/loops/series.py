@@ -16,8 +16,8 @@ import numpy as np
 
 from ablation.engine.compiled import kernel
 
-SHORT, LONG = 5, 8  # orders of the two polynomials
-ORDERS = LONG
+SHORT_ORDER, LONG_ORDER = 5, 8  # orders of the two polynomials
+ORDERS = LONG_ORDER
 # A remainder of at most 1e-6 of t^2 kappa_2, by C_(K+1) / (K+1)! x^(K-1) e^x for x = |t| R.
 REACH_SHORT, REACH_LONG = np.float32(0.092), np.float32(0.347)
 REST_SHORT, REST_LONG = 9.125 / 720, 420.375 / 362880
@@ -53,7 +53,7 @@ def moments_of_column(q, v, label, m):
 
 @kernel
 def moments_of_logit(q, unit, label, m):
-    """m[k] where only logit `unit` moves: u is 1 there; or -1 everywhere else, where that is the label's."""
+    """m[k] where only logit `unit` moves: u = 1 for that logit; if it is the label's, u = -1 for all others."""
     total, sign = np.float64(0), 1.0
     if unit == label:
         sign = -1.0
@@ -221,5 +221,5 @@ def rest_of_series(reach, width, kappa_2):
     reach = min(reach, REACH_LONG)
     if width == 0:
         return 0.0
-    factor = REST_SHORT * reach ** (SHORT - 1) if reach <= REACH_SHORT else REST_LONG * reach ** (LONG - 1)
+    factor = REST_SHORT * reach ** (SHORT_ORDER - 1) if reach <= REACH_SHORT else REST_LONG * reach ** (LONG_ORDER - 1)
     return factor * (reach / width) ** 2 * kappa_2 * math.exp(reach)

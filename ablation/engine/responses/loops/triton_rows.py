@@ -16,9 +16,9 @@ In: tensors on one device. Out: sums, added to tensors that the caller gives. Fo
 - programs that run at the same time have the same inputs and different units, so that x comes out of the caches.
 - which inputs are active matters only for `touched`; that count is a product of two matrices of 0 and 1.
 
-Moments could be products q @ V^k instead, as in `series.py`. Those are dense in the units, where here only the listed
-pairs are looked at, need float64 (they are shifted to v_label afterwards, which cancels), and so a device that is fast
-at it. Here differences come first, and float32 is enough.
+Moments could be products q @ V^k instead, as in `carried/series.py`. Those cover all units, where here only listed
+pairs count, and need float64, since they are shifted to v_label afterwards, which cancels; so they need a device that
+is fast in float64. Here differences come first, and float32 is enough.
 
 Each program owns what it writes and visits the examples in order: no atomics, the same bytes in whatever order programs
 run. The host is waited for only where some pair is beyond the series, for the number of such inputs.
@@ -35,14 +35,14 @@ All kernels are launched by keyword. Their pointers, each to contiguous memory o
     largest_x     float64 (examples)                 largest |x| of an example
     columns       float32 (units, classes)           the last Linear's columns v
     units         int64   (units)                    the units' numbers, which are their logits where IS_LOGIT
-    spread        float64 (units)                    max v - min v: no |u| = |v_c - v_label| is larger
+    u_range        float64 (units)                    max v - min v: no |u| = |v_c - v_label| is larger
     of_others     float64 (examples)                 sum of q
     ends, closes  int32   (runs)                     where runs of examples end; 1 where a class ends there, too
     example       int32   (units, examples)          the examples of a unit's pairs, in the order of `starts`
     low, high     float32 (units, examples)          of each pair: t = max(d, low) + high
-    reach         float64 (units, examples)          of each pair: its largest |t| times spread
+    reach         float64 (units, examples)          of each pair: its largest |t| times u_range
     starts        int32   (units, runs, 4)           where a run's short, long and wide pairs begin, and where it ends
-    opened        float16 (units, examples)          1 where a unit that may move is active, in the batch's order
+    active        float16 (units, examples)          1 where a unit that may move is active, in the batch's order
     candidates    int32   (units, examples)          the pairs whose unit is inactive and may be activated
     n_candidates  int32   (units)                    how many these are
     moments, c    float32 (units, examples, ORDERS)  of each pair: moments, which become the coefficients of F
@@ -77,7 +77,7 @@ from ablation.engine.responses.loops import rows as row_loops
 from ablation.engine.responses.loops import series
 from ablation.engine.responses.loops.records import Batch
 
-PAIRS_AT_ONCE = 1 << 23  # (unit, example): 58 bytes each
+PAIRS_PER_LAUNCH = 1 << 23  # (unit, example): 58 bytes each
 FAR_AT_ONCE = 1 << 25  # (wide pair, input) looked at together
 FAR_LISTED = 1 << 27  # the most that may be listed together: 40 bytes each of those that are far
 COUNTED = 2048  # examples: float16 counts to there without rounding
@@ -85,11 +85,11 @@ LISTED = 512  # examples that are listed together
 CLASSES = 256  # that a program adds up side by side
 MOMENT_PARTS = 4  # programs for the moments of a unit: of one warp each, so that no sum goes across warps
 VALUES = 1024  # (far input, class) numbers of a program of the direct formula
-OPTIONS = {"enable_fp_fusion": True}  # a Triton to come makes no multiply-add unless it is told so
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}  # a Triton to come makes no multiply-add unless it is told so
 KINDS = tl.constexpr(3)  # short, long, wide
 
 ORDERS = tl.constexpr(series.ORDERS)
-SHORT, LONG = tl.constexpr(series.SHORT), tl.constexpr(series.LONG)
+SHORT_ORDER, LONG_ORDER = tl.constexpr(series.SHORT_ORDER), tl.constexpr(series.LONG_ORDER)
 FLUSH = tl.constexpr(row_loops.FLUSH_EXAMPLES)
 REACH_SHORT, REACH_LONG = tl.constexpr(float(series.REACH_SHORT)), tl.constexpr(float(series.REACH_LONG))
 REST_SHORT, REST_LONG = tl.constexpr(series.REST_SHORT), tl.constexpr(series.REST_LONG)
@@ -121,7 +121,7 @@ def can_launch() -> bool:
 
 
 @kernel
-def _look(y, largest, largest_x, spread, begin, last, HAS_RELU: tl.constexpr, BLOCK: tl.constexpr):
+def _look(y, largest, largest_x, u_range, begin, last, HAS_RELU: tl.constexpr, BLOCK: tl.constexpr):
     """Return the kind (KINDS: not moved), reach, low and high of some pairs of one unit, and whether it is active."""
     n = begin + tl.arange(0, BLOCK)
     inside = n < last
@@ -129,31 +129,31 @@ def _look(y, largest, largest_x, spread, begin, last, HAS_RELU: tl.constexpr, BL
     far = largest * tl.load(largest_x + n, mask=inside, other=0.0)
     is_moved = inside & (far != 0)
     if HAS_RELU:
-        closed = y_n <= 0
+        inactive = y_n <= 0
         low, high = (-y_n).to(tl.float32), tl.minimum(y_n, 0.0).to(tl.float32)
-        is_moved &= ~(closed & (far.to(tl.float32) <= low))
-        is_open = is_moved & ~closed
-        reach = tl.where(closed, far + y_n, far) * spread
+        is_moved &= ~(inactive & (far.to(tl.float32) <= low))
+        is_active = is_moved & ~inactive
+        reach = tl.where(inactive, far + y_n, far) * u_range
     else:
         low, high = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
-        is_open = is_moved
-        reach = far * spread
+        is_active = is_moved
+        reach = far * u_range
     kind = tl.where(reach <= REACH_SHORT, 0, tl.where(reach <= REACH_LONG, 1, 2))
-    return n, inside, tl.where(is_moved, kind, KINDS), reach, low, high, is_open
+    return n, inside, tl.where(is_moved, kind, KINDS), reach, low, high, is_active
 
 
 @kernel
 def _list_pairs(
-    y, largest, largest_x, spread, ends, example, low, high, reach, starts, opened, candidates, n_candidates,
+    y, largest, largest_x, u_range, ends, example, low, high, reach, starts, active, candidates, n_candidates,
     n_examples, n_runs, HAS_RELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The pairs of one unit, run by run, in each the short ones first, then the long and the wide ones."""
     row = tl.program_id(0).to(tl.int64)
     of_row = row * n_examples
     y += of_row
-    farthest, spread_of_row = tl.load(largest + row), tl.load(spread + row)
+    farthest, range_of_row = tl.load(largest + row), tl.load(u_range + row)
     slot = 0
-    n_closed = 0
+    n_inactive = 0
     first = 0
     for run in range(n_runs):
         last = tl.load(ends + run)
@@ -161,7 +161,7 @@ def _list_pairs(
         n_long = 0
         n_wide = 0
         for begin in range(first, last, BLOCK):
-            _, _, kind, _, _, _, _ = _look(y, farthest, largest_x, spread_of_row, begin, last, HAS_RELU, BLOCK)
+            _, _, kind, _, _, _, _ = _look(y, farthest, largest_x, range_of_row, begin, last, HAS_RELU, BLOCK)
             n_short += tl.sum((kind == 0).to(tl.int32))
             n_long += tl.sum((kind == 1).to(tl.int32))
             n_wide += tl.sum((kind == 2).to(tl.int32))
@@ -175,8 +175,8 @@ def _list_pairs(
         tl.store(start + 2, next_wide)
         tl.store(start + 3, slot)
         for begin in range(first, last, BLOCK):
-            n, inside, kind, reach_n, low_n, high_n, is_open = _look(
-                y, farthest, largest_x, spread_of_row, begin, last, HAS_RELU, BLOCK
+            n, inside, kind, reach_n, low_n, high_n, is_active = _look(
+                y, farthest, largest_x, range_of_row, begin, last, HAS_RELU, BLOCK
             )
             is_short = (kind == 0).to(tl.int32)
             is_long = (kind == 1).to(tl.int32)
@@ -189,16 +189,16 @@ def _list_pairs(
             tl.store(low + place, low_n, mask=is_moved)
             tl.store(high + place, high_n, mask=is_moved)
             tl.store(reach + place, reach_n, mask=is_moved)
-            tl.store(opened + of_row + n, is_open.to(tl.float16), mask=inside)
+            tl.store(active + of_row + n, is_active.to(tl.float16), mask=inside)
             next_short += tl.sum(is_short)
             next_long += tl.sum(is_long)
             next_wide += tl.sum(is_wide)
-            is_closed = is_moved & ~is_open
-            rank = tl.cumsum(is_closed.to(tl.int32))
-            tl.store(candidates + of_row + n_closed + rank - 1, pair, mask=is_closed)
-            n_closed += tl.sum(is_closed.to(tl.int32))
+            is_inactive = is_moved & ~is_active
+            rank = tl.cumsum(is_inactive.to(tl.int32))
+            tl.store(candidates + of_row + n_inactive + rank - 1, pair, mask=is_inactive)
+            n_inactive += tl.sum(is_inactive.to(tl.int32))
         first = last
-    tl.store(n_candidates + row, n_closed)
+    tl.store(n_candidates + row, n_inactive)
 
 
 # --- the loss as a function of one number -----------------------------------------------------------------------------
@@ -270,14 +270,14 @@ def _power(x, K: tl.constexpr):
 
 @kernel
 def _series(
-    q, units, labels, of_others, spread, example, reach, starts, c, bounds, n_examples, n_classes, n_runs,
+    q, units, labels, of_others, u_range, example, reach, starts, c, bounds, n_examples, n_classes, n_runs,
     IS_LOGIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turn moments into the coefficients of log1p(sum_k m_k t^k / k!) in place, and add to the bounds."""
     row = tl.program_id(0).to(tl.int64)
     of_row = row * n_examples
     n_pairs = tl.load(starts + (row + 1) * n_runs * (KINDS + 1) - 1)
-    spread_of_row = tl.load(spread + row)
+    range_of_row = tl.load(u_range + row)
     left_out = tl.zeros([BLOCK], tl.float64)
     for first in range(0, n_pairs, BLOCK):
         pair = first + tl.arange(0, BLOCK)
@@ -314,17 +314,17 @@ def _series(
         tl.store(a + 6, (k7 / 5040).to(tl.float32), mask=listed)
         tl.store(a + 7, (k8 / 40320).to(tl.float32), mask=listed)
         far = tl.load(reach + of_row + pair, mask=listed, other=0.0)
-        left_out += tl.where(listed, _rest_of_series(far, spread_of_row, k2), 0.0)
+        left_out += tl.where(listed, _rest_of_series(far, range_of_row, k2), 0.0)
     tl.store(bounds + row, tl.load(bounds + row) + tl.sum(left_out))
 
 
 @kernel
-def _rest_of_series(reach, spread, kappa_2):
+def _rest_of_series(reach, u_range, kappa_2):
     """A bound on what each pair's series leaves out, in nats."""
     reach = tl.minimum(reach, REACH_LONG)
-    short, long = REST_SHORT * _power(reach, SHORT - 1), REST_LONG * _power(reach, LONG - 1)
+    short, long = REST_SHORT * _power(reach, SHORT_ORDER - 1), REST_LONG * _power(reach, LONG_ORDER - 1)
     factor = tl.where(reach <= REACH_SHORT, short, long)
-    return factor * _power(reach / tl.where(spread == 0, 1.0, spread), 2) * kappa_2 * tl.exp(reach)
+    return factor * _power(reach / tl.where(u_range == 0, 1.0, u_range), 2) * kappa_2 * tl.exp(reach)
 
 
 @kernel
@@ -421,7 +421,7 @@ def _large_loss(
 
 @kernel
 def _far_losses(
-    rows, examples, ts, units, spread, q, z, labels, of_others, columns, loss, n_far, n_classes,
+    rows, examples, ts, units, u_range, q, z, labels, of_others, columns, loss, n_far, n_classes,
     IS_LOGIT: tl.constexpr, FARS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Store F(t) = log1p(sum_c q_c expm1(t u_c)) in float64, from its definition, for some (unit, example, t)."""
@@ -438,7 +438,7 @@ def _far_losses(
     else:
         own_narrow = tl.load(column + label)
         own = own_narrow.to(tl.float64)
-        reach = tl.abs(t) * tl.load(spread + row).to(tl.float32)
+        reach = tl.abs(t) * tl.load(u_range + row).to(tl.float32)
         is_near = reach <= SMALL_EXPONENT
         shrunk = tl.where(is_near, t, t * 0.125)
         narrow = tl.zeros([FARS], tl.float32)
@@ -466,7 +466,7 @@ def _far_losses(
 
 @kernel
 def _add_series(
-    total, squared, begin, end, step, j, inside, x, n_inputs, example, low, high, c, spread,
+    total, squared, begin, end, step, j, inside, x, n_inputs, example, low, high, c, u_range,
     IS_SHORT: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the sums plus F and F^2 of some pairs: FLUSH pairs in float32, their sums in float64."""
@@ -494,7 +494,7 @@ def _add_series(
                 c8 = tl.load(a + 7, mask=listed, other=0.0)
                 f = _sum_long(t, c1, c2, c3, c4, c5, c6, c7, c8)
             if IS_WIDE:  # the others are among the far ones
-                f = tl.where(tl.abs(t) * spread <= REACH_LONG, f, 0.0)
+                f = tl.where(tl.abs(t) * u_range <= REACH_LONG, f, 0.0)
             narrow += f
             narrow_squared += f * f
         total += narrow.to(tl.float64)
@@ -504,17 +504,17 @@ def _add_series(
 
 @kernel
 def _add_rows(
-    step, x, spread, example, low, high, c, starts, far_starts, far_inputs, far_losses, closes,
+    step, x, u_range, example, low, high, c, starts, far_starts, far_inputs, far_losses, closes,
     delta, delta_squared, class_delta, class_delta_squared, within, by_run, n_examples, n_inputs, n_runs,
     TILE: tl.constexpr, HAS_FAR: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_RUNS: tl.constexpr,
     PER_CLASS: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums over a batch of one unit's weights to a tile of inputs; classes are closed where they end."""
+    """Add the sums over a batch of one unit's weights to a tile of inputs, and complete classes to `within`."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tile * TILE + tl.arange(0, TILE)
     inside = j < n_inputs
     of_row, out = row * n_examples, row * n_inputs + j
-    step_j, spread_of_row = tl.load(step + out, mask=inside, other=0.0), tl.load(spread + row).to(tl.float32)
+    step_j, range_of_row = tl.load(step + out, mask=inside, other=0.0), tl.load(u_range + row).to(tl.float32)
     example += of_row
     low += of_row
     high += of_row
@@ -524,24 +524,24 @@ def _add_rows(
     if PER_CLASS:
         of_class = tl.load(class_delta + out, mask=inside, other=0.0)
         of_class_squared = tl.load(class_delta_squared + out, mask=inside, other=0.0)
-        spreads = tl.zeros([TILE], tl.float64)
+        deviations = tl.zeros([TILE], tl.float64)
     for run in range(n_runs):
         start = starts + (row * n_runs + run) * (KINDS + 1)
         short, long, wide, end = tl.load(start), tl.load(start + 1), tl.load(start + 2), tl.load(start + 3)
         run_total = tl.zeros([TILE], tl.float64)
         run_squared = tl.zeros([TILE], tl.float64)
         run_total, run_squared = _add_series(
-            run_total, run_squared, short, long, step_j, j, inside, x, n_inputs, example, low, high, c, spread_of_row,
+            run_total, run_squared, short, long, step_j, j, inside, x, n_inputs, example, low, high, c, range_of_row,
             True, False,
         )  # fmt: skip
         run_total, run_squared = _add_series(
-            run_total, run_squared, long, wide, step_j, j, inside, x, n_inputs, example, low, high, c, spread_of_row,
+            run_total, run_squared, long, wide, step_j, j, inside, x, n_inputs, example, low, high, c, range_of_row,
             False, False,
         )  # fmt: skip
         if HAS_FAR:
             run_total, run_squared = _add_series(
                 run_total, run_squared, wide, end, step_j, j, inside, x, n_inputs, example, low, high, c,
-                spread_of_row, False, True,
+                range_of_row, False, True,
             )  # fmt: skip
             place = far_starts + (row * tl.num_programs(1) + tile) * n_runs + run
             for k in range(tl.load(place), tl.load(place + 1)):
@@ -558,7 +558,7 @@ def _add_rows(
             if tl.load(closes + run) != 0:
                 if PER_CLASS > 1:
                     left = tl.maximum(of_class_squared - of_class * of_class / PER_CLASS, 0.0)
-                    spreads += PER_CLASS / (PER_CLASS - 1) * left
+                    deviations += PER_CLASS / (PER_CLASS - 1) * left
                 of_class = tl.zeros([TILE], tl.float64)
                 of_class_squared = tl.zeros([TILE], tl.float64)
     tl.store(delta + out, tl.load(delta + out, mask=inside) + total, mask=inside)
@@ -567,11 +567,11 @@ def _add_rows(
     if PER_CLASS:
         tl.store(class_delta + out, of_class, mask=inside)
         tl.store(class_delta_squared + out, of_class_squared, mask=inside)
-        tl.store(within + out, tl.load(within + out, mask=inside) + spreads, mask=inside)
+        tl.store(within + out, tl.load(within + out, mask=inside) + deviations, mask=inside)
 
 
 @kernel
-def _count_opened(
+def _count_activated(
     step, x, low, example, candidates, n_candidates, touched, n_examples, n_inputs, TILE: tl.constexpr
 ):  # fmt: skip
     """Add the examples on which an input activates the unit."""
@@ -606,7 +606,7 @@ class Columns:
         return self.values is None
 
     @cached_property
-    def spread(self) -> Float64[Tensor, " units"]:
+    def u_range(self) -> Float64[Tensor, " units"]:
         """The largest |u|, a float32 number."""
         if self.values is None:
             return torch.ones(len(self.units), dtype=torch.float64, device=self.units.device)
@@ -637,8 +637,8 @@ class Pairs:
     high: Float32[Tensor, "units examples"]
     reach: Float64[Tensor, "units examples"]
     starts: Int32[Tensor, "units runs cuts"]
-    opened: Float16[Tensor, "units examples"]  # 1 where an example's unit is open already, in the order of the batch
-    candidates: Int32[Tensor, "units examples"]  # which pairs may only be opened
+    active: Float16[Tensor, "units examples"]  # 1 where the unit is active on an example, in the order of the batch
+    candidates: Int32[Tensor, "units examples"]  # the pairs whose unit is inactive and may be activated
     n_candidates: Int32[Tensor, " units"]
 
 
@@ -665,7 +665,7 @@ def add_rows(
     classes `class_delta`, `class_delta_squared` and `within`. Or, for a few units: `by_run` (units, runs, inputs),
     set to the sums of each run.
     """
-    at_once = max(1, PAIRS_AT_ONCE // batch.y.shape[1])
+    at_once = max(1, PAIRS_PER_LAUNCH // batch.y.shape[1])
     for first in range(0, len(steps), at_once):
         rows = slice(first, first + at_once)
         own = {name: values[rows] for name, values in sums.items()}
@@ -693,14 +693,14 @@ def _add_units(
     unused = sums["delta"]
     grid = len(steps), triton.cdiv(n_inputs, tile)
     _add_rows[grid](
-        step=steps, x=batch.x, spread=columns.spread, example=pairs.example, low=pairs.low, high=pairs.high,
+        step=steps, x=batch.x, u_range=columns.u_range, example=pairs.example, low=pairs.low, high=pairs.high,
         c=coefficients, starts=pairs.starts, far_starts=ends if far is None else far.starts,
         far_inputs=ends if far is None else far.inputs, far_losses=unused if far is None else far.losses,
         closes=closes, delta=unused, delta_squared=sums.get("delta_squared", unused),
         class_delta=sums.get("class_delta", unused), class_delta_squared=sums.get("class_delta_squared", unused),
         within=sums.get("within", unused), by_run=sums.get("by_run", unused), n_examples=batch.y.shape[1],
         n_inputs=n_inputs, n_runs=n_runs, TILE=tile, HAS_FAR=far is not None, HAS_SQUARES="delta_squared" in sums,
-        HAS_RUNS="by_run" in sums, PER_CLASS=runs.per_class, **OPTIONS,
+        HAS_RUNS="by_run" in sums, PER_CLASS=runs.per_class, **LAUNCH_OPTIONS,
     )  # fmt: skip
 
 
@@ -723,15 +723,16 @@ def list_pairs(columns: Columns, steps: Tensor, batch: Batch, ends: Tensor) -> P
         high=made(*y.shape, dtype=torch.float32),
         reach=made(*y.shape, dtype=torch.float64),
         starts=made(len(y), len(ends), KINDS.value + 1, dtype=torch.int32),
-        opened=made(*y.shape, dtype=torch.float16),
+        active=made(*y.shape, dtype=torch.float16),
         candidates=made(*y.shape, dtype=torch.int32),
         n_candidates=made(len(y), dtype=torch.int32),
     )
     _list_pairs[(len(y),)](
-        y=y, largest=largest, largest_x=batch.x.abs().amax(1).double(), spread=columns.spread, ends=ends,
+        y=y, largest=largest, largest_x=batch.x.abs().amax(1).double(), u_range=columns.u_range, ends=ends,
         example=pairs.example, low=pairs.low, high=pairs.high, reach=pairs.reach, starts=pairs.starts,
-        opened=pairs.opened, candidates=pairs.candidates, n_candidates=pairs.n_candidates, n_examples=y.shape[1],
-        n_runs=len(ends), HAS_RELU=columns.has_relu, BLOCK=min(LISTED, triton.next_power_of_2(y.shape[1])), **OPTIONS,
+        active=pairs.active, candidates=pairs.candidates, n_candidates=pairs.n_candidates, n_examples=y.shape[1],
+        n_runs=len(ends), HAS_RELU=columns.has_relu, BLOCK=min(LISTED, triton.next_power_of_2(y.shape[1])),
+        **LAUNCH_OPTIONS,
     )  # fmt: skip
     return pairs
 
@@ -747,12 +748,12 @@ def fit_series(
         _moments[(shape[0], MOMENT_PARTS)](
             q=batch.q, columns=columns.values, labels=batch.labels, example=pairs.example, starts=pairs.starts,
             moments=c, n_examples=shape[1], n_classes=n_classes, n_runs=n_runs,
-            CLASSES=min(CLASSES, triton.next_power_of_2(n_classes)), num_warps=1, **OPTIONS,
+            CLASSES=min(CLASSES, triton.next_power_of_2(n_classes)), num_warps=1, **LAUNCH_OPTIONS,
         )  # fmt: skip
     _series[(shape[0],)](
-        q=batch.q, units=columns.units, labels=batch.labels, of_others=sum_of_others(batch), spread=columns.spread,
+        q=batch.q, units=columns.units, labels=batch.labels, of_others=sum_of_others(batch), u_range=columns.u_range,
         example=pairs.example, reach=pairs.reach, starts=pairs.starts, c=c, bounds=bounds, n_examples=shape[1],
-        n_classes=n_classes, n_runs=n_runs, IS_LOGIT=columns.is_logit, BLOCK=128, **OPTIONS,
+        n_classes=n_classes, n_runs=n_runs, IS_LOGIT=columns.is_logit, BLOCK=128, **LAUNCH_OPTIONS,
     )  # fmt: skip
     return c
 
@@ -788,7 +789,7 @@ def _far_inputs(
     example = pairs.example[unit, pair].long()
     low, high = pairs.low[unit, pair], pairs.high[unit, pair]
     t = torch.maximum(steps[unit] * batch.x[example], low[:, None]) + high[:, None]
-    place, inputs = (~(t.abs() * columns.spread[unit, None].float() <= REACH_LONG.value)).nonzero().unbind(1)
+    place, inputs = (~(t.abs() * columns.u_range[unit, None].float() <= REACH_LONG.value)).nonzero().unbind(1)
     losses = far_losses(columns, unit[place], example[place], t[place, inputs], batch)
     return unit[place], example[place], inputs, losses
 
@@ -809,9 +810,9 @@ def far_losses(
     fars = VALUES // classes
     values = batch.q if columns.values is None else columns.values
     _far_losses[(triton.cdiv(len(rows), fars),)](
-        rows=rows, examples=examples, ts=ts, units=columns.units, spread=columns.spread, q=batch.q, z=batch.z,
+        rows=rows, examples=examples, ts=ts, units=columns.units, u_range=columns.u_range, q=batch.q, z=batch.z,
         labels=batch.labels, of_others=sum_of_others(batch), columns=values, loss=losses, n_far=len(rows),
-        n_classes=n_classes, IS_LOGIT=columns.is_logit, FARS=fars, CLASSES=classes, **OPTIONS,
+        n_classes=n_classes, IS_LOGIT=columns.is_logit, FARS=fars, CLASSES=classes, **LAUNCH_OPTIONS,
     )  # fmt: skip
     return losses
 
@@ -821,10 +822,10 @@ def count_touched(steps: Tensor, pairs: Pairs, batch: Batch, touched: Int32[Tens
     n_inputs = steps.shape[1]
     for first in range(0, len(batch.x), COUNTED):
         some = slice(first, first + COUNTED)
-        touched += (pairs.opened[:, some] @ (batch.x[some] != 0).half()).int()
+        touched += (pairs.active[:, some] @ (batch.x[some] != 0).half()).int()
     tile = tile_of(n_inputs)
-    _count_opened[(len(steps), triton.cdiv(n_inputs, tile))](
+    _count_activated[(len(steps), triton.cdiv(n_inputs, tile))](
         step=steps, x=batch.x, low=pairs.low, example=pairs.example, candidates=pairs.candidates,
         n_candidates=pairs.n_candidates, touched=touched, n_examples=pairs.example.shape[1], n_inputs=n_inputs,
-        TILE=tile, **OPTIONS,
+        TILE=tile, **LAUNCH_OPTIONS,
     )  # fmt: skip

@@ -274,7 +274,7 @@ def test_what_the_series_leave_out_is_within_their_bound(spread: float) -> None:
         m, kappa = np.empty(series.ORDERS), np.empty(series.ORDERS)
         series.moments_of_column(intact.rest[0].numpy(), v, 2, m)
         series.series_of_log(m, kappa)
-        order = series.SHORT if spread <= series.REACH_SHORT else series.LONG
+        order = series.SHORT_ORDER if spread <= series.REACH_SHORT else series.LONG_ORDER
         truth = np.log1p((intact.rest[0].numpy() * np.expm1(v - v[2])).sum())
         left_out = abs(truth - sum(kappa[:order]))
         bound = series.rest_of_series(spread, spread, 2 * kappa[1])

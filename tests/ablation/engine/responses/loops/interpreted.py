@@ -188,7 +188,7 @@ def test_rows_equal_float64(name: str) -> None:
 def test_how_the_work_is_cut_changes_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     given, runs = make_given(10, examples=17), make_runs(17, 3, 7)
     whole, _ = by_triton(given, runs)
-    monkeypatch.setattr(tk, "PAIRS_AT_ONCE", 2 * 17)
+    monkeypatch.setattr(tk, "PAIRS_PER_LAUNCH", 2 * 17)
     monkeypatch.setattr(tk, "FAR_AT_ONCE", 3 * 37)
     monkeypatch.setattr(tk, "FAR_LISTED", 20 * 37)
     monkeypatch.setattr(tk, "LISTED", 8)
@@ -215,7 +215,7 @@ def test_pairs_are_those_of_the_compiled_loops(name: str) -> None:
         column, _ = column_of(follows, int(given.units[row]))
         row_loops.list_pairs(row, largest, column, on_cpu, look_up_inputs(on_cpu.x), expected, np.zeros(len(steps)))
         n_pairs, n_candidates = expected.n
-        examples, candidates, opened = expected.examples, expected.candidates, expected.opened
+        examples, candidates, opened = expected.examples, expected.candidates, expected.active
         low, high = expected.numbers[:, :2].T
         chosen, begin, order = np.empty(n, np.int64), 0, []
         for run, last in enumerate(runs.ends):
@@ -236,7 +236,7 @@ def test_pairs_are_those_of_the_compiled_loops(name: str) -> None:
         listed = pairs.candidates[row, : int(pairs.n_candidates[row])].cpu().numpy()
         np.testing.assert_array_equal(np.sort(np.asarray(order)[listed]), np.sort(candidates[:n_candidates]))
         bits = [bool(opened[0] >> np.uint64(example) & np.uint64(1)) for example in range(n)]
-        np.testing.assert_array_equal(pairs.opened[row].cpu() == 1, bits)
+        np.testing.assert_array_equal(pairs.active[row].cpu() == 1, bits)
 
 
 @pytest.mark.parametrize("form", ["relu", "logit"])

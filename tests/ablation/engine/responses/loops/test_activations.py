@@ -39,8 +39,8 @@ generator = np.random.default_rng(0)
 
 
 def series_at(function: Function, y: float) -> np.ndarray:
-    a = np.empty(activations.ORDERS)
-    activations.series_of_function(function, y, np.empty(activations.ORDERS + 1), a)
+    a = np.empty(activations.INCREMENT_ORDERS)
+    activations.series_of_function(function, y, np.empty(activations.INCREMENT_ORDERS + 1), a)
     return a
 
 
@@ -72,7 +72,7 @@ def test_values_are_torchs(name: str) -> None:
 def test_series_are_autograds_derivatives(name: str, y: float) -> None:
     at = torch.tensor(y, dtype=torch.float64, requires_grad=True)
     derivative, expected = SMOOTH[name](at), []
-    for k in range(1, activations.ORDERS + 1):
+    for k in range(1, activations.INCREMENT_ORDERS + 1):
         (derivative,) = torch.autograd.grad(derivative, at, create_graph=True)
         expected.append(derivative.item() / math.factorial(k))
     np.testing.assert_allclose(series_at(TORCH[name][0], y), expected, rtol=1e-9, atol=1e-14)
@@ -110,7 +110,7 @@ def test_a_softplus_that_jumps_is_not_continued_by_its_series() -> None:
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("which", [0, 1])
 def test_what_series_leave_out_is_within_its_bound(name: str, which: int) -> None:
-    function, order = TORCH[name][0], (activations.SHORT, activations.LONG)[which]
+    function, order = TORCH[name][0], (activations.SHORT_INCREMENT, activations.LONG_INCREMENT)[which]
     scale = function.first if name == "softplus" else 1.0
     most = max(abs(series_at(function, y)[0]) for y in np.linspace(-4, 4, 81))
     cut_short = 0.0

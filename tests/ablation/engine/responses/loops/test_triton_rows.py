@@ -60,7 +60,7 @@ COMPILED: list[tuple[str, dict[str, Any], int]] = [
     ("_far_losses", {"IS_LOGIT": True, "FARS": 4, "CLASSES": 256}, 4),
     ("_add_rows", {"TILE": 1024, "HAS_FAR": False, "HAS_SQUARES": True, "HAS_RUNS": False, "PER_CLASS": 0}, 4),
     ("_add_rows", {"TILE": 1024, "HAS_FAR": True, "HAS_SQUARES": True, "HAS_RUNS": True, "PER_CLASS": 50}, 4),
-    ("_count_opened", {"TILE": 1024}, 4),
+    ("_count_activated", {"TILE": 1024}, 4),
 ]
 
 
@@ -89,7 +89,7 @@ def test_the_kernels_compile_for_a_device_that_is_not_here(name: str, constants:
     # As when rows and pointers are multiples of 16 bytes, which is what makes it fast.
     even = {(k,): [["tt.divisibility", 16]] for k, each in enumerate(names) if signature[each][0] == "*"}
     source = ASTSource(kernel, signature, given, even)
-    options = {"num_warps": n_warps, **triton_rows.OPTIONS}
+    options = {"num_warps": n_warps, **triton_rows.LAUNCH_OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"]
     assert "atom" not in compiled.asm["ptx"]  # the same bytes, however programs are scheduled
