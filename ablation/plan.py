@@ -356,7 +356,10 @@ def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) ->
         return next(path for path in paths if path != "response" or is_dense)
     if engine in paths:
         return engine
-    conditions = f"only in 'mixed' or 'float32', without top1, {CLOSE}, and with plain cross-entropy"
+    conditions = (
+        f"only in 'mixed' or 'float32', without top1, {CLOSE}, and with cross-entropy without label smoothing and "
+        "class weights"
+    )
     if engine == "response":
         why = f"The engine 'response' takes all weights of a layer with response functions, {conditions}."
     elif layer.path != "direct":

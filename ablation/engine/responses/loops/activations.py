@@ -169,6 +169,12 @@ def unseen_change(function, y, slope):
 
 
 @kernel
+def count_numbers(function):
+    """How many numbers one t of this function is computed from at most: few take less of the cache."""
+    return 2 if function.code < FIRST_BENT else N_BENT
+
+
+@kernel
 def bend(function, y, b):
     """Write the nine numbers of a bent function's exact form at y.
 

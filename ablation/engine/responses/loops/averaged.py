@@ -68,7 +68,7 @@ class Chart(NamedTuple):
     largest: np.ndarray  # (examples, padded positions), float64: the largest |x|
     moving: np.ndarray  # (examples), int64: how many positions are listed, a multiple of four behind a ReLU
     at: np.ndarray  # (examples, positions + 3), int64: the positions that move behind a ReLU
-    numbers: np.ndarray  # (examples, positions + 3, 9), float32: low and high; an exact form; or a series of t
+    numbers: np.ndarray  # (examples, positions + 3, 2 or 9), float32: low and high; an exact form; or a series of t
     reaches: np.ndarray  # (examples, positions, 2), float32: the |d| that a smooth function's two series hold for
     series: np.ndarray  # (examples, ORDERS), float32: the series of F
     may_be_far: np.ndarray  # (examples), bool: whether a weight may take t beyond that series
@@ -101,17 +101,18 @@ def add_one(total, d, low, high):
 
 
 @kernel
+def mean_relu_change(step, x, shift, offsets, limits):
+    """t of one weight on one example behind a ReLU, in float32 as for whole channels."""
+    total, n_positions = np.float32(0), offsets.shape[0]
+    for p in range(n_positions):
+        total = add_one(total, step * x[offsets[p] + shift], limits[p, 0], limits[p, 1])
+    return np.float64(total * np.float32(1 / n_positions))
+
+
+@kernel
 def mean_change(function, step, x, shift, offsets, y, intact):
-    """t of one weight on one example. Behind a ReLU in float32, as for whole channels; else a mean of differences in
-    float64, since series don't pay for few weights."""
-    n_positions = offsets.shape[0]
-    if function.code < FIRST_BENT:
-        narrow, narrow_step = np.float32(0), np.float32(step)
-        for p in range(n_positions):
-            low, high = relu_limits(function, y[p])
-            narrow = add_one(narrow, narrow_step * x[offsets[p] + shift], low, high)
-        return np.float64(narrow * np.float32(1 / n_positions))
-    total = 0.0
+    """t of one weight on one example: a mean of differences in float64, since series don't pay for few weights."""
+    total, n_positions = 0.0, offsets.shape[0]
     for p in range(n_positions):
         d = step * np.float64(x[offsets[p] + shift])
         if d != 0:
@@ -125,9 +126,10 @@ def score_weights(weights, layout, batch, follows, delta, touched):
 
     batch: x is (examples, inputs, padded positions), y (all channels, examples, positions).
     """
-    n_examples, n_positions = batch.x.shape[0], layout.offsets.shape[0]
-    intact, series = np.zeros((n_examples, n_positions)), np.empty((n_examples, ORDERS), np.float32)
-    m, kappa = np.empty(ORDERS), np.empty(ORDERS)
+    x, offsets, function = batch.x, layout.offsets, follows.function
+    n_examples, n_positions, is_relu = x.shape[0], offsets.shape[0], function.code < FIRST_BENT
+    intact, limits = np.empty((n_examples, n_positions)), np.empty((n_examples, n_positions, 2), np.float32)
+    m, kappa, series = np.empty(ORDERS), np.empty(ORDERS), np.empty((n_examples, ORDERS), np.float32)
     before = -1
     for site in range(weights.steps.shape[0]):
         channel, source = weights.channels[site], weights.sources[site]
@@ -138,14 +140,19 @@ def score_weights(weights, layout, batch, follows, delta, touched):
         y = batch.y[channel]
         if channel != before:
             for n in range(n_examples):
-                if column.function.code >= FIRST_BENT:
-                    fill_values(column.function, y[n], intact[n])
-                series_of(column, batch, n, m, kappa)
+                if is_relu:
+                    fill_limits(function, y[n], limits[n])
+                else:
+                    fill_values(function, y[n], intact[n])
+                series_of(column, batch.q[n], batch.labels[n], m, kappa)
                 series[n] = kappa
             before = channel
         step, shift = weights.steps[site], weights.shifts[site]
         for n in range(n_examples):
-            t = mean_change(column.function, step, batch.x[n, source], shift, layout.offsets, y[n], intact[n])
+            if is_relu:
+                t = mean_relu_change(np.float32(step), x[n, source], shift, offsets, limits[n])
+            else:
+                t = mean_change(function, step, x[n, source], shift, offsets, y[n], intact[n])
             if t != 0:
                 touched[site, n] = True
                 delta[site, n] = loss_of(t, long_series(series, n), column, batch, n)
@@ -156,6 +163,13 @@ def fill_values(function, y, values):
     """f(y), position by position."""
     for p in range(y.shape[0]):
         values[p] = value_of(function, y[p])
+
+
+@kernel
+def fill_limits(function, y, limits):
+    """Low and high of a ReLU's t, position by position."""
+    for p in range(y.shape[0]):
+        limits[p, 0], limits[p, 1] = relu_limits(function, y[p])
 
 
 # --- what is looked up for one channel --------------------------------------------------------------------------------
@@ -217,7 +231,7 @@ def chart_channel(y, largest, column, batch, chart, bound):
             farthest, rest = chart_positions(column.function, y[n], far, chart.numbers[n], chart.reaches[n])
             reach, chart.moving[n], chart.may_be_far[n] = farthest * column.range, n_positions, True
         if chart.moving[n]:
-            series_of(column, batch, n, m, kappa)
+            series_of(column, batch.q[n], batch.labels[n], m, kappa)
             chart.series[n] = kappa
             bound += rest_of_loss(reach, rest, 2 * kappa[1], column, batch, n)
     return bound
@@ -390,7 +404,7 @@ def add_channels(channels, steps, layout, largest, batch, follows, runs, sums):
     n_examples, n_positions, n_inputs = batch.x.shape[0], layout.offsets.shape[0], batch.x.shape[2]
     chart = Chart(
         layout.offsets, largest, np.empty(n_examples, np.int64), np.empty((n_examples, n_positions + 3), np.int64),
-        np.empty((n_examples, n_positions + 3, activations.N_BENT), np.float32),
+        np.empty((n_examples, n_positions + 3, activations.count_numbers(follows.function)), np.float32),
         np.empty((n_examples, n_positions, 2), np.float32), np.empty((n_examples, ORDERS), np.float32),
         np.empty(n_examples, np.bool_),
     )  # fmt: skip

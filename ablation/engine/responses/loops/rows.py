@@ -74,7 +74,7 @@ class Pairs(NamedTuple):
     y: np.ndarray  # (pairs), float64
     reach: np.ndarray  # (pairs), float32: the |d| up to which the numbers of t hold
     unseen: np.ndarray  # (pairs), float32: the |t| up to which rounding hides a change
-    numbers: np.ndarray  # (pairs, 9), float32: low and high of a ReLU; an exact form; or a series of t
+    numbers: np.ndarray  # (pairs, 2 or 9), float32: low and high of a ReLU; an exact form; or a series of t
     series: np.ndarray  # (pairs, ORDERS), float32: the series of F
     candidates: np.ndarray  # (pairs), int64: the pairs whose unit is inactive behind a ReLU, and may be activated
     active: np.ndarray  # (words), uint64: a bit for each example, 1 where the unit is active
@@ -92,15 +92,15 @@ class Scratch(NamedTuple):
 
 
 @kernel
-def make_pairs(n):
-    """Allocate the record of n pairs."""
+def make_pairs(n, function):
+    """Allocate the record of n pairs behind a function."""
     return Pairs(
         examples=np.empty(n, np.int64),
         kinds=np.empty(n, np.int64),
         y=np.empty(n),
         reach=np.empty(n, np.float32),
         unseen=np.empty(n, np.float32),
-        numbers=np.empty((n, activations.N_BENT), np.float32),
+        numbers=np.empty((n, activations.count_numbers(function)), np.float32),
         series=np.empty((n, ORDERS), np.float32),
         candidates=np.empty(n, np.int64),
         active=np.empty((n + 63) // 64, np.uint64),
@@ -178,8 +178,7 @@ def chart_pair(column, y, far, s, a_p, a):
         is_closed = function.code == RELU and y <= 0
         a[0], a[1] = relu_limits(function, y)
         farthest = (far + y if is_closed else far) * width
-        is_still = is_closed and np.float32(far) <= np.float32(-y)
-        return (STILL if is_still else kind_of(farthest)), _EVERY, farthest, 0.0, 0.0
+        return kind_of(farthest), _EVERY, farthest, 0.0, 0.0
     if function.code < FIRST_SMOOTH:
         bend(function, y, a)
         largest = largest_bent_change(function, y, far)  # |t| R may be 0 where this is not: a column of equal numbers
@@ -211,24 +210,35 @@ def list_pairs(row, largest, column, batch, inputs, pairs, bounds):
     """Fill `pairs` for one unit whose largest |step| is `largest`, and add to its bound."""
     s, a_p = np.empty(activations.INCREMENT_ORDERS + 1), np.empty(activations.INCREMENT_ORDERS)
     m, kappa = np.empty(ORDERS), np.empty(ORDERS)
+    # Arrays leave their records here, once for all examples: Numba counts references wherever a record is passed on.
+    q, labels, ys, largest_x, series = batch.q, batch.labels, batch.y[row], inputs.largest, pairs.series
+    examples, kinds, candidates, active, numbers = (
+        pairs.examples,
+        pairs.kinds,
+        pairs.candidates,
+        pairs.active,
+        pairs.numbers,
+    )
+    reaches, unseens, pair_ys, is_relu = pairs.reach, pairs.unseen, pairs.y, column.function.code == RELU
     n_pairs = n_candidates = 0
-    pairs.active[:] = 0
-    for n in range(batch.labels.shape[0]):
-        far, p, y = largest * inputs.largest[n], n_pairs, batch.y[row, n]
-        if far == 0:
+    active[:] = 0
+    for n in range(labels.shape[0]):
+        far, p, y = largest * largest_x[n], n_pairs, ys[n]
+        if far == 0 or (is_relu and y <= 0 and np.float32(far) <= np.float32(-y)):  # no input activates the unit
             continue
-        kind, pairs.reach[p], farthest, rest, pairs.unseen[p] = chart_pair(column, y, far, s, a_p, pairs.numbers[p])
+        kind, reaches[p], farthest, rest, unseens[p] = chart_pair(column, y, far, s, a_p, numbers[p])
         if kind == STILL:
             continue
-        series_of(column, batch, n, m, kappa)
+        series_of(column, q[n], labels[n], m, kappa)
         bounds[row] += rest_of_loss(farthest, rest, 2 * kappa[1], column, batch, n)
-        pairs.examples[p], pairs.kinds[p], pairs.y[p] = n, kind, y
-        pairs.series[p] = kappa
-        if column.function.code == RELU and y <= 0:
-            pairs.candidates[n_candidates] = p
+        examples[p], kinds[p], pair_ys[p] = n, kind, y
+        for k in range(ORDERS):
+            series[p, k] = kappa[k]
+        if is_relu and y <= 0:
+            candidates[n_candidates] = p
             n_candidates += 1
         else:
-            pairs.active[n // 64] |= np.uint64(1) << np.uint64(n % 64)
+            active[n // 64] |= np.uint64(1) << np.uint64(n % 64)
         n_pairs += 1
     pairs.n[0], pairs.n[1] = n_pairs, n_candidates
 
@@ -282,11 +292,11 @@ def add_short_relu(step, x, first, pairs, n_chosen, scratch):
     """Add F and F^2 of the chosen pairs behind a ReLU, by the short series: two pairs a round, which share the loads
     and stores of the sums. `make_add_pairs`, which takes one pair a round, takes RATIO times as long.
     """
-    size, narrow, chosen = step.shape[0], scratch.narrow, scratch.chosen
-    examples, low_high = pairs.examples, pairs.numbers
+    size, narrow, wide, chosen = step.shape[0], scratch.narrow, scratch.wide, scratch.chosen
+    examples, low_high, series = pairs.examples, pairs.numbers, pairs.series
     for k in range(0, n_chosen - 1, 2):
         p, r = chosen[k], chosen[k + 1]
-        a, b = short_series(pairs.series, p), short_series(pairs.series, r)
+        a, b = short_series(series, p), short_series(series, r)
         low_a, high_a, low_b, high_b = low_high[p, 0], low_high[p, 1], low_high[r, 0], low_high[r, 1]
         x_a, x_b = x[examples[p], first : first + size], x[examples[r], first : first + size]
         for j in range(size):
@@ -295,16 +305,16 @@ def add_short_relu(step, x, first, pairs, n_chosen, scratch):
             narrow[j] += f + g
             narrow[ROW_TILE + j] += f * f + g * g
         if k % FLUSH_EXAMPLES == FLUSH_EXAMPLES - 2:
-            flush(narrow, scratch.wide)
+            flush(narrow, wide)
     if n_chosen % 2:
         p = chosen[n_chosen - 1]
-        a = short_series(pairs.series, p)
+        a = short_series(series, p)
         low_a, high_a, x_a = low_high[p, 0], low_high[p, 1], x[examples[p], first : first + size]
         for j in range(size):
             f = short_sum(relu_change(step[j] * x_a[j], low_a, high_a), a)
             narrow[j] += f
             narrow[ROW_TILE + j] += f * f
-    flush(narrow, scratch.wide)
+    flush(narrow, wide)
 
 
 def make_add_pairs(numbers_of: Any, change: Any, series: Any, series_sum: Any, *, is_counted: bool = True) -> Any:
@@ -315,11 +325,12 @@ def make_add_pairs(numbers_of: Any, change: Any, series: Any, series_sum: Any, *
 
     def add_pairs(step, x, first, pairs, n_chosen, scratch):
         """Add F and F^2 of the chosen pairs, for one tile of inputs."""
-        size, narrow, counts = step.shape[0], scratch.narrow, scratch.counts
+        size, narrow, wide, counts = step.shape[0], scratch.narrow, scratch.wide, scratch.counts
+        chosen, examples, numbers, coefficients = scratch.chosen, pairs.examples, pairs.numbers, pairs.series
         for k in range(n_chosen):
-            p = scratch.chosen[k]
-            a_p, c_p, unseen = numbers_of(pairs.numbers, p), series(pairs.series, p), pairs.unseen[p]
-            x_p = x[pairs.examples[p], first : first + size]
+            p = chosen[k]
+            a_p, c_p, unseen = numbers_of(numbers, p), series(coefficients, p), pairs.unseen[p]
+            x_p = x[examples[p], first : first + size]
             for j in range(size):
                 t = change(step[j] * x_p[j], a_p)
                 f = series_sum(t, c_p)
@@ -328,8 +339,8 @@ def make_add_pairs(numbers_of: Any, change: Any, series: Any, series_sum: Any, *
                 if is_counted:
                     counts[j] += abs(t) > unseen
             if k % FLUSH_EXAMPLES == FLUSH_EXAMPLES - 1:
-                flush(narrow, scratch.wide)
-        flush(narrow, scratch.wide)
+                flush(narrow, wide)
+        flush(narrow, wide)
 
     return part_of_kernel(add_pairs)
 
@@ -435,14 +446,14 @@ def ones(bits):
 @kernel
 def count_touched(step, x, first, active, pairs, touched):
     """Add the examples where a ReLU's t is not 0: input and unit active, or the unit opened by this input."""
-    size = step.shape[0]
-    for word in range(pairs.active.shape[0]):
-        bits, active_bits = pairs.active[word], active[word, first : first + size]
+    size, of_unit, numbers, examples = step.shape[0], pairs.active, pairs.numbers, pairs.examples
+    for word in range(of_unit.shape[0]):
+        bits, active_bits = of_unit[word], active[word, first : first + size]
         for j in range(size):
             touched[j] += np.int64(ones(bits & active_bits[j]))
     for k in range(pairs.n[1]):
         p = pairs.candidates[k]
-        x_p, low_p = x[pairs.examples[p], first : first + size], pairs.numbers[p, 0]
+        x_p, low_p = x[examples[p], first : first + size], numbers[p, 0]
         for j in range(size):
             touched[j] += step[j] * x_p[j] > low_p
     for j in range(size):
@@ -478,7 +489,7 @@ def add_rows(units, steps, batch, inputs, follows, runs, sums):
     units, steps (units, inputs): which, and replacement minus weight.  batch: its y is that of these units.
     """
     n_examples, n_inputs = batch.x.shape
-    pairs = make_pairs(n_examples)
+    pairs = make_pairs(n_examples, follows.function)
     scratch = Scratch(
         np.zeros(2 * ROW_TILE, np.float32), np.empty(2 * ROW_TILE), np.empty(ROW_TILE, np.int32),
         np.empty(ROW_TILE, np.float32), np.empty(n_examples, np.int64),

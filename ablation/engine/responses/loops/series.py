@@ -162,12 +162,12 @@ def loss_of_logit(t, unit, q, z, label):
 
 
 @kernel
-def series_of(column, batch, n, m, kappa):
+def series_of(column, q, label, m, kappa):
     """The coefficients of one (unit, example), in `kappa`. `m` (ORDERS): scratch."""
     if column.is_logit:
-        moments_of_logit(batch.q[n], column.unit, batch.labels[n], m)
+        moments_of_logit(q, column.unit, label, m)
     else:
-        moments_of_column(batch.q[n], column.values, batch.labels[n], m)
+        moments_of_column(q, column.values, label, m)
     series_of_log(m, kappa)
 
 

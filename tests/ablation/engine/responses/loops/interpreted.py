@@ -211,11 +211,16 @@ def test_pairs_are_those_of_the_compiled_loops(name: str) -> None:
         if not own.any():
             assert pairs.starts[row, -1, -1] == 0
             continue
-        expected, largest = row_loops.make_pairs(n), np.float64(given.steps[row].abs().max())
+        expected, largest = row_loops.make_pairs(n, follows.function), np.float64(given.steps[row].abs().max())
         column, _ = column_of(follows, int(given.units[row]))
-        row_loops.list_pairs(row, largest, column, on_cpu, look_up_inputs(on_cpu.x), expected, np.zeros(len(steps)))
+        inputs = look_up_inputs(on_cpu.x)
+        row_loops.list_pairs(row, largest, column, on_cpu, inputs, expected, np.zeros(len(steps)))
         n_pairs, n_candidates = expected.n
-        examples, candidates, opened = expected.examples, expected.candidates, expected.active
+        examples, candidates, active = expected.examples, expected.candidates, expected.active
+        reach, unused = np.empty(n), np.empty(9, np.float32)
+        for p in range(n_pairs):
+            far = largest * inputs.largest[examples[p]]
+            reach[p] = row_loops.chart_pair(column, expected.y[p], far, unused, unused, unused)[2]
         low, high = expected.numbers[:, :2].T
         chosen, begin, order = np.empty(n, np.int64), 0, []
         for run, last in enumerate(runs.ends):
@@ -229,13 +234,13 @@ def test_pairs_are_those_of_the_compiled_loops(name: str) -> None:
         assert len(order) == n_pairs == pairs.starts[row, -1, -1]
         for ours, theirs in zip(
             (pairs.example, pairs.low, pairs.high, pairs.reach),
-            (examples, low, high, expected.farthest),
+            (examples, low, high, reach),
             strict=True,
         ):
             np.testing.assert_allclose(ours[row, :n_pairs].cpu(), theirs[order], rtol=1e-15)
         listed = pairs.candidates[row, : int(pairs.n_candidates[row])].cpu().numpy()
         np.testing.assert_array_equal(np.sort(np.asarray(order)[listed]), np.sort(candidates[:n_candidates]))
-        bits = [bool(opened[0] >> np.uint64(example) & np.uint64(1)) for example in range(n)]
+        bits = [bool(active[0] >> np.uint64(example) & np.uint64(1)) for example in range(n)]
         np.testing.assert_array_equal(pairs.active[row].cpu() == 1, bits)
 
 
