@@ -61,8 +61,7 @@ SAMPLED = {"count": 40, "seed": 3}
 SOME = [case for case in make_cases() if case.name in ("convnet", "tied", "attention", "relu-mlp", "module-twice")]
 
 
-@pytest.mark.parametrize("value", [0.0, 0.75])
-@pytest.mark.parametrize("precision", ["mixed", "float64"])
+@pytest.mark.parametrize(("precision", "value"), [("mixed", 0.0), ("float64", 0.75)])
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_taylor1_predicts_g_times_the_step(case: Case, precision: str, value: float) -> None:
     cut = len(case.labels) // 2

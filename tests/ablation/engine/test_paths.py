@@ -101,8 +101,11 @@ def test_equals_brute_force(case: Case, path: str, precision: str) -> None:
         np.testing.assert_array_equal(partial.touched, moved)
 
 
-@pytest.mark.parametrize("precision", ["mixed", "float64"])
-@pytest.mark.parametrize("name", LOSSES)
+ONE_OF_EACH_FORM = ("focal", "smoothing-0.1-weights")
+LOSSES_BY_PRECISION = [(name, "mixed") for name in LOSSES] + [(name, "float64") for name in ONE_OF_EACH_FORM]
+
+
+@pytest.mark.parametrize(("name", "precision"), LOSSES_BY_PRECISION)
 @pytest.mark.parametrize("case", make_cases(), ids=str)
 def test_other_losses_equal_brute_force(case: Case, name: str, precision: str) -> None:
     """Every path that takes the loss; the slow ones, which see only its form, with one loss of each."""
@@ -111,7 +114,7 @@ def test_other_losses_equal_brute_force(case: Case, name: str, precision: str) -
     one = loss_of(name, logits.shape[1])
     truth = brute_force(case.model, case.parameter, indices, case.inputs, case.labels, loss=one.values)
     is_head = case.path == "direct" and not is_convolution(case)
-    slow = ("rerun", "reference") if name in ("focal", "smoothing-0.1-weights") else ()
+    slow = ("rerun", "reference") if name in ONE_OF_EACH_FORM else ()
     for path in ("finite", *slow, *(("direct",) if is_head else ())):
         partial = run(case, path, precision, indices, cut=8, loss=one.loss)
         n = len(case.labels)
