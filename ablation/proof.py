@@ -227,16 +227,16 @@ def _arithmetic_errors(split: Compared, precision: str) -> Float64[np.ndarray, "
 def _model_rounding(split: Compared) -> Float64[np.ndarray, " sites"]:
     engine = split.engine[:, : split.whole.shape[1]]
     difference = np.abs(engine.mean(axis=1) - split.whole.mean(axis=1))
-    return _ratio(difference, _spread(split.whole))
+    return _ratio(difference, _scale(split.whole))
 
 
 def _sum_errors(split: Compared) -> Float64[np.ndarray, " sites"]:
     n_examples = split.continued.shape[1]
     difference = np.maximum(np.abs(split.sums - split.continued.sum(axis=1)) / n_examples - split.rounding, 0)
-    return _ratio(difference, _spread(split.continued))
+    return _ratio(difference, _scale(split.continued))
 
 
-def _spread(deltas: Float64[np.ndarray, "sites examples"]) -> Float64[np.ndarray, " sites"]:
+def _scale(deltas: Float64[np.ndarray, "sites examples"]) -> Float64[np.ndarray, " sites"]:
     """max(mean_n |delta_n|, 0.1 of its rms over sites)."""
     mean = np.abs(deltas).mean(axis=1)
     return np.maximum(mean, 0.1 * rms(mean))

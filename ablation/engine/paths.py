@@ -15,11 +15,11 @@ from ablation.engine.carried.finite import Finite
 from ablation.engine.interface import EnginePath, Setup
 from ablation.engine.reference import Reference
 from ablation.engine.rerun import Rerun
-from ablation.engine.responses.averaged import Pooled
+from ablation.engine.responses.averaged import AveragedChannels
 from ablation.engine.responses.direct import Direct
-from ablation.engine.responses.rows import Whole
-from ablation.engine.responses.three_linears import Deep
-from ablation.engine.responses.way import DeepHead, Head, Tail, find_straight_way
+from ablation.engine.responses.rows import HeadRows
+from ablation.engine.responses.three_linears import ThreeLinears
+from ablation.engine.responses.way import AveragedConvolution, DeepHead, Head, find_straight_way
 from ablation.errors import ModelError, SpecError
 from ablation.loss import is_plain
 
@@ -33,7 +33,7 @@ def find_paths(calls: Calls, parameter: str) -> tuple[Path, ...]:
     """
     way = find_straight_way(calls, parameter)
     is_unknown = way is None or (isinstance(way, Head) and (way.is_bias or way.function is None))
-    can_take = {"direct": isinstance(way, Head | Tail), "response": not is_unknown}
+    can_take = {"direct": isinstance(way, Head | AveragedConvolution), "response": not is_unknown}
     return tuple(path for path in get_args(Path) if can_take.get(path, True))
 
 
@@ -54,20 +54,20 @@ def open_path(path: str, setup: Setup, example: Tensor) -> EnginePath:
 
 def _open_direct(setup: Setup, example: Tensor) -> EnginePath:
     way = find_straight_way(record_calls(setup.model, example), setup.parameter)
-    if isinstance(way, Tail):
+    if isinstance(way, AveragedConvolution):
         _require_plain(setup, "direct")
-        return Pooled(setup, way)
+        return AveragedChannels(setup, way)
     return Direct(setup, _require_head(way, setup.parameter))
 
 
 def _open_response(setup: Setup, example: Tensor) -> EnginePath:
     _require_plain(setup, "response")
     way = find_straight_way(record_calls(setup.model, example), setup.parameter)
-    if isinstance(way, Tail):
-        return Pooled(setup, way)
+    if isinstance(way, AveragedConvolution):
+        return AveragedChannels(setup, way)
     if isinstance(way, DeepHead):
-        return Deep(setup, way)
-    return Whole(setup, _require_head(way, setup.parameter))
+        return ThreeLinears(setup, way)
+    return HeadRows(setup, _require_head(way, setup.parameter))
 
 
 def _require_plain(setup: Setup, path: str) -> None:

@@ -20,7 +20,7 @@ from ablation import baseline
 from ablation.engine.carried.dispatch import Carry, NotCarriedError, Rule
 from ablation.engine.carried.products import RULES
 from ablation.engine.carried.representations import Block, Columns, Product
-from ablation.engine.carried.series import Response
+from ablation.engine.carried.series import LossSeries
 from ablation.engine.carried.tape import Player, Tape
 from ablation.engine.compiled import is_ready
 from ablation.engine.deltas import VALUES_AT_ONCE, Deltas
@@ -45,7 +45,7 @@ class Finite:
         self.rest = Rerun(setup)
         self.is_probed = setup.precision == "float32"  # float32 promises no bound
         self.delta_dtype = setup.delta_dtype
-        self.response: tuple[int, Response] | None = None  # for the sites from this row on
+        self.response: tuple[int, LossSeries] | None = None  # for the sites from this row on
         self.without_rule: set[str] = set()  # operations that the general rule was used for
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Deltas]]:
@@ -123,7 +123,7 @@ class Finite:
         t = units.numbers[:, :, 0]
         own, unit = units.first.unique(return_inverse=True)
         if self.response is None or self.response[0] != rows.start:  # the same in every batch
-            self.response = rows.start, Response(matrix[own])
+            self.response = rows.start, LossSeries(matrix[own])
         response = self.response[1]
         touched = (t != 0) & response.is_live[unit, None]
         if int(touched.sum()) * MOMENTS_PAY < len(own) * t.shape[1]:

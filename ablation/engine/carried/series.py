@@ -25,7 +25,7 @@ ORDER = 10
 REACH = 0.5  # largest |t| max |u| that the series is used for
 
 
-class Response:
+class LossSeries:
     """The columns of a last Linear (units, classes), and the powers of them that the series needs for every batch."""
 
     def __init__(self, columns: Float[Tensor, "units classes"]) -> None:

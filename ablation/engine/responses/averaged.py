@@ -25,7 +25,7 @@ from ablation.engine.responses.loops import averaged
 from ablation.engine.responses.loops.activations import find_function
 from ablation.engine.responses.loops.averaged import Layout, Weights
 from ablation.engine.responses.loops.records import Batch, Follows, Sums
-from ablation.engine.responses.way import Tail
+from ablation.engine.responses.way import AveragedConvolution
 from ablation.engine.threads import run_ranges
 from ablation.errors import ModelError
 from ablation.precision import FromTargetOn, as_found, run_with
@@ -35,8 +35,8 @@ PAIRS_AT_ONCE = 1 << 20  # (site, example) pairs held together: 8 MB a float64 m
 
 
 @dataclass(frozen=True)
-class TailBatch:
-    """The values that the intact network computes on one batch and that the tail needs."""
+class ConvolutionBatch:
+    """The values of the intact network on one batch that response functions need."""
 
     x: Float[Tensor, "examples inputs height width"]  # the convolution's input
     y: Float[Tensor, "examples channels positions"]  # before f: of the target's channels alone
@@ -45,30 +45,30 @@ class TailBatch:
     logits: Float[Tensor, "examples classes"]
 
 
-class OpenTail:
-    """A tail with its model."""
+class OpenConvolution:
+    """An averaged convolution with its model."""
 
-    def __init__(self, model: torch.nn.Module, tail: Tail, dtype: torch.dtype) -> None:
+    def __init__(self, model: torch.nn.Module, convolution: AveragedConvolution, dtype: torch.dtype) -> None:
         self.model = model
-        self.tail = tail
-        self.weight = model.get_parameter(tail.weight).detach().to(dtype)
+        self.convolution = convolution
+        self.weight = model.get_parameter(convolution.weight).detach().to(dtype)
 
-    def run(self, inputs: Tensor) -> TailBatch:
+    def run(self, inputs: Tensor) -> ConvolutionBatch:
         """The intact network on one batch."""
-        watch = _Watch(self.weight, self.tail)
+        watch = _Watch(self.weight, self.convolution)
         with as_found(self.model):
-            logits = run_with(self.model, self.tail.weight, self.weight, inputs, mode=watch)
+            logits = run_with(self.model, self.convolution.weight, self.weight, inputs, mode=watch)
         assert watch.x is not None
         assert watch.y is not None
-        return TailBatch(watch.x, watch.y, watch.scale, watch.first, logits)
+        return ConvolutionBatch(watch.x, watch.y, watch.scale, watch.first, logits)
 
 
 class _Watch(FromTargetOn):
     """Follows the target's channels from call to call; keeps the convolution's input and the input of the function."""
 
-    def __init__(self, target: Tensor, tail: Tail) -> None:
+    def __init__(self, target: Tensor, convolution: AveragedConvolution) -> None:
         super().__init__(target)
-        self.tail = tail
+        self.convolution = convolution
         self.x: Tensor | None = None
         self.y: Tensor | None = None
         self.scale = target.new_ones(len(target))
@@ -83,7 +83,7 @@ class _Watch(FromTargetOn):
         name = getattr(call, "__name__", "")
         if not any(leaf is self._value for leaf in leaves) or name == "__get__":
             return super().__torch_function__(call, types, args, kwargs)
-        is_pool = self._position == self.tail.pool
+        is_pool = self._position == self.convolution.pool
         if self._position == 0:
             self.x = leaves[0].clone()
         elif name == "batch_norm":
@@ -115,17 +115,17 @@ class _Watch(FromTargetOn):
 
 
 @dataclass(frozen=True)
-class Form:
-    """The part of a tail that is the same in every batch."""
+class Geometry:
+    """The properties of a convolution that are the same in every batch."""
 
-    tail: Tail
+    convolution: AveragedConvolution
     shape: tuple[int, ...]  # of the weight
     follows: Follows
     device: torch.device
 
     def layout(self, units: Int64[np.ndarray, " channels"], height: int, width: int) -> Layout:
         """The layout of channels and positions, for a padded input of this height and width."""
-        (down, right), (dy, dx), (kh, kw) = self.tail.stride, self.tail.dilation, self.shape[2:]
+        (down, right), (dy, dx), (kh, kw) = self.convolution.stride, self.convolution.dilation, self.shape[2:]
         rows = np.arange((height - dy * (kh - 1) - 1) // down + 1) * down
         columns = np.arange((width - dx * (kw - 1) - 1) // right + 1) * right
         shifts = (np.arange(kh) * dy)[:, None] * width + np.arange(kw) * dx
@@ -136,7 +136,7 @@ class Form:
 class ChannelBatch:
     """One batch in the loops' layout, with its scale and positions."""
 
-    form: Form
+    geometry: Geometry
     record: Batch  # x is padded
     scale: Float64[np.ndarray, " channels"]  # what BatchNorm multiplies the channels by
     layout: Layout
@@ -159,7 +159,7 @@ class ChannelBatch:
 
     def score(self, sites: Sites) -> tuple[Tensor, Tensor]:
         """The loss delta of every (site, example), in nats, and whether any logit moves."""
-        n_inputs, n_kernel = self.form.shape[1], int(np.prod(self.form.shape[2:]))
+        n_inputs, n_kernel = self.geometry.shape[1], int(np.prod(self.geometry.shape[2:]))
         indices = sites.indices.cpu().numpy()
         order = np.argsort(indices // (n_inputs * n_kernel), kind="stable")
         where, sources = indices // (n_inputs * n_kernel), indices // n_kernel % n_inputs
@@ -172,7 +172,7 @@ class ChannelBatch:
         def run(first: int, last: int) -> None:
             part = slice(first, last)
             own = Weights(*(each[part] for each in weights))
-            averaged.score_weights(own, self.layout, self.by_input, self.form.follows, delta[part], touched[part])
+            averaged.score_weights(own, self.layout, self.by_input, self.geometry.follows, delta[part], touched[part])
 
         run_ranges(run, len(indices))
         back = np.argsort(order)
@@ -194,11 +194,11 @@ class ChannelResponses:
     @property
     def n_units(self) -> int:
         """Number of channels."""
-        return len(self.sites) // int(np.prod(self.batch.form.shape[1:]))
+        return len(self.sites) // int(np.prod(self.batch.geometry.shape[1:]))
 
     def add(self, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
         """Add the sums over the batch to `sums`, each (sites), and what the series left out to `bounds` (channels)."""
-        n_inputs, *kernel = self.batch.form.shape[1:]
+        n_inputs, *kernel = self.batch.geometry.shape[1:]
         shape = self.n_units, n_inputs, int(np.prod(kernel))
         first_channel = self.sites.first // (shape[1] * shape[2])
         batch = self.batch
@@ -216,7 +216,7 @@ class ChannelResponses:
             averaged.add_channels(
                 np.arange(first_channel + first, first_channel + last),
                 np.ascontiguousarray(steps.transpose(0, 2, 1).astype(np.float32)),
-                batch.layout, batch.largest, batch.by_position, batch.form.follows, runs,
+                batch.layout, batch.largest, batch.by_position, batch.geometry.follows, runs,
                 Sums(
                     delta=taken("delta", part), delta_squared=taken("delta_squared", part),
                     touched=taken("touched", part, np.int32), class_delta=taken("class_delta", of_class),
@@ -242,32 +242,32 @@ class ChannelResponses:
         return Deltas(slice(0, len(rows)), delta, touched, intact.correct.expand(delta.shape))
 
 
-class Pooled:
-    """The paths `direct` and `response` of one job with an averaged convolution: the model, the tail, and the sites."""
+class AveragedChannels:
+    """The paths `direct` and `response` of one job with an averaged convolution."""
 
-    def __init__(self, setup: Setup, tail: Tail) -> None:
+    def __init__(self, setup: Setup, convolution: AveragedConvolution) -> None:
         if setup.precision == "float64" or setup.top1:
             raise ModelError(
                 "engine='direct' and 'response' take a convolution's weights in 'mixed' or 'float32', without top1; "
                 "use engine='finite'."
             )
-        self.open_tail = OpenTail(setup.model, tail, setup.base_dtype)
+        self.open_convolution = OpenConvolution(setup.model, convolution, setup.base_dtype)
         self.sites = setup.sites
-        last = None if tail.last is None else setup.model.get_parameter(tail.last).detach().float().cpu()
-        self.form = Form(
-            tail,
-            tuple(self.open_tail.weight.shape),
+        last = None if convolution.last is None else setup.model.get_parameter(convolution.last).detach().float().cpu()
+        self.geometry = Geometry(
+            convolution,
+            tuple(self.open_convolution.weight.shape),
             Follows(
                 np.zeros((1, 1), np.float32) if last is None else last.T.contiguous().numpy(),
                 last is None,
-                tail.function,
+                convolution.function,
             ),
-            self.open_tail.weight.device,
+            self.open_convolution.weight.device,
         )
 
     def run(self, inputs: Tensor, labels: Int64[Tensor, " examples"]) -> tuple[Intact, Iterator[Any]]:
         """One batch: the intact network, and the deltas or the sums of all sites."""
-        batch = self.open_tail.run(inputs)
+        batch = self.open_convolution.run(inputs)
         intact = make_intact(batch.logits, labels, torch.float32)
         record = self._of_batch(batch, intact)
         if isinstance(self.sites, EveryWeight):
@@ -278,11 +278,11 @@ class Pooled:
         at_once = max(1, PAIRS_AT_ONCE // len(intact.labels))
         for first in range(0, len(self.sites), at_once):
             rows = slice(first, min(first + at_once, len(self.sites)))
-            delta, touched = (each.to(self.form.device) for each in batch.score(self.sites[rows]))
+            delta, touched = (each.to(self.geometry.device) for each in batch.score(self.sites[rows]))
             yield Deltas(rows, delta, touched, intact.correct.expand(touched.shape))
 
-    def _of_batch(self, batch: TailBatch, intact: Intact) -> ChannelBatch:
-        down, right = self.form.tail.padding
+    def _of_batch(self, batch: ConvolutionBatch, intact: Intact) -> ChannelBatch:
+        down, right = self.geometry.convolution.padding
         x = F.pad(batch.x.cpu().float(), (right, right, down, down)).contiguous()
         record = Batch(
             x=x.numpy(),
@@ -291,5 +291,5 @@ class Pooled:
             z=intact.logits.cpu().double().contiguous().numpy(),
             labels=intact.labels.cpu().numpy(),
         )
-        layout = self.form.layout(np.arange(len(batch.scale)) + batch.first, x.shape[2], x.shape[3])
-        return ChannelBatch(self.form, record, batch.scale.cpu().double().numpy(), layout)
+        layout = self.geometry.layout(np.arange(len(batch.scale)) + batch.first, x.shape[2], x.shape[3])
+        return ChannelBatch(self.geometry, record, batch.scale.cpu().double().numpy(), layout)

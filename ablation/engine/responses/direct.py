@@ -2,7 +2,7 @@
 
 One weight w_ij moves one unit i, and only through d = (r - w_ij) x_j (docs/03-engine.md). So per (site, example):
 
-    t  = f(y_i + d) - f(y_i)          one number; 0 for most pairs: x_j = 0, or a ReLU closed before and after
+    t  = f(y_i + d) - f(y_i)          one number; 0 for most pairs: x_j = 0, or a ReLU inactive before and after
     dz = t V[:, i]                    every logit, a scaled column of the last Linear
 
 and the loss changes as `loss.py` says. Pairs with t = 0 are dropped before anything of size (classes) is touched.

@@ -144,7 +144,7 @@ class DeviceRows:
 
     def _touched(self, unit: Tensor, steps: Float32[Tensor, " sites"], x: Float32[Tensor, "sites examples"]) -> Tensor:
         """Whether input and unit are active, or the input activates the unit."""
-        moved = (x != 0) & (steps != 0)[:, None] & self.head.columns.is_heard[unit, None]
+        moved = (x != 0) & (steps != 0)[:, None] & self.head.columns.reaches_logits[unit, None]
         if not self.head.columns.has_relu:
             return moved
         return moved & ((self.batch.y[unit] > 0) | (steps[:, None] * x > (-self.batch.y[unit]).float()))

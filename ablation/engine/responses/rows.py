@@ -127,7 +127,7 @@ def can_launch() -> bool:
     return triton_rows.can_launch()
 
 
-class Whole:
+class HeadRows:
     """The path `response` of one job with a head: the model, the head, and the sites by unit."""
 
     def __init__(self, setup: Setup, head: Head) -> None:

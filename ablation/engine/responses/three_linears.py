@@ -47,19 +47,19 @@ class DeepResponses:
     def add(self, sums: dict[str, np.ndarray], runs: Runs, bounds: np.ndarray) -> None:
         """Add the sums over the batch to `sums`, each (sites), and what the series left out to `bounds` (units)."""
         change = self.sites.steps_float32().cpu().numpy().reshape(self.n_units, -1)
-        rows = piecewise.make_rows(change, self.columns, self.last)
-        own = {name: values.reshape(rows.change.shape) for name, values in sums.items()}
-        squares = own["delta_squared"] if "delta_squared" in own else np.zeros(rows.change.shape)
-        touched = own["touched"] if "touched" in own else np.zeros(rows.change.shape, np.int32)
+        target = piecewise.make_units(change, self.columns, self.last)
+        own = {name: values.reshape(target.change.shape) for name, values in sums.items()}
+        squares = own["delta_squared"] if "delta_squared" in own else np.zeros(target.change.shape)
+        touched = own["touched"] if "touched" in own else np.zeros(target.change.shape, np.int32)
         first = 0
         for last, closes in zip(runs.ends.tolist(), runs.closes.tolist(), strict=True):
             some = self.batch.of_examples(np.arange(first, last))
             first = last
             if not runs.per_class:
-                piecewise.add_rows(rows, some, own["delta"], squares, touched, bounds)
+                piecewise.add_rows(target, some, own["delta"], squares, touched, bounds)
                 continue
-            delta, squared = np.zeros(rows.change.shape), np.zeros(rows.change.shape)
-            piecewise.add_rows(rows, some, delta, squared, touched, bounds)
+            delta, squared = np.zeros(target.change.shape), np.zeros(target.change.shape)
+            piecewise.add_rows(target, some, delta, squared, touched, bounds)
             for name, values in (
                 ("delta", delta),
                 ("delta_squared", squared),
@@ -97,21 +97,21 @@ def score_sites(
     n_inputs = batch.x.shape[1]
     units, inputs = np.divmod(sites.indices.cpu().numpy(), n_inputs)
     steps = sites.steps_float32().cpu().numpy()
-    delta = np.zeros((len(sites), len(batch.labels)))
+    delta, moved = np.zeros((len(sites), len(batch.labels))), np.zeros((len(sites), len(batch.labels)), bool)
     for unit in np.unique(units).tolist():
         own, place = np.flatnonzero(units == unit), unit - first_unit
         change = np.zeros((1, n_inputs), np.float32)
         change[0, inputs[own]] = steps[own]
-        one = piecewise.make_rows(change, columns[place : place + 1], last)
+        one = piecewise.make_units(change, columns[place : place + 1], last)
         some = batch._replace(y=batch.y[place : place + 1])
         chosen = np.stack([np.zeros(len(own), np.int64), inputs[own]], axis=1)
         sums, squares, touched = (np.zeros(change.shape, dtype) for dtype in (np.float64, np.float64, np.int32))
-        delta[own] = piecewise.add_rows(one, some, sums, squares, touched, np.zeros(1), chosen)
-    deltas = torch.from_numpy(delta)
-    return Deltas(slice(0, len(sites)), deltas, deltas != 0, intact.correct.cpu().expand(delta.shape))
+        delta[own], moved[own] = piecewise.add_rows(one, some, sums, squares, touched, np.zeros(1), chosen)
+    deltas, touched_by = torch.from_numpy(delta), torch.from_numpy(moved)
+    return Deltas(slice(0, len(sites)), deltas, touched_by, intact.correct.cpu().expand(delta.shape))
 
 
-class Deep:
+class ThreeLinears:
     """The path `response` of one job in front of two more Linears: the model, the Linears' weights, and the sites."""
 
     def __init__(self, setup: Setup, head: DeepHead) -> None:

@@ -12,8 +12,8 @@ way is of a kind, written as one letter, and a way is recognised by its letters:
     c  other channels beside these: torch.cat along the channels
     m  the mean over all positions           v  (examples, channels, 1, 1) flattened to (examples, channels)
 
-In: the recorded calls of a forward pass. Out: a `Head`, a `Tail` or a `DeepHead`; None where the way is any other,
-and a slower path runs.
+In: the recorded calls of a forward pass. Out: a `Head`, an `AveragedConvolution` or a `DeepHead`; None where the way is
+any other, and a slower path runs.
 """
 
 import inspect
@@ -41,7 +41,7 @@ _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 _HEAD = re.compile("L[rfs]*(Ls*)?")
 _DEEP_HEAD = re.compile("Ls*rs*Ls*rs*Ls*")
-_TAIL = re.compile("C[bcs]*[rf]?[cs]*m[sv]*(L[sv]*)?")
+_AVERAGED = re.compile("C[bcs]*[rf]?[cs]*m[sv]*(L[sv]*)?")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Tail:
+class AveragedConvolution:
     """A convolution whose channels are averaged: Conv -> (BatchNorm, + a shortcut, cat) -> f -> mean -> Linear.
 
     One weight moves one channel, and all that the last Linear receives of it is one number per example: with s the step
@@ -89,9 +89,9 @@ class DeepHead:
     linears: tuple[tuple[str, str | None], ...]
 
 
-def find_straight_way(calls: Calls, parameter: str) -> Head | Tail | DeepHead | None:
+def find_straight_way(calls: Calls, parameter: str) -> Head | AveragedConvolution | DeepHead | None:
     """The way from `parameter` to the logits, if it is one of those that response functions are made for."""
-    return find_head(calls, parameter) or find_tail(calls, parameter) or find_deep(calls, parameter)
+    return find_head(calls, parameter) or find_averaged(calls, parameter) or find_three_linears(calls, parameter)
 
 
 def find_head(calls: Calls, parameter: str) -> Head | None:
@@ -111,16 +111,16 @@ def find_head(calls: Calls, parameter: str) -> Head | None:
     )
 
 
-def find_tail(calls: Calls, parameter: str) -> Tail | None:
-    """The tail that begins at `parameter`, a convolution's weight, if its way to the logits is one."""
+def find_averaged(calls: Calls, parameter: str) -> AveragedConvolution | None:
+    """The convolution whose weight `parameter` is, if its channels are averaged on the way to the logits."""
     way = _find_way(calls, parameter)
-    if way is None or not _TAIL.fullmatch(way.kinds):
+    if way is None or not _AVERAGED.fullmatch(way.kinds):
         return None
     function = _known_function([call for kind, call in zip(way.kinds, way.calls, strict=True) if kind in "rf"])
     if function is None:
         return None
     stride, padding, dilation = _conv_form(way.calls[0])
-    return Tail(
+    return AveragedConvolution(
         weight=parameter,
         stride=stride,
         padding=padding,
@@ -131,7 +131,7 @@ def find_tail(calls: Calls, parameter: str) -> Tail | None:
     )
 
 
-def find_deep(calls: Calls, parameter: str) -> DeepHead | None:
+def find_three_linears(calls: Calls, parameter: str) -> DeepHead | None:
     """The three Linears that begin at `parameter`, a weight, if that is its way to the logits."""
     way = _find_way(calls, parameter)
     if way is None or not _DEEP_HEAD.fullmatch(way.kinds) or way.calls[0].inputs[1] != calls.parameters[parameter]:

@@ -3,8 +3,8 @@
     t = 1/P sum_p [ f(y_p + s x_p) - f(y_p) ]     s = step times BatchNorm's scale, x_p: the shifted input
     F = log1p(S(t))                               as in `rows.py`
 
-Behind a ReLU, positions that are closed and that no weight opens take no part: those that do are listed once for each
-(channel, example). Each position's t comes from `activations.py`, in the form that holds for it.
+Behind a ReLU, positions that are inactive and that no weight activates take no part: those that do are listed once for
+each (channel, example). Each position's t comes from `activations.py`, in the form that holds for it.
 """
 
 from typing import Any, NamedTuple
@@ -133,9 +133,9 @@ def score_weights(weights, layout, batch, follows, delta, touched):
     before = -1
     for site in range(weights.steps.shape[0]):
         channel, source = weights.channels[site], weights.sources[site]
-        column, is_heard = column_of(follows, layout.units[channel])
+        column, reaches_logits = column_of(follows, layout.units[channel])
         delta[site], touched[site] = 0.0, False
-        if not is_heard:
+        if not reaches_logits:
             continue
         y = batch.y[channel]
         if channel != before:
@@ -414,8 +414,8 @@ def add_channels(channels, steps, layout, largest, batch, follows, runs, sums):
     )  # fmt: skip
     for row in range(channels.shape[0]):
         channel = channels[row]
-        column, is_heard = column_of(follows, layout.units[channel])
-        if not is_heard:
+        column, reaches_logits = column_of(follows, layout.units[channel])
+        if not reaches_logits:
             continue
         farthest = np.float64(max(steps[row].max(), -steps[row].min()))
         sums.bounds[row] = chart_channel(batch.y[channel], farthest, column, batch, chart, sums.bounds[row])

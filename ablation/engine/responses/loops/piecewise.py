@@ -30,7 +30,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from ablation.engine.compiled import kernel
 from ablation.engine.responses.loops.records import Batch
@@ -57,7 +57,7 @@ ZERO, ONE, TINY = np.float32(0), np.float32(1), np.float32(1e-30)
 E2, E3, E4, E5, E6 = (np.float32(1 / math.factorial(k)) for k in range(2, 7))
 
 
-class Rows(NamedTuple):
+class Units(NamedTuple):
     """Some units of the target, and the network behind them."""
 
     change: Float32[np.ndarray, "units inputs"]  # r - w; finite
@@ -123,58 +123,58 @@ class Charts(NamedTuple):
     far_moves: Int32[np.ndarray, " far"]
 
 
-def make_rows(
+def make_units(
     change: Float32[np.ndarray, "units inputs"],
     columns: Float32[np.ndarray, "units second"],
     last: Float32[np.ndarray, "second classes"],
-) -> Rows:
+) -> Units:
     """Make the record of some units from r - w, W2 transposed and V transposed."""
     change, columns, last = (np.ascontiguousarray(values) for values in (change, columns, last))
-    return Rows(change, columns, last, np.abs(change).max(axis=1), np.abs(columns).max(axis=0))
+    return Units(change, columns, last, np.abs(change).max(axis=1), np.abs(columns).max(axis=0))
 
 
 def add_rows(
-    rows: Rows,
+    target: Units,
     batch: Batch,
     sums: Float64[np.ndarray, "units inputs"],
     squares: Float64[np.ndarray, "units inputs"],
     touched: Int32[np.ndarray, "units inputs"],
     bounds: Float64[np.ndarray, " units"],
     chosen: Int64[np.ndarray, "weights 2"] | None = None,
-) -> Float64[np.ndarray, "weights examples"]:
+) -> tuple[Float64[np.ndarray, "weights examples"], Bool[np.ndarray, "weights examples"]]:
     """Add to these arrays what replacing each weight of these units, alone, does to these examples.
 
-    All numbers must be finite, and `rows.change` must be 0 for weights that are not replaced.
+    All numbers must be finite, and `target.change` must be 0 for weights that are not replaced.
 
     Args:
-        rows: the units, and the network behind them.
+        target: the units, and the network behind them.
         batch: the examples; `y` is the target's output of these units, `second` the second Linear's output.
         sums: sums of the loss deltas, ablated minus intact, in nats.
         squares: sums of the squared loss deltas.
         touched: numbers of examples on which any logit's delta is nonzero.
         bounds: upper bounds, in nats, on what the series leave out of any sum of a unit.
-        chosen: weights (unit, input), units counted as in `rows`, whose deltas are returned one by one.
+        chosen: weights (unit, input), units counted as in `target`, whose deltas are returned one by one.
 
     Returns:
-        The deltas of the chosen weights, one by one.
+        The deltas of the chosen weights, one by one, and whether any logit moves.
 
     Numerics: float32 deltas, added in float64. Sums are within 1e-6 of the sum of the deltas' sizes, and within 1e-4 of
     max(|u|, 0.01 rms u), both tested against brute force in float64.
     """
     chosen = np.empty((0, 2), np.int64) if chosen is None else np.ascontiguousarray(chosen)
     n, totals = len(batch.labels), Totals(sums, squares, touched)
-    deltas = np.zeros((len(chosen), n))
+    deltas, moved = np.zeros((len(chosen), n)), np.zeros((len(chosen), n), bool)
     for first in range(0, n, BLOCK_EXAMPLES):
         block = slice(first, min(first + BLOCK_EXAMPLES, n))
         some = batch.of_examples(np.arange(block.start, block.stop))
-        charts = make_charts(rows, some)
-        _add_charts(rows, some.x, charts, totals)
+        charts = make_charts(target, some)
+        _add_charts(target, some.x, charts, totals)
         _add_rests(charts.at, charts.ends, charts.spans, charts.pieces, bounds)
-        _pick(chosen, rows.change, some.x, charts, deltas[:, block])
-    return deltas
+        _pick(chosen, target.change, some.x, charts, deltas[:, block], moved[:, block])
+    return deltas, moved
 
 
-def make_charts(rows: Rows, batch: Batch) -> Charts:
+def make_charts(target: Units, batch: Batch) -> Charts:
     """F for every example and unit that a weight of the unit can move."""
     y1 = np.ascontiguousarray(batch.y.T)
     first = y1.astype(np.float32)
@@ -182,7 +182,7 @@ def make_charts(rows: Rows, batch: Batch) -> Charts:
     biggest = np.abs(batch.x).max(axis=1)
 
     def find_reach(start: int, stop: int) -> None:
-        _reach(start, stop, rows, batch.x, biggest, first, low, high)
+        _reach(start, stop, target, batch.x, biggest, first, low, high)
 
     run_ranges(find_reach, first.shape[1])
     at, tasks = _cut(low, high)
@@ -193,7 +193,7 @@ def make_charts(rows: Rows, batch: Batch) -> Charts:
     gradient = np.zeros(batch.second.shape)
 
     def pull(start: int, stop: int) -> None:
-        _pull(start, stop, rows.last, batch.second, softmax, batch.labels, gradient)
+        _pull(start, stop, target.last, batch.second, softmax, batch.labels, gradient)
 
     run_ranges(pull, len(gradient))
 
@@ -205,7 +205,7 @@ def make_charts(rows: Rows, batch: Batch) -> Charts:
                 batch.x[n], y1[n], batch.second[n], gradient[n], batch.z[n], softmax[n].astype(np.float32),
                 int(batch.labels[n]), float(loss[n]),
             )  # fmt: skip
-            charted[k] = _chart(units, rows, example, low[n], high[n], ends[here], spans[here])
+            charted[k] = _chart(units, target, example, low[n], high[n], ends[here], spans[here])
 
     run_ranges(chart, len(tasks))
     for column, part in ((PIECE, 0), (FAR, 1)):  # from a place in the task to the place among all
@@ -244,14 +244,14 @@ def _find_used(inputs: np.ndarray) -> Used:
     return Used(used.astype(np.int32), inputs[example, used], cuts)
 
 
-def _add_charts(rows: Rows, inputs: np.ndarray, charts: Charts, totals: Totals) -> None:
+def _add_charts(target: Units, inputs: np.ndarray, charts: Charts, totals: Totals) -> None:
     """Add the deltas: the piece at 0 for all inputs, as vector code; the other pieces for inputs that are not 0."""
     used = _find_used(inputs)
 
     def add_up(start: int, stop: int) -> None:
-        _add_up(start, stop, rows.change, inputs, used, charts, totals)
+        _add_up(start, stop, target.change, inputs, used, charts, totals)
 
-    run_ranges(add_up, len(rows.change))
+    run_ranges(add_up, len(target.change))
 
 
 # --- the range of t ---------------------------------------------------------------------------------------------------
@@ -265,15 +265,15 @@ def _moved(d, y):
 
 
 @kernel
-def _reach(first, last, rows, inputs, biggest, y, low, high):
+def _reach(first, last, target, inputs, biggest, y, low, high):
     """The least and the largest t of each unit's weights: low, high (examples, units), which are 0 before."""
     most, least = np.empty(VECTOR, np.float32), np.empty(VECTOR, np.float32)
     whole = inputs.shape[1] // VECTOR * VECTOR
     for i in range(first, last):
         for n in range(inputs.shape[0]):
-            if y[n, i] + rows.largest[i] * biggest[n] <= 0:
+            if y[n, i] + target.largest[i] * biggest[n] <= 0:
                 continue
-            x, step = inputs[n], rows.change[i]
+            x, step = inputs[n], target.change[i]
             most[:] = 0
             least[:] = 0
             for j in range(0, whole, VECTOR):
@@ -303,14 +303,14 @@ def _fold(most, least):
 
 
 @kernel
-def _chart(units, rows, example, low, high, ends, spans):
+def _chart(units, target, example, low, high, ends, spans):
     """F of some units on one example: fills `ends` and `spans`, returns the pieces and the far values."""
-    columns, y2, softmax, label = rows.columns, example.y2, example.softmax, example.label
-    slopes = _slopes(units, columns, rows.last, y2)
+    columns, y2, softmax, label = target.columns, example.y2, example.softmax, example.label
+    slopes = _slopes(units, columns, target.last, y2)
     farthest = 0.0
     for i in units:
         farthest = max(farthest, np.float64(high[i]), -np.float64(low[i]))
-    near = (np.abs(y2) <= farthest * rows.steepest).nonzero()[0]  # what any of these units can flip
+    near = (np.abs(y2) <= farthest * target.steepest).nonzero()[0]  # what any of these units can flip
     pieces = np.empty((16 * len(units), N_PIECE), np.float32)
     far_inputs, far_values, far_moves = np.empty(0, np.int32), np.empty(0, np.float64), np.empty(0, np.int32)
     u, p, n = np.empty_like(softmax), np.empty_like(softmax), 0
@@ -327,7 +327,7 @@ def _chart(units, rows, example, low, high, ends, spans):
         _write_piece(0.0, 0.0, softmax, slope, own != 0, pieces[head])
         for side in (-1, 1):
             end = np.float64(high[i]) if side > 0 else -np.float64(low[i])
-            kinks = Kinks(*_find_kinks(side, y2, columns[i], near, end), columns[i], rows.last, label)
+            kinks = Kinks(*_find_kinks(side, y2, columns[i], near, end), columns[i], target.last, label)
             u[:] = slope if side > 0 else -slope
             p[:] = softmax
             before = n
@@ -337,7 +337,7 @@ def _chart(units, rows, example, low, high, ends, spans):
             spans[k, N_ABOVE if side > 0 else N_BELOW] = n - before
             if last_end < end:
                 u[:] = slope if side > 0 else -slope
-                inputs, t = _find_far(side, rows.change[i], example.x, example.y1[i], ends[k])
+                inputs, t = _find_far(side, target.change[i], example.x, example.y1[i], ends[k])
                 values, moves = _far(t, kinks, own * side, u, example.logits, example.loss)
                 far_inputs = np.append(far_inputs, inputs)
                 far_values = np.append(far_values, values)
@@ -442,7 +442,7 @@ def _with_room(pieces, n):
 def _find_kinks(side, y2, column, near, end):
     """The units of the second layer that flip on one side, and the |t| at which they do, in the order of |t|.
 
-    A unit at exactly 0 is closed, and opens at once on one side.
+    A unit at exactly 0 is inactive, and is activated at once on one side.
     """
     at, which, n = np.empty(len(near)), np.empty(len(near), np.int64), 0
     for k in near:
@@ -505,8 +505,8 @@ def _advance(t, weight, v, label, p, u):
 @kernel
 def _write_piece(start, constant, p, u, moves, piece):
     """kappa_k / k! of u under p, in units of the piece's full length, so that no power over- or underflows."""
-    spread = _spread(u)
-    scale = spread / np.float32(PIECE_REACH)
+    u_range = _range_of(u)
+    scale = u_range / np.float32(PIECE_REACH)
     length = ONE / scale if scale > TINY else np.float32(0)
     m0 = m1 = m2 = m3 = m4 = m5 = m6 = np.float32(0)
     for c in range(len(u)):
@@ -534,11 +534,11 @@ def _write_piece(start, constant, p, u, moves, piece):
     b6 = a6 - (b1 * a5 + 2 * b2 * a4 + 3 * b3 * a3 + 4 * b4 * a2 + 5 * b5 * a1) / 6
     piece[START], piece[SCALE], piece[CONSTANT] = start, scale if scale > TINY else 0, constant
     piece[3], piece[4], piece[5], piece[6], piece[7], piece[8] = b1, b2, b3, b4, b5, b6
-    piece[MOVES] = moves or spread > 0
+    piece[MOVES] = moves or u_range > 0
 
 
 @kernel
-def _spread(u):
+def _range_of(u):
     """max u - min u; u is 0 for the label."""
     most, least = np.zeros(VECTOR, np.float32), np.zeros(VECTOR, np.float32)
     whole = len(u) // VECTOR * VECTOR
@@ -735,25 +735,28 @@ def _rest(piece, t):
 
 
 @kernel
-def _pick(chosen, change, inputs, charts, deltas):
-    """The deltas of single weights (weights, examples), which are 0 before."""
+def _pick(chosen, change, inputs, charts, deltas, moved):
+    """The deltas of single weights (weights, examples) and whether logits move; both are 0 before."""
     for q in range(len(chosen)):
         i, j = chosen[q]
         for n in range(inputs.shape[0]):
             k = charts.at[n, i]
             if k != NOWHERE:
-                deltas[q, n] = _delta_at(_moved(change[i, j] * inputs[n, j], charts.first[n, i]), j, k, charts)
+                t = _moved(change[i, j] * inputs[n, j], charts.first[n, i])
+                deltas[q, n], moved[q, n] = _delta_at(t, j, k, charts)
 
 
 @kernel
 def _delta_at(t, j, k, charts):
-    """F(t) of pair number k, where input j leads to t."""
+    """F(t) of pair number k, where input j leads to t, and whether logits move."""
     ends, span = charts.ends[k], charts.spans[k]
     if t >= ends[LOW] and t <= ends[HIGH]:
-        return np.float64(_rise(charts.pieces[span[PIECE]], t))
+        piece = charts.pieces[span[PIECE]]
+        return np.float64(_rise(piece, t)), t != 0 and piece[MOVES] != 0
     if t >= ends[LAST_LOW] and t <= ends[LAST_HIGH]:
-        return np.float64(_values(np.full(VECTOR, t), 1, span, charts.pieces)[0][0])
+        values, moves = _values(np.full(VECTOR, t), 1, span, charts.pieces)
+        return np.float64(values[0]), moves[0] != 0
     for f in range(span[FAR], span[FAR] + span[N_FAR]):
         if charts.far_inputs[f] == j:
-            return charts.far_values[f]
-    return 0.0
+            return charts.far_values[f], charts.far_moves[f] != 0
+    return 0.0, False

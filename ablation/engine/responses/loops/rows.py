@@ -125,10 +125,10 @@ def score_sites(places, x, batch, follows, delta, touched):
     for site in range(places.steps.shape[0]):
         unit, x_site, step = places.units[site], x[places.inputs[site]], np.float64(places.steps[site])
         y_site = batch.y[unit]
-        column, is_heard = column_of(follows, unit)
+        column, reaches_logits = column_of(follows, unit)
         for n in range(x_site.shape[0]):
             d, t = step * np.float64(x_site[n]), 0.0
-            if d != 0 and is_heard:
+            if d != 0 and reaches_logits:
                 t = change_of(column.function, y_site[n], d)
             delta[site, n], touched[site, n] = 0.0, t != 0
             if t != 0:
@@ -175,9 +175,9 @@ def chart_pair(column, y, far, s, a_p, a):
     """
     function, width = column.function, column.range
     if function.code < FIRST_BENT:
-        is_closed = function.code == RELU and y <= 0
+        is_inactive = function.code == RELU and y <= 0
         a[0], a[1] = relu_limits(function, y)
-        farthest = (far + y if is_closed else far) * width
+        farthest = (far + y if is_inactive else far) * width
         return kind_of(farthest), _EVERY, farthest, 0.0, 0.0
     if function.code < FIRST_SMOOTH:
         bend(function, y, a)
@@ -290,7 +290,7 @@ def bent_numbers(a, k):
 @kernel
 def add_short_relu(step, x, first, pairs, n_chosen, scratch):
     """Add F and F^2 of the chosen pairs behind a ReLU, by the short series: two pairs a round, which share the loads
-    and stores of the sums. `make_add_pairs`, which takes one pair a round, takes RATIO times as long.
+    and stores of the sums. `make_add_pairs`, which takes one pair a round, takes 1.2 times as long.
     """
     size, narrow, wide, chosen = step.shape[0], scratch.narrow, scratch.wide, scratch.chosen
     examples, low_high, series = pairs.examples, pairs.numbers, pairs.series
@@ -445,7 +445,7 @@ def ones(bits):
 
 @kernel
 def count_touched(step, x, first, active, pairs, touched):
-    """Add the examples where a ReLU's t is not 0: input and unit active, or the unit opened by this input."""
+    """Add the examples where a ReLU's t is not 0: input and unit active, or the unit activated by this input."""
     size, of_unit, numbers, examples = step.shape[0], pairs.active, pairs.numbers, pairs.examples
     for word in range(of_unit.shape[0]):
         bits, active_bits = of_unit[word], active[word, first : first + size]
@@ -495,8 +495,8 @@ def add_rows(units, steps, batch, inputs, follows, runs, sums):
         np.empty(ROW_TILE, np.float32), np.empty(n_examples, np.int64),
     )  # fmt: skip
     for row in range(steps.shape[0]):
-        column, is_heard = column_of(follows, units[row])
-        if not is_heard:
+        column, reaches_logits = column_of(follows, units[row])
+        if not reaches_logits:
             continue
         list_pairs(row, np.float64(max(steps[row].max(), -steps[row].min())), column, batch, inputs, pairs, sums.bounds)
         for first in range(0, n_inputs, ROW_TILE):

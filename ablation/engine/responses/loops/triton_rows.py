@@ -613,7 +613,7 @@ class Columns:
         return (self.values.amax(1) - self.values.amin(1)).double()
 
     @cached_property
-    def is_heard(self) -> Tensor:
+    def reaches_logits(self) -> Tensor:
         """Whether any logit depends on a unit, for each of them."""
         return torch.ones_like(self.units, dtype=torch.bool) if self.values is None else (self.values != 0).any(1)
 
@@ -712,7 +712,7 @@ def tile_of(n_inputs: int) -> int:
 def list_pairs(columns: Columns, steps: Tensor, batch: Batch, ends: Tensor) -> Pairs:
     """The pairs of each unit, listed by a kernel."""
     y = batch.y
-    largest = torch.where(columns.is_heard, steps.abs().amax(1), 0).double()
+    largest = torch.where(columns.reaches_logits, steps.abs().amax(1), 0).double()
 
     def made(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=y.device)

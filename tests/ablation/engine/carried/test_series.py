@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ablation.engine.carried.series import REACH, Response
+from ablation.engine.carried.series import REACH, LossSeries
 from ablation.engine.loss import loss_delta, make_intact
 
 N_EXAMPLES, N_CLASSES, N_UNITS, N_SITES = 37, 53, 11, 29
@@ -24,13 +24,13 @@ def test_equals_the_direct_formula(sureness: float, size: float) -> None:
     unit = torch.arange(N_SITES) * 7 % N_UNITS
     t = size * draw(N_SITES, N_EXAMPLES, seed=3)
     moved = torch.ones_like(t, dtype=torch.bool)
-    got = Response(columns).loss_delta(intact, t, unit, moved)
+    got = LossSeries(columns).loss_delta(intact, t, unit, moved)
     every = torch.arange(N_EXAMPLES)
     truth = torch.stack([loss_delta(intact, every, t[row, :, None] * columns[unit[row]]) for row in range(N_SITES)])
     # Of the terms that the sum is made of: where the first two orders cancel, no formula has more digits.
     from_label = columns[unit][:, None] - columns[unit][:, labels, None]
     scale = (intact.rest * torch.expm1(t[:, :, None] * from_label).abs()).sum(dim=2)
-    small = t.abs() * Response(columns).u_range[unit, None] <= REACH
+    small = t.abs() * LossSeries(columns).u_range[unit, None] <= REACH
     assert small.any() or size >= 1e3
     error = (got - truth).abs() / scale.clamp(min=1e-300)
     assert not (error[small] > 1e-9).any(), error[small].max()
@@ -42,7 +42,7 @@ def test_pairs_that_do_not_move_are_exactly_zero() -> None:
     t = draw(N_SITES, N_EXAMPLES, seed=5)
     moved = draw(N_SITES, N_EXAMPLES, seed=6) > 0
     unit = torch.arange(N_SITES) % N_UNITS
-    got = Response(draw(N_UNITS, N_CLASSES, seed=7)).loss_delta(intact, t, unit, moved)
+    got = LossSeries(draw(N_UNITS, N_CLASSES, seed=7)).loss_delta(intact, t, unit, moved)
     assert (got[~moved] == 0).all()
     assert (got[moved] != 0).all()
 
@@ -50,4 +50,4 @@ def test_pairs_that_do_not_move_are_exactly_zero() -> None:
 def test_units_that_reach_no_class_are_known() -> None:
     columns = draw(N_UNITS, N_CLASSES, seed=8)
     columns[3] = 0
-    assert Response(columns).is_live.tolist() == [k != 3 for k in range(N_UNITS)]
+    assert LossSeries(columns).is_live.tolist() == [k != 3 for k in range(N_UNITS)]

@@ -18,7 +18,7 @@ from ablation.engine.interface import Setup
 from ablation.engine.loss import make_intact
 from ablation.engine.paths import open_path
 from ablation.engine.responses.loops import series
-from ablation.engine.responses.way import find_tail
+from ablation.engine.responses.way import find_averaged
 from ablation.errors import ExampleError, SpecError
 from ablation.sites import EveryWeight, make_sites
 from tests.compare import brute_force, count_moved, utility_error
@@ -198,7 +198,7 @@ def test_ways_that_are_no_tail_are_not_taken_for_one() -> None:
 
     x = torch.randn(2, 4, 5, 5)
     found = {
-        form: find_tail(record_calls(Other(form).eval(), x), "target.weight") is not None
+        form: find_averaged(record_calls(Other(form).eval(), x), "target.weight") is not None
         for form in ("plain", "grouped", "again", "own shortcut", "smooth", "behind")
     }
     assert [form for form, is_tail in found.items() if is_tail] == ["plain"]

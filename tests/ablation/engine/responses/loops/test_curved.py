@@ -14,7 +14,7 @@ from ablation.engine.interface import Setup
 from ablation.engine.paths import open_path
 from ablation.engine.responses.loops import rows
 from ablation.engine.responses.loops.activations import GELU, HARDSWISH, HARDTANH, IDENTITY, RELU, Function
-from ablation.engine.responses.way import find_tail
+from ablation.engine.responses.way import find_averaged
 from ablation.sites import EveryWeight, Sites
 from tests.compare import brute_force, count_moved
 
@@ -151,10 +151,10 @@ def test_tails_say_which_function_they_have() -> None:
         nn.GELU(): Function(GELU),
     }
     for module, expected in cases.items():
-        tail = find_tail(record_calls(make_tail(module), x), "0.weight")
+        tail = find_averaged(record_calls(make_tail(module), x), "0.weight")
         assert tail is not None
         assert tail.function == expected
-    without = find_tail(record_calls(make_tail(nn.Identity()), x), "0.weight")
+    without = find_averaged(record_calls(make_tail(nn.Identity()), x), "0.weight")
     assert without is not None
     assert without.function == Function(IDENTITY)
     for unknown in (
@@ -163,4 +163,4 @@ def test_tails_say_which_function_they_have() -> None:
         nn.Sequential(nn.ReLU(), nn.SiLU()),
         nn.Sequential(nn.SiLU(), nn.ReLU()),
     ):
-        assert find_tail(record_calls(make_tail(unknown), x), "0.weight") is None
+        assert find_averaged(record_calls(make_tail(unknown), x), "0.weight") is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ablation.engine.responses.loops.piecewise import INPUTS, PAIRS, Rows, add_rows, make_rows
+from ablation.engine.responses.loops.piecewise import INPUTS, PAIRS, Units, add_rows, make_units
 from ablation.engine.responses.loops.records import Batch
 
 N_EXAMPLES, N_INPUTS, N_UNITS, N_SECOND, N_CLASSES = 67, 69, 9, 71, 131
@@ -61,9 +61,9 @@ def draw_inputs(seed: int, n_inputs: int = N_INPUTS) -> tuple[np.ndarray, np.nda
     return inputs, random.integers(N_CLASSES, size=N_EXAMPLES)
 
 
-def prepare(network: Network, inputs: np.ndarray, labels: np.ndarray, value: float = 0.0) -> tuple[Rows, Batch]:
+def prepare(network: Network, inputs: np.ndarray, labels: np.ndarray, value: float = 0.0) -> tuple[Units, Batch]:
     change = (value - network.w1).astype(np.float32)
-    rows = make_rows(change, network.w2.T.astype(np.float32), network.v.T.astype(np.float32))
+    rows = make_units(change, network.w2.T.astype(np.float32), network.v.T.astype(np.float32))
     y1 = product(inputs.astype(np.float64), network.w1.T) + network.b1
     second, logits = network.tail(y1)
     unused = np.zeros(logits.shape, np.float32)
@@ -105,11 +105,11 @@ def loss_deltas(logits: np.ndarray, labels: np.ndarray, q: np.ndarray, dz: np.nd
     return np.where((np.abs(centred).max(axis=1) < 0.5) & (np.abs(large) < 0.4), small, large)
 
 
-def run(rows: Rows, examples: Batch, chosen: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+def run(rows: Units, examples: Batch, chosen: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     shape = rows.change.shape
     sums, squares, touched = np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int32)
-    deltas = add_rows(rows, examples, sums, squares, touched, np.zeros(shape[0]), chosen)
-    return sums, squares, touched, deltas
+    deltas, moved = add_rows(rows, examples, sums, squares, touched, np.zeros(shape[0]), chosen)
+    return sums, squares, touched, deltas, moved
 
 
 def error_of(sums: np.ndarray, truth: np.ndarray) -> float:
@@ -144,7 +144,7 @@ def test_equals_brute_force(name: str) -> None:
     network, value = NETWORKS[name]
     inputs, labels = draw_inputs(2)
     rows, examples = prepare(network, inputs, labels, value)
-    sums, squares, touched, _ = run(rows, examples)
+    sums, squares, touched, *_ = run(rows, examples)
     truth, moves = brute_force(network, inputs, labels, value)
     assert error_of(sums, truth) <= 1e-6, error_of(sums, truth)
     assert contract_error(sums, truth) <= 1e-4, contract_error(sums, truth)
@@ -158,9 +158,11 @@ def test_chosen_weights_one_example_at_a_time(name: str) -> None:
     inputs, labels = draw_inputs(3)
     rows, examples = prepare(network, inputs, labels, value)
     chosen = np.stack([np.arange(40) * 5 % N_UNITS, np.arange(40) * 7 % N_INPUTS], axis=1)
-    sums, _, _, deltas = run(rows, examples, chosen)
-    truth, _ = brute_force(network, inputs, labels, value, chosen)
+    sums, _, touched, deltas, moved = run(rows, examples, chosen)
+    truth, truth_moves = brute_force(network, inputs, labels, value, chosen)
     assert deltas.shape == truth.shape
+    np.testing.assert_array_equal(moved, truth_moves)
+    np.testing.assert_array_equal(moved.sum(axis=1), touched[chosen[:, 0], chosen[:, 1]])
     np.testing.assert_allclose(deltas, truth, rtol=1e-5, atol=1e-5 * np.abs(truth).mean())
     mine = sums[chosen[:, 0], chosen[:, 1]]
     np.testing.assert_allclose(deltas.sum(axis=1), mine, rtol=1e-6, atol=1e-7 * np.abs(truth).sum(axis=1).max())
@@ -173,7 +175,7 @@ def test_more_inputs_and_units_than_one_call_takes() -> None:
     inputs, labels = draw_inputs(8, n_inputs)
     rows, examples = prepare(network, inputs, labels)
     chosen = np.stack([np.arange(97) % n_units, np.arange(97) * 37 % n_inputs], axis=1)
-    sums, squares, touched, deltas = run(rows, examples, chosen)
+    sums, squares, touched, deltas, _ = run(rows, examples, chosen)
     truth, moves = brute_force(network, inputs, labels, chosen=chosen)
     here = chosen[:, 0], chosen[:, 1]
     size = np.abs(truth).sum(axis=1)
@@ -233,17 +235,17 @@ def test_without_kinks_it_is_wrong() -> None:
 
 
 def test_kinks_at_zero_and_silence_up_to_the_first() -> None:
-    """Second-layer units at exactly 0 open on one side; where none is active, nothing moves until one opens."""
+    """Second-layer units at exactly 0 are activated on one side; where none is active, nothing moves until one is."""
     network = draw_network(10, spread=4.0)
     network.b1 = np.full_like(network.b1, -0.5)
     network.b2 = np.where(np.arange(N_SECOND) % 3 == 0, 0.0, -0.25)
     inputs, labels = draw_inputs(4)
-    inputs *= np.arange(N_EXAMPLES)[:, None] % 2  # no unit is open, and y2 = b2, on every other example
+    inputs *= np.arange(N_EXAMPLES)[:, None] % 2  # no unit is active, and y2 = b2, on every other example
     inputs[::2, :9] = 3.0
     inputs[::4, :9] = 0.5
     rows, examples = prepare(network, inputs, labels)
     assert (examples.second == 0).any()
-    sums, _, touched, _ = run(rows, examples)
+    sums, _, touched, *_ = run(rows, examples)
     truth, moves = brute_force(network, inputs, labels)
     assert error_of(sums, truth) <= 1e-6
     np.testing.assert_array_equal(touched, moves.sum(axis=2))
@@ -253,7 +255,7 @@ def test_kinks_at_zero_and_silence_up_to_the_first() -> None:
     only_behind.b1[:] = -0.1
     rows, examples = prepare(only_behind, inputs, labels)
     assert (examples.second.max(axis=1) < 0).any()
-    _, _, touched, _ = run(rows, examples)
+    _, _, touched, *_ = run(rows, examples)
     np.testing.assert_array_equal(touched, brute_force(only_behind, inputs, labels)[1].sum(axis=2))
 
 
@@ -261,11 +263,14 @@ def test_logits_that_move_together_count_as_touched() -> None:
     network, _ = NETWORKS["plain"]
     network = replace(network, v=np.repeat(network.v[:1], N_CLASSES, axis=0))
     inputs, labels = draw_inputs(5)
-    sums, squares, touched, _ = run(*prepare(network, inputs, labels))
+    chosen = np.stack([np.arange(40) * 5 % N_UNITS, np.arange(40) * 7 % N_INPUTS], axis=1)
+    sums, squares, touched, deltas, moved = run(*prepare(network, inputs, labels), chosen)
     _, moves = brute_force(network, inputs, labels)
     assert (sums == 0).all()
     assert (squares == 0).all()
+    assert (deltas == 0).all()
     np.testing.assert_array_equal(touched, moves.sum(axis=2))
+    np.testing.assert_array_equal(moved, moves[chosen[:, 0], chosen[:, 1]])
 
 
 def test_what_can_not_move_stays_exactly_zero() -> None:
@@ -273,7 +278,7 @@ def test_what_can_not_move_stays_exactly_zero() -> None:
     inputs, labels = draw_inputs(6)
     inputs[:, 5] = 0
     network = replace(network, w2=network.w2 * (np.arange(N_UNITS) != 3))
-    sums, squares, touched, _ = run(*prepare(network, inputs, labels))
+    sums, squares, touched, *_ = run(*prepare(network, inputs, labels))
     for total in (sums, squares, touched):
         assert (total[:, 5] == 0).all()
         assert (total[3] == 0).all()
@@ -296,7 +301,7 @@ def test_any_cut_and_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     for part in (slice(0, 4), slice(4, N_UNITS)):
-        some = make_rows(rows.change[part], rows.columns[part], rows.last)
+        some = make_units(rows.change[part], rows.columns[part], rows.last)
         for mine, theirs in zip(run(some, examples._replace(y=examples.y[part]))[:3], whole, strict=True):
             np.testing.assert_array_equal(mine, theirs[part])
     parts = []
