@@ -113,7 +113,7 @@ def make_result(job: Job, totals: dict[str, PartialSums], *, seconds: float) -> 
         indices=None if isinstance(sites, EveryWeight) else sites.indices.cpu().numpy(),
         shape=job.plan.shape,
         weights=sites.weights.cpu().numpy(),
-        replacements=sites.replacements.cpu().numpy(),
+        replacements=sites.replacements.cpu().numpy() if job.spec.criteria else None,
         splits=totals,
         per_class={split.name: split.per_class for split in job.plan.splits},
         top1=job.spec.top1,

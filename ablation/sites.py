@@ -35,7 +35,7 @@ def replace_weights(
     """
     match value:
         case Constant(constant=constant):
-            return torch.full_like(weights, constant)
+            return torch.full_like(weights, constant + 0.0)  # -0.0 becomes 0.0
         case Scale(scale=scale):
             return weights * scale
         case "zero":
@@ -44,6 +44,11 @@ def replace_weights(
             return -weights
         case _:
             assert_never(value)
+
+
+def is_always_finite(value: ValueSpec) -> bool:
+    """Whether the replacement is a finite number whatever the weight is."""
+    return value == "zero" or isinstance(value, Constant)
 
 
 @dataclass(frozen=True)
@@ -175,8 +180,10 @@ def _replace(
 
     Adding 0.0 turns -0.0 into 0.0: the step of a zero is 0.0 whichever its sign, and scale 0 gives the bytes of zero.
     """
-    replacements = replace_weights(weights, value, parameter, indices).add_(0.0)
-    not_finite = replacements.isfinite().logical_not_()
+    replacements = replace_weights(weights, value, parameter, indices)
+    if is_always_finite(value):
+        return replacements, torch.zeros_like(weights, dtype=torch.bool)
+    not_finite = replacements.add_(0.0).isfinite().logical_not_()
     if not_finite.any():
         replacements[not_finite] = weights[not_finite]
     return replacements, not_finite
@@ -184,6 +191,8 @@ def _replace(
 
 def find_not_finite(sites: Sites) -> Bool[np.ndarray, " sites"] | None:
     """Which sites have no finite replacement; None where each has one."""
+    if isinstance(sites, EveryWeight) and is_always_finite(sites.value):
+        return None
     not_finite = np.concatenate([sites[rows].not_finite.cpu().numpy() for rows in sites.blocks()])
     return not_finite if not_finite.any() else None
 

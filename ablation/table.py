@@ -111,7 +111,7 @@ def make_table(
     indices: Int64[np.ndarray, " sites"] | None,
     shape: tuple[int, ...],
     weights: Float[np.ndarray, " sites"],
-    replacements: Float64[np.ndarray, " sites"],
+    replacements: Float64[np.ndarray, " sites"] | None,
     splits: Mapping[str, PartialSums],
     per_class: Mapping[str, int | None],
     top1: bool,
@@ -130,7 +130,7 @@ def make_table(
         indices: flat indices into the parameter tensor, in the order of the rows; None: every weight in its order.
         shape: of the parameter tensor.
         weights: intact values.
-        replacements: what they were replaced by.
+        replacements: what they were replaced by; None where no criteria are asked for, which alone need them.
         splits: merged and joined sums, in column order.
         per_class: length of the one-class blocks that a split was drawn in, None where it was not.
         top1: whether to add the columns `broken_*` and `fixed_*`.
@@ -152,6 +152,7 @@ def make_table(
     asked, of_criteria = find_criteria(criteria), {}
     for split, sums in splits.items():
         for criterion in asked:
+            assert replacements is not None
             column = _predict(criterion, weights.astype(np.float64, copy=False), replacements, sums, not_finite)
             of_criteria[f"{criterion.name}_{split}"] = column
     first = 0 if indices is None else None
