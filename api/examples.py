@@ -26,7 +26,14 @@ _FLIP_SIGN: dict[str, Any] = {
 _FULL_SPEC: dict[str, Any] = {
     "model": {"name": "digits_alexnet", "weights": None, "seed": 0},
     "layer": "fc2",
-    "data": {"name": "digits", "root": None, "train": "all", "test": {"per_class": 10, "seed": 0}},
+    "data": {
+        "name": "digits",
+        "root": None,
+        "classes": None,
+        "exif": "ignore",
+        "train": "all",
+        "test": {"per_class": 10, "seed": 0},
+    },
     "sites": {"count": 64, "seed": 0},
     "value": "zero",
     "precision": "mixed",
@@ -49,6 +56,12 @@ _PLAN: dict[str, Any] = {
     "lanes": 1,
     "gradient_batch_size": None,
     "threads": 2,
+    "inputs": {
+        "weights": "its own, trained on the digits",
+        "preprocessing": "grey, 8x8, values from 0 to 1",
+        "classes": {"train": "10 by name, of the model's 10", "test": "10 by name, of the model's 10"},
+        "notes": [],
+    },
     "splits": [
         {"name": "train", "n_examples": 1297, "per_class": None},
         {"name": "test", "n_examples": 100, "per_class": 10},
@@ -142,6 +155,9 @@ _SUMMARY: dict[str, Any] = {
     "parameter": "fc2.weight",
     "path": "direct",
     "precision": "mixed",
+    "weights": "its own, trained on the digits",
+    "notes": [],
+    "warnings": [],
     "splits": {"train": _SPLIT_SUMMARY, "test": {**_SPLIT_SUMMARY, "n_examples": 100, "reliability": None}},
     "magnitude": {"train": _CORRELATIONS, "test": _CORRELATIONS},
     "criteria": {},

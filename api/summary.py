@@ -78,6 +78,9 @@ class Summary(_Exactly):
     parameter: str
     path: Path
     precision: Precision
+    weights: str | None = Field(description="which weights were measured, in words; null in results of older versions")
+    notes: list[str] = Field(description="what was left out of files or converted, one sentence each")
+    warnings: list[str] = Field(description="what makes the numbers doubtful, one sentence each; best empty")
     splits: dict[str, SplitSummary]
     magnitude: dict[str, Correlations] = Field(description="of |utility| with |w|, by split")
     criteria: dict[str, dict[str, Correlations]] = Field(
