@@ -47,8 +47,8 @@ class ModelSpec(Record):
     weights: str | None = Field(
         default=None,
         max_length=500,
-        description="a torchvision weights name; a checkpoint's file name (FILE:KEY where it holds several); or `none`: "
-        "initialised from the seed. Absent: the model's own, which torchvision's models don't have",
+        description="a torchvision weights name; a checkpoint's file name (FILE:KEY where it holds several); or "
+        "`none`: initialised from the seed. Absent: the model's own, which torchvision's models don't have",
     )
     seed: Seed = 0
 
@@ -96,8 +96,8 @@ class DataSpec(Record):
     root: str | None = Field(default=None, max_length=1000, description="relative to the operator's data folder")
     classes: ClassNumbers | None = Field(
         default=None,
-        description="the model's class, by number or name, for each class of the data set; absent: matched by name where "
-        "both are known, else there must be as many",
+        description="the model's class, by number or name, for each class of the data set; absent: matched by name "
+        "where both are known, else there must be as many",
     )
     exif: Literal["ignore", "apply"] = Field(
         default="ignore", description="whether picture files are turned as their EXIF orientation says"

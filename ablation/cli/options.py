@@ -78,8 +78,8 @@ _SPEC_OPTIONS = [
     click.option("--test", help="Test examples: all, N or N/class.  [default: none]"),
     click.option(
         "--classes", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
-        help="Which class of the model each class of the data is: a CSV file with two columns, class and number or name "
-        "(cat,281), or a JSON object.  [default: by name, or by number where there are as many]",
+        help="Which class of the model each class of the data is: a CSV file with two columns, class and number or "
+        "name (cat,281), or a JSON object.  [default: by name, or by number where there are as many]",
     ),
     click.option(
         "--exif", metavar="[ignore|apply]", default="ignore", show_default=True,
@@ -154,8 +154,9 @@ def out_option(default: str) -> Callable[[Command], Command]:
 
 def read_spec(
     *, model: str, weights: str | None, model_seed: int, layer: str, data: str, root: str | None, train: str | None,
-    test: str | None, classes: Path | None, exif: str, data_seed: int, sites: str, seed: int, value: str, precision: str, verify: int, top1: bool,
-    criteria: Sequence[str], label_smoothing: str | None, class_weights: str | None,
+    test: str | None, classes: Path | None, exif: str, data_seed: int, sites: str, seed: int, value: str,
+    precision: str, verify: int, top1: bool, criteria: Sequence[str], label_smoothing: str | None,
+    class_weights: str | None,
 ) -> JobSpec:  # fmt: skip
     """Make the job spec from the options.
 

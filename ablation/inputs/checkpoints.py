@@ -306,6 +306,9 @@ class _Opaque:
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
+    def __call__(self, *_: Any, **__: Any) -> "_Opaque":
+        return _Opaque()
+
     def append(self, _: Any) -> None:
         """Take a list's item."""
 

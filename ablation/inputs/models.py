@@ -50,7 +50,7 @@ class AsRGB:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in eval mode, the transform of its inputs (a registered model's may be None), and what its weights are."""
+    """A model in eval mode, the transform of its inputs (None for some registered models), and what its weights are."""
 
     module: nn.Module
     transform: Transform

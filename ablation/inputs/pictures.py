@@ -22,6 +22,7 @@ SAID = {
     "orientation": "an EXIF orientation, which is ignored as torchvision does (`--exif apply` turns them upright)",
     "turned": "an EXIF orientation, by which they are turned upright",
     "deep": "16 bits of grey, which are scaled to 8",
+    "wide": "numbers of 32 bits, which are taken for 0 to 255",
     "alpha": "transparency, which is left out: the colours beneath it are taken",
     "frames": "several frames or pages, of which the first is taken",
     "palette": "a palette, whose colours are taken",
@@ -33,7 +34,7 @@ def read_picture(file: BinaryIO, exif: str = "ignore") -> Image.Image:
     """Read a picture file as RGB of 8 bits; with `exif="apply"` it is turned as its EXIF orientation says.
 
     Raises:
-        ValueError: its numbers are real, or whole ones of no known range. OSError: the file is damaged.
+        ValueError: its numbers have 32 bits and are not from 0 to 255. OSError: the file is damaged.
     """
     picture: Image.Image = Image.open(file)
     if picture.mode in _DEEP:
@@ -55,25 +56,37 @@ def _turn(picture: Image.Image, orientation: int) -> Image.Image:
 
 def _scale(picture: Image.Image) -> Image.Image:
     """Grey of 8 bits: the largest number that the file's bits can hold becomes 255."""
+    values = np.asarray(picture)
+    if _is_wide(picture):
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and 1 < high < 256):
+            raise ValueError(
+                f"its numbers have 32 bits and are from {low:g} to {high:g}, so white is not known; allowed: pictures "
+                "of at most 16 bits, or numbers from 0 to 255. Convert it to 8 bits"
+            )
+        return Image.fromarray(values.astype(np.uint8))
+    top = (1 << _bits(picture)) - 1
+    return Image.fromarray(((values.astype(np.int64).clip(0, top) * 255 + top // 2) // top).astype(np.uint8))
+
+
+def _bits(picture: Image.Image) -> int:
+    """Bits of a number of grey: what a TIFF says, else 16, to which Pillow scales PNM and PNG."""
     tags = getattr(picture, "tag_v2", None)
-    bits = int(tags.get(_BITS, (16,))[0]) if tags is not None else 16
-    if picture.mode == "F" or bits > 16:
-        raise ValueError(
-            f"it has {'real numbers' if picture.mode == 'F' else f'whole numbers of {bits} bits'}, whose range is not "
-            "known; allowed: pictures of at most 16 bits. Convert it to 8 bits"
-        )
-    values = np.asarray(picture).astype(np.int64)
-    top = (1 << bits) - 1
-    return Image.fromarray(((values.clip(0, top) * 255 + top // 2) // top).astype(np.uint8))
+    return int(tags.get(_BITS, (16,))[0]) if tags is not None else 16
+
+
+def _is_wide(picture: Image.Image) -> bool:
+    return picture.mode == "F" or _bits(picture) > 16
 
 
 def find_oddities(picture: Image.Image, exif: str = "ignore") -> list[str]:
     """Names in `SAID` of what a picture has, by what is known once its file is open."""
     found = []
     if _orientation(picture) != _UPRIGHT:
-        found.append("turned" if exif == "apply" else "orientation")
+        is_turned = exif == "apply" or picture.format == "TIFF"  # which Pillow turns whenever it reads one
+        found.append("turned" if is_turned else "orientation")
     if picture.mode in _DEEP:
-        found.append("deep")
+        found.append("wide" if _is_wide(picture) else "deep")
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         found.append("alpha")
     if getattr(picture, "n_frames", 1) > 1:

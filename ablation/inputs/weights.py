@@ -23,7 +23,8 @@ class Weights:
     """What a job's weights are.
 
     `member`: the name in torchvision's enum whose weights these are; `like`: the one whose preprocessing is taken.
-    `path` and `key`: the file, and what is meant in it. `is_own`: they come with the model. `text`, `preprocessing` and `notes` are for people.
+    `path` and `key`: the file, and what is meant in it. `is_own`: they come with the model. `text`,
+    `preprocessing` and `notes` are for people.
     """
 
     text: str

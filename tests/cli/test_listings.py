@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
@@ -13,7 +14,11 @@ from tests.api.conftest import serving
 from worker.settings import Settings
 from worker.store import JobStore
 
-JOB = ["--model", "alexnet", "--layer", "classifier.4", "--data", "digits", "--train", "10/class", "--test", "40"]
+TEN_CLASSES = str(Path(__file__).with_name("ten_classes.csv"))
+JOB = [
+    "--model", "alexnet", "--weights", "none", "--layer", "classifier.4",
+    "--data", "digits", "--classes", TEN_CLASSES, "--train", "10/class", "--test", "40",
+]  # fmt: skip
 
 
 def invoke(*arguments: str) -> Result:

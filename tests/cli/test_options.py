@@ -170,7 +170,8 @@ def test_an_error_about_a_path_shows_what_was_typed(
     (tmp_path / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     options = ["--model", "alexnet", "--layer", "classifier.4", "--sites", "9", "--test", "all"]
-    result = CliRunner().invoke(commands, ["plan", *options, "--data", "mnist", "--root", typed])
+    of_data = ["--weights", "none", "--data", "mnist", "--root", typed]
+    result = CliRunner().invoke(commands, ["plan", *options, *of_data])
     assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
     assert result.output.startswith(f"Error: data.root: got '{typed}'; allowed: a folder with MNIST/raw/ and in it ")
     assert str(tmp_path) not in result.output

@@ -362,8 +362,9 @@ def test_registered_parts_give_a_job_like_any_other(service: Service, say: Say) 
 
 
 def test_real_files_of_an_operator_are_counted_and_run(service: Service, say: Say) -> None:
-    for name, root, n in (("mnist", "digits-like", 50), ("imagefolder", "pets", 6)):
-        _, job = service.over({**QUICK, "data": {"name": name, "root": root, "test": "all"}})
+    first_three = {"class00": 0, "class01": 1, "class02": "2"}
+    for name, root, n, classes in (("mnist", "digits-like", 50, None), ("imagefolder", "pets", 6, first_three)):
+        _, job = service.over({**QUICK, "data": {"name": name, "root": root, "test": "all", "classes": classes}})
         assert job["status"] == "succeeded", job
         assert job["plan"]["splits"][0]["n_examples"] == n
     say("POST /v1/jobs on IDX files and on a folder of JPEGs: 202, counted at once, succeeded")
