@@ -99,8 +99,8 @@ def class_names_of(data: DataSpec, dataset: Any) -> tuple[str, ...] | None:
 
 def say_inputs(job: Job) -> dict[str, Any]:
     """What the job is of, in words, and what was noticed in its files, for the result. Headers of pictures are read."""
-    told: dict[str, Any] = (job.inputs or InputsPlan(weights="in memory")).model_dump(mode="json")
-    notes = list(told["notes"])
+    told = job.inputs.model_dump(mode="json") if job.inputs else {"weights": None, "preprocessing": None, "classes": {}}
+    notes = list(told.get("notes", ()))
     for name, split in job.splits.items():
         notes += [f"{name}: {said}" for said in say_pictures(split.dataset, split.indices)]
     return told | {"notes": notes, "warnings": list(job.warnings)}

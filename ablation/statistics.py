@@ -37,8 +37,7 @@ def make_summary(table: ImportanceTable) -> dict[str, Any]:
         "parameter": plan["parameter"],
         "path": plan["path"],
         "precision": plan["precision"],
-        "weights": (plan.get("inputs") or {}).get("weights"),
-        "notes": list(_inputs(table)["notes"]),
+        **{name: _inputs(table)[name] for name in ("weights", "preprocessing", "classes", "notes")},
         "warnings": find_warnings(table),
         "splits": {split: describe_split(table, split) for split in splits},
         "magnitude": {split: compare_magnitude(table, split) for split in splits},
@@ -54,9 +53,11 @@ def make_summary(table: ImportanceTable) -> dict[str, Any]:
 
 
 def _inputs(table: ImportanceTable) -> Mapping[str, Any]:
-    """What was noticed in the files of the model and the data; nothing in tables of older versions."""
-    told: Mapping[str, Any] = table.about.get("inputs") or {"notes": [], "warnings": []}
-    return told
+    """What the job was of, and what was noticed in its files; nothing in tables of older versions."""
+    return {**_NOTHING_TOLD, **table.about.get("inputs", {})}
+
+
+_NOTHING_TOLD: Mapping[str, Any] = {"weights": None, "preprocessing": None, "classes": {}, "notes": [], "warnings": []}
 
 
 def find_warnings(table: ImportanceTable) -> list[str]:
@@ -282,8 +283,9 @@ def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("sites", f"{n:,} of the {summary['weights_in_layer']:,} weights of {summary['parameter']}"),
         ("path", f"{summary['path']}, {summary['precision']} precision"),
     ]
-    if summary["weights"]:
-        lines.append(("weights", summary["weights"]))
+    lines += [(name, summary[name]) for name in ("weights", "preprocessing") if summary[name]]
+    for text in dict.fromkeys(summary["classes"].values()):
+        lines.append(("classes", text))
     lines += [("WARNING", warning) for warning in summary["warnings"]]
     lines += [("note", note) for note in summary["notes"]]
     for split, found in summary["splits"].items():

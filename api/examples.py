@@ -156,6 +156,8 @@ _SUMMARY: dict[str, Any] = {
     "path": "direct",
     "precision": "mixed",
     "weights": "its own, trained on the digits",
+    "preprocessing": "grey, 8x8, values from 0 to 1",
+    "classes": {"train": "10 by name, of the model's 10", "test": "10 by name, of the model's 10"},
     "notes": [],
     "warnings": [],
     "splits": {"train": _SPLIT_SUMMARY, "test": {**_SPLIT_SUMMARY, "n_examples": 100, "reliability": None}},

@@ -82,8 +82,8 @@ _SPEC_OPTIONS = [
         "name (cat,281), or a JSON object.  [default: by name, or by number where there are as many]",
     ),
     click.option(
-        "--exif", metavar="[ignore|apply]", default="ignore", show_default=True,
-        help="apply: turn picture files as their EXIF orientation says.",
+        "--exif", metavar="[ignore|apply]",
+        help="apply: turn picture files as their EXIF orientation says.  [default: ignore]",
     ),
     click.option("--data-seed", type=INTEGER, default=0, show_default=True, help="Seed of the examples drawn."),
     click.option("--sites", required=True, help="Weights to ablate: N (drawn at random), all, or flat indices: 5,17,3"),
@@ -154,7 +154,7 @@ def out_option(default: str) -> Callable[[Command], Command]:
 
 def read_spec(
     *, model: str, weights: str | None, model_seed: int, layer: str, data: str, root: str | None, train: str | None,
-    test: str | None, classes: Path | None, exif: str, data_seed: int, sites: str, seed: int, value: str,
+    test: str | None, classes: Path | None, exif: str | None, data_seed: int, sites: str, seed: int, value: str,
     precision: str, verify: int, top1: bool, criteria: Sequence[str], label_smoothing: str | None,
     class_weights: str | None,
 ) -> JobSpec:  # fmt: skip

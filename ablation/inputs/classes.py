@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ablation.errors import SpecError, nearest
-from ablation.inputs.checkpoints import order_names, say_some
+from ablation.inputs.checkpoints import order_names
 from ablation.inputs.published import imagenet_classes
 
 ADVICE = (
@@ -105,7 +105,7 @@ def number_classes(
         found = {label: wnids[name] for label, name in enumerate(names)}
         return Numbering(_shortened(found), f"{len(names):,} by WordNet id, of ImageNet's {model.n:,}")
     if len(names) != model.n:
-        given_text = f"{len(names):,} classes ({say_some(names)})"
+        given_text = f"{len(names):,} classes ({_some(names)})"
         allowed = f"the {model.n:,} classes of the model, or a mapping to them"
         raise SpecError("data.classes", given_text, allowed, ADVICE)
     how = "sorted folder name" if are_folders else "number"
@@ -118,10 +118,14 @@ def _no_match(names: Sequence[str], model: ModelClasses, missing: list[str]) -> 
     says = f"The model has no {missing[0]!r}. {near} {ADVICE}".replace("  ", " ")
     return SpecError(
         "data.classes",
-        f"{len(names):,} classes ({say_some(names)})",
-        f"names of {model.source} {model.n:,} classes ({say_some(known)}), or a mapping to them",
+        f"{len(names):,} classes ({_some(names)})",
+        f"names of {model.source} {model.n:,} classes ({_some(known)}), or a mapping to them",
         says,
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _shortened(numbers: Mapping[int, int]) -> Mapping[int, int] | None:
@@ -165,7 +169,7 @@ def _by_number(names: Sequence[str], model: ModelClasses) -> Numbering:
     if beyond or twice:
         why = "Two folders have one number." if twice else f"Folder {beyond[0]!r} is beyond them."
         allowed = f"folders named by class numbers of the model, 0 to {model.n - 1}, or a mapping to them"
-        raise SpecError("data.classes", f"folders {say_some(names)}", allowed, f"{why} {ADVICE}")
+        raise SpecError("data.classes", f"folders {_some(names)}", allowed, f"{why} {ADVICE}")
     return Numbering(_shortened(numbers), f"{len(names):,} by folder names, which are class numbers")
 
 
@@ -179,7 +183,7 @@ def _by_mapping(names: Sequence[str] | None, model: ModelClasses, given: Mapping
         numbers = {int(name): number for name, number in wanted.items()}
     else:
         if absent := [name for name in names if name not in wanted]:
-            allowed = f"a class of the model for each class of the data set ({say_some(names)})"
+            allowed = f"a class of the model for each class of the data set ({_some(names)})"
             near = nearest(absent[0], wanted)
             raise SpecError("data.classes", dict(given), allowed, f"There is none for {absent[0]!r}. {near}".rstrip())
         numbers = {label: wanted[name] for label, name in enumerate(names)}

@@ -24,7 +24,7 @@ from ablation.inputs.checkpoints import choose_state_dict, count_classes, find_h
 from ablation.inputs.classes import ModelClasses, listed_classes
 from ablation.inputs.demo import DigitsAlexNet, ensure_demo_model, prepare_digit
 from ablation.inputs.folders import Folders
-from ablation.inputs.published import TRANSFORMS_INPUT
+from ablation.inputs.published import TRANSFORMS_INPUT, hash_file, recognise
 from ablation.inputs.registered import MODELS, load_factory, registered_names
 from ablation.inputs.weights import Weights, find_weights, name_classes, say_changes
 
@@ -91,6 +91,8 @@ def open_model(name: str, weights: str | None = None, seed: int = 0, folders: Fo
     else:
         found = find_weights(weights, model_facts(name, _named()), folders, seed)
         module, transform = _built_in(name, found, seed, folders)
+    if found.member is not None and found.path is None:
+        found = replace(found, notes=_say_other_file(name, found.member))
     if found.path is not None:
         loaded = _load_checkpoint(module, found.path, found.key, weights, is_published=found.member is not None)
         classes = replace(loaded.classes, n=found.classes.n) if found.member is None else found.classes
@@ -227,6 +229,15 @@ def _pretrained(name: str, member: Any) -> nn.Module:
     except Exception as error:  # errors of the network, the file system, and torch.load for damaged files
         raise CheckpointError(_what_to_place(name, member, error)) from error
     return _without_auxiliary(module).eval()
+
+
+def _say_other_file(name: str, member: str) -> tuple[str, ...]:
+    """A note where the file in torch hub's folder isn't the published one; torchvision looks at downloads only."""
+    file = Path(urlparse(_torchvision().get_model_weights(name)[member].url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.is_file() or recognise(name, path) == member:
+        return ()
+    return (f"{file} in torch hub's folder is not the published file: its SHA-256 begins with {hash_file(path)[:8]}",)
 
 
 def _what_to_place(name: str, member: Any, error: Exception) -> str:

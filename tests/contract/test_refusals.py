@@ -62,6 +62,8 @@ AT_ONCE = {
     "a mapping that is none": (pets(classes=[1, 2]), "data.classes", "an object"),
     "a mapping to true": (pets(classes={"class00": True}), "data.classes", "a class number or a class name"),
     "more classes than the model has": (pets(root="many"), "data.classes", "There is none for 'class03'."),
+    "a fine-tuned head for other classes": (weights("seven.safetensors"), "data.classes", "allowed: the 7 classes"),
+    "several state dicts": (weights("two.pth"), "model.weights", "one of two.pth:model, two.pth:model_ema"),
     "turning what are no files": (data(exif="apply"), "data.exif", "'ignore', but for imagefolder and imagenet"),
     "an unknown way to turn": (pets(exif="turn"), "data.exif", "'ignore' or 'apply'"),
     "count larger than the layer": (spec(sites={"count": 65537}), "sites.count", "1 to 65536, the weights of fc2"),
@@ -181,7 +183,7 @@ BY_THE_JOB = {
         weights("unexpected.safetensors"), "checkpoint-error", "fc4.weight is unknown",
     ),
     "a checkpoint of another shape": (
-        weights("seven.safetensors"), "checkpoint-error", "fc3.weight has shape (7, 256), wanted (10, 256)",
+        weights("narrow.safetensors"), "checkpoint-error", "fc2.weight has shape (256, 255), wanted (256, 256)",
     ),
     "a pickle with code in it": (weights("code.pth"), "checkpoint-error", "code.pth can't be read"),
     "a bare pickle with code in it": (weights("code.pkl"), "checkpoint-error", "code.pkl can't be read"),

@@ -17,7 +17,7 @@ from torch import nn
 from ablation.errors import CheckpointError, SpecError
 from ablation.inputs.data import load_batches, load_data
 from ablation.inputs.folders import Folders
-from ablation.inputs.models import _load_checkpoint, build_demo_model, build_model, load_model
+from ablation.inputs.models import _load_checkpoint, build_demo_model, build_model, load_model, open_model
 
 
 @pytest.fixture
@@ -114,6 +114,10 @@ def test_a_download_that_fails_says_what_to_place_where_and_that_works(hub: Path
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     assert transform(Image.new("L", (30, 30))).shape == (3, 224, 224)
+    notes = open_model("squeezenet1_1", "IMAGENET1K_V1", folders=folders).weights.notes
+    assert notes[0].startswith(
+        "squeezenet1_1-b8a52dc0.pth in torch hub's folder is not the published file: its SHA-256"
+    )
 
     for damaged in (b"half a file", b"R"):
         (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(damaged)

@@ -219,7 +219,7 @@ def test_a_key_picks_one_of_several(folders: Folders) -> None:
         model, _ = load_model("digits_alexnet", f"runs/both.pth:{key}", folders=folders)
         assert torch.equal(model.fc1.weight, source.fc1.weight)
         assert find_weights(f"runs/both.pth:{key}", facts, folders).text == f"file runs/both.pth:{key}"
-    with pytest.raises(SpecError, match="It has no 'model_em'. Did you mean 'model' or 'model_ema.module'"):
+    with pytest.raises(SpecError, match=r"It has no 'model_em'\. Did you mean 'model' or 'model_ema.module'"):
         load_model("digits_alexnet", "runs/both.pth:model_em", folders=folders)
 
 
