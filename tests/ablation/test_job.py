@@ -66,7 +66,7 @@ def run(folders: Folders, weights: str | None, root: str = "words", **changes: A
 
 
 def test_classes_are_matched_by_the_names_that_a_checkpoint_lists(folders: Folders) -> None:
-    """As sorted text the folders are eight, five, four, ...; matched by number one in ten would be right."""
+    """Sorted, the folders are eight, five, four, ...; matched by number, one in ten would be right."""
     summary = run(folders, "words.pth")
     assert summary["splits"]["test"]["accuracy"] > 0.9
     assert summary["inputs"]["classes"] == {"test": "10 by name, of the checkpoint's 10"}
@@ -180,7 +180,9 @@ class Listed(torch.utils.data.TensorDataset):
 
 def ablate(data: Any, model: torch.nn.Module | None = None) -> Mapping[str, Any]:
     model = model or load_model("digits_alexnet", "none")[0]
-    return ablation.ablate(model, "fc3", {"test": data}, sites=2, verify=0, progress=False).summary()
+    return ablation.ablate(
+        model, "fc3", {"test": data}, sites=2, verify=0, engine="reference", progress=False
+    ).summary()
 
 
 def test_a_data_set_that_lists_other_classes_than_the_model_has_is_a_warning() -> None:

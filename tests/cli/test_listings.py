@@ -109,7 +109,7 @@ def test_what_is_printed_as_json_is_what_the_api_answers(settings: Settings, sto
         (["plan", *JOB, "--sites", "0"], "sites.count: got 0"),
         (["plan", *JOB, "--sites", "99999999"], "1 to 16777216"),
         (["plan", *JOB, "--sites", "8", "--weights", "V9"], "IMAGENET1K_V1"),
-        (["run", "--model", "resnet18", *OF_DIGITS], "'none' (initialised from the seed), IMAGENET1K_V1, or a file"),
+        (["plan", "--model", "alexnet", *OF_DIGITS], "'none' (initialised from the seed), IMAGENET1K_V1, or a file"),
         (["plan", "--model", "resnet18", *OF_DIGITS], "model.weights: got null"),
         (["plan", "--model", "resnet18", "--weights", "none", *OF_DIGITS], "Say which class of the model each one is"),
         (["run", *JOB, "--sites", "some"], "5,17,3"),

@@ -68,7 +68,7 @@ def test_without_names_there_must_be_as_many() -> None:
 
 
 def test_folders_that_are_numbers_mean_them() -> None:
-    """As text, 10 comes before 2."""
+    """Sorted as text, 10 comes before 2."""
     in_text_order = sorted(str(number) for number in range(1000))
     assert in_text_order[2] == "10"
     for model in (IMAGENET, UNNAMED):
