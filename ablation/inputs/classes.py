@@ -205,4 +205,5 @@ def _class_number(name: str, value: int | str, model: ModelClasses, places: Mapp
         allowed = f"a class number, 0 to {model.n - 1}"
         raise SpecError(f"data.classes.{name}", value, allowed, "The names of this model's classes are not known.")
     allowed = f"a class number, 0 to {model.n - 1}, or a name of {model.source} classes"
-    raise SpecError(f"data.classes.{name}", value, allowed, nearest(value, places))
+    known = (each for several in model.names for each in several)
+    raise SpecError(f"data.classes.{name}", value, allowed, nearest(value, known))
