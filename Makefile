@@ -98,8 +98,9 @@ bench: install ## every claim about speed, measured here
 bench-gpu: install ## those that need a CUDA device
 	@set -e; for name in $(filter %_gpu,$(BENCHMARKS)); do $(PATIENT) .venv/bin/python -m benchmarks.$$name; done
 
-facts: install ## ablation/inputs/facts.jsonl, the table of built-in models
+facts: install ## ablation/inputs/facts.jsonl and published.json, the tables of built-in models and their weights
 	.venv/bin/python tools/make_facts.py
+	.venv/bin/python tools/make_published.py
 
 check-torchvision: install ## the engine against brute force on all of torchvision; what has passed is not run again
 	.venv/bin/python tools/check_torchvision.py

@@ -19,16 +19,25 @@ from ablation import baseline
 from ablation.cache import Activations, hash_of
 from ablation.devices import find_device
 from ablation.errors import ModelError, as_given
-from ablation.inputs.catalog import SplitCounts, find_root, model_names
-from ablation.inputs.data import draw_examples, labels_of, load_data, tell_apart
+from ablation.inputs.catalog import SplitCounts, dataset_facts, find_root, model_names
+from ablation.inputs.classes import published_classes
+from ablation.inputs.data import (
+    Relabelled,
+    classes_of,
+    draw_examples,
+    labels_of,
+    load_data,
+    say_pictures,
+    tell_apart,
+)
 from ablation.inputs.folders import Folders
-from ablation.inputs.models import load_model
+from ablation.inputs.models import open_model
 from ablation.layers import registered_here
 from ablation.loss import CROSS_ENTROPY, Loss, make_loss
-from ablation.plan import Plan, PlanOptions, plan_spec
+from ablation.plan import InputsPlan, Plan, PlanOptions, describe_inputs, number_split, plan_spec
 from ablation.reference import in_float64
 from ablation.sites import Sites, list_sites
-from ablation.spec import JobSpec, PerClass
+from ablation.spec import DataSpec, JobSpec, PerClass
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Job:
     device: torch.device
     loss: Loss = CROSS_ENTROPY
     activations: Activations | None = None
+    inputs: InputsPlan | None = None  # what model and data are, in words; None: they were in memory
+    warnings: tuple[str, ...] = ()  # of what was opened
     found: dict[str, str] = field(default_factory=dict)  # hashes of what was opened; all who share the job have these
     name: str = field(default_factory=lambda: secrets.token_hex(8))  # shards of one name share notes
 
@@ -63,16 +74,36 @@ class Job:
 def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None = None, name: str | None = None) -> Job:
     """Read the model and the data that a spec names. Processes that share a job give it the same `name`."""
     where = find_device(device)
-    model, transform = load_model(spec.model.name, spec.model.weights, spec.model.seed, folders=folders)
-    splits = {}
-    for split, dataset in open_splits(spec, folders, transform).items():
+    opened = open_model(spec.model.name, spec.model.weights, spec.model.seed, folders=folders)
+    classes = replace(opened.weights.classes, n=plan.n_classes)
+    splits, numberings = {}, {}
+    for split, dataset in open_splits(spec, folders, opened.transform).items():
         labels = labels_of(dataset) if plan.find_split(split).per_class else None
-        splits[split] = Split(dataset, draw_examples(spec.data.splits[split], labels, len(dataset)))
-    job = make_job(spec, plan, model.to(where), splits)
+        indices = draw_examples(spec.data.splits[split], labels, len(dataset))
+        numberings[split] = number_split(spec.data, class_names_of(spec.data, dataset), classes)
+        numbers = numberings[split].numbers
+        splits[split] = Split(dataset if numbers is None else Relabelled(dataset, numbers), indices)
+    job = make_job(spec, plan, opened.module.to(where), splits)
     found = {"torch": torch.__version__, "model": hash_of(job.model.state_dict().values())}
     found |= {name: hash_of(tell_apart(split.dataset, split.indices)) for name, split in splits.items()}
     activations = _activations_of(job, found["model"], folders)
-    return replace(job, activations=activations, found=found, name=name or job.name)
+    inputs = describe_inputs(opened.weights, numberings)
+    return replace(job, activations=activations, found=found, inputs=inputs, name=name or job.name)
+
+
+def class_names_of(data: DataSpec, dataset: Any) -> tuple[str, ...] | None:
+    """Names of the classes of an open data set: those that it lists, or those of the published one."""
+    facts = dataset_facts(data.name, registered_here())
+    return classes_of(dataset) or (published_classes(data.name, facts.n_classes) if facts.n_classes else None)
+
+
+def say_inputs(job: Job) -> dict[str, Any]:
+    """What the job is of, in words, and what was noticed in its files, for the result. Headers of pictures are read."""
+    told = job.inputs.model_dump(mode="json") if job.inputs else {"weights": None, "preprocessing": None, "classes": {}}
+    notes = list(told.get("notes", ()))
+    for name, split in job.splits.items():
+        notes += [f"{name}: {said}" for said in say_pictures(split.dataset, split.indices)]
+    return told | {"notes": notes, "warnings": list(job.warnings)}
 
 
 def _activations_of(job: Job, model: str, folders: Folders) -> Activations | None:
@@ -96,7 +127,9 @@ def open_splits(spec: JobSpec, folders: Folders, transform: Callable[[Any], Any]
     """The data set of every split that a spec asks for."""
     root = find_root(spec.data, folders, registered_here())
     with as_given({"data.root": spec.data.root}):
-        return {name: load_data(spec.data.name, root, name, transform) for name in spec.data.splits}
+        return {
+            name: load_data(spec.data.name, root, name, transform, exif=spec.data.exif) for name in spec.data.splits
+        }
 
 
 def count_splits(spec: JobSpec, folders: Folders) -> dict[str, SplitCounts]:
@@ -105,7 +138,8 @@ def count_splits(spec: JobSpec, folders: Folders) -> dict[str, SplitCounts]:
     for name, dataset in open_splits(spec, folders).items():
         by_class = isinstance(spec.data.splits[name], PerClass)
         n_per_class = tuple(np.bincount(labels_of(dataset)).tolist()) if by_class else None
-        counts[name] = SplitCounts(n_examples=len(dataset), n_per_class=n_per_class)
+        names = class_names_of(spec.data, dataset)
+        counts[name] = SplitCounts(n_examples=len(dataset), n_per_class=n_per_class, classes=names)
     return counts
 
 

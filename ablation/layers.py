@@ -17,6 +17,7 @@ from ablation.engine.paths import find_paths
 from ablation.engine.responses.way import DROPOUT, ELEMENTWISE, SAME_SHAPE
 from ablation.errors import ModelError
 from ablation.inputs.catalog import LayerFacts, ModelFacts, Registered
+from ablation.inputs.classes import listed_classes
 from ablation.inputs.models import load_model
 from ablation.inputs.registered import DATASETS, MODELS, registered_names
 
@@ -116,7 +117,9 @@ def describe_registered(name: str) -> ModelFacts:
     for what, example in _examples(module, transform):
         try:
             inputs = example() if callable(example) else example
-            return describe_model(name, module, torch.cat([inputs[:1], inputs[:1]]))
+            facts = describe_model(name, module, torch.cat([inputs[:1], inputs[:1]]))
+            names = listed_classes(module) or listed_classes(transform) or ()
+            return facts.model_copy(update={"classes": names if len(names) == facts.n_classes else ()})
         except Exception as error:
             wrong.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     raise ModelError(

@@ -23,7 +23,9 @@ from ablation.devices import find_device
 from ablation.errors import DataError, ModelError, SpecError
 from ablation.export import write_csv, write_parquet, write_whole
 from ablation.inputs.catalog import ModelFacts
-from ablation.inputs.data import as_dataset, load_batches
+from ablation.inputs.checkpoints import say_some
+from ablation.inputs.classes import listed_classes
+from ablation.inputs.data import Relabelled, as_dataset, classes_of, load_batches
 from ablation.job import Split, make_job
 from ablation.layers import describe_model
 from ablation.loss import Loss, read_loss
@@ -95,6 +97,7 @@ def ablate(
         model: any module, in any mode, whose output is logits (examples, classes) or has `.logits`.
         layer: a module's name (its `weight`) or a parameter's full name.
         splits: `train` and/or `test`, each a map-style Dataset, a DataLoader, or a pair of tensors (inputs, labels).
+            Labels are class numbers of the model; a Dataset that lists other `classes` is a warning in the summary.
         sites: how many to draw uniformly without replacement from `seed`; `"all"`; or flat indices into the parameter.
         seed: of the draw.
         value: what replaces each weight w: `"zero"`; `"flip_sign"` (-w); a number, which is the same for all; or
@@ -168,12 +171,13 @@ def ablate(
             return make_plan(spec, facts, counts, replace(options, n_halved=n_halved))
 
         plan = cut(0)
+        warnings = compare_classes(model, read, facts.n_classes)
         columns = (TextColumn("ablating {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, transient=True, console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task(f"{plan.n_sites} weights of {layer} ({plan.path})", total=1.0)
             return _as_table(
                 run_smaller(
-                    lambda n_halved: make_job(spec, cut(n_halved), work, read, loss_object),
+                    lambda n_halved: replace(make_job(spec, cut(n_halved), work, read, loss_object), warnings=warnings),
                     lambda job: run_job(job, on_progress=lambda fraction: bar.update(task, completed=fraction)),
                     may_halve=batch_size is None,
                 )
@@ -257,6 +261,25 @@ def _check_size(batch_size: int | None) -> int | None:
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise SpecError("batch_size", batch_size, "a whole number of at least 1, or None")
     return batch_size
+
+
+def compare_classes(model: torch.nn.Module, splits: Mapping[str, Split], n_classes: int) -> tuple[str, ...]:
+    """Warnings about data sets that list other classes than the model has; their labels are taken as they are."""
+    found, of_model = [], listed_classes(model)
+    for name, split in splits.items():
+        names = classes_of(split.dataset)
+        if names is None or isinstance(split.dataset, Relabelled):
+            continue
+        if len(names) != n_classes:
+            found.append(
+                f"{name}: the data set lists {len(names):,} classes ({say_some(names)}), the model has {n_classes:,}; "
+                "its labels were taken for the model's first classes. Check that they are the model's class numbers"
+            )
+        elif of_model is not None and len(of_model) == n_classes and set(of_model) == set(names) and of_model != names:
+            found.append(
+                f"{name}: the data set lists the model's classes in another order; its labels were taken as they are"
+            )
+    return tuple(found)
 
 
 def _describe(model: torch.nn.Module, split: Split) -> ModelFacts:

@@ -6,6 +6,7 @@ Torch-free: the API plans.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import assert_never, get_args
 
@@ -21,18 +22,22 @@ from ablation.inputs.catalog import (
     ModelFacts,
     Registered,
     SplitCounts,
-    find_checkpoint,
+    dataset_names,
     find_layer,
     model_facts,
     split_counts,
 )
+from ablation.inputs.classes import ModelClasses, Numbering, number_classes
 from ablation.inputs.folders import Folders
+from ablation.inputs.images import SPLIT_FOLDERS
+from ablation.inputs.weights import Weights, find_weights, with_head
 from ablation.machine import Machine
 from ablation.spec import (
     FORMS,
     Constant,
     CountOfSites,
     CrossEntropySpec,
+    DataSpec,
     JobSpec,
     LossObject,
     PerClass,
@@ -108,6 +113,15 @@ class Estimate(Record):
     redis_bytes: int
 
 
+class InputsPlan(Record):
+    """What the job is of, in words: which weights, how pictures become inputs, how classes were matched."""
+
+    weights: str
+    preprocessing: str | None = None
+    classes: dict[str, str] = Field(default={}, description="by split; empty until the data has been opened")
+    notes: tuple[str, ...] = Field(default=(), strict=False, description="what was done to the files")
+
+
 class Plan(Record):
     """The whole cut of a job."""
 
@@ -125,6 +139,7 @@ class Plan(Record):
         default=None, description="examples that a backward pass takes at once; null: no criterion needs gradients"
     )
     threads: int
+    inputs: InputsPlan | None = Field(default=None, description="null: model and data are in memory")
     splits: tuple[SplitPlan, ...] = Field(strict=False)
     shards: tuple[Shard, ...] = Field(strict=False)
     proof: ProofPlan
@@ -226,11 +241,37 @@ def plan_spec(
     if isinstance(spec.loss, LossObject):
         raise SpecError("loss", {"object": spec.loss.object}, FORMS["loss"], "Objects are for ablation.ablate alone.")
     facts = model_facts(spec.model.name, registered)
+    weights = find_weights(spec.model.weights, facts, folders, spec.model.seed)
+    facts = with_head(facts, weights.classes.n)
     _check_weights(spec, facts.n_classes)
-    find_checkpoint(spec.model.weights, facts.weights, folders)
     count_sites(spec, find_layer(facts, spec.layer))
     counts = counts or split_counts(spec.data, folders, registered)
-    return None if counts is None else make_plan(spec, facts, counts, options)
+    if counts is None:
+        return None
+    numberings = {split: number_split(spec.data, each.classes, weights.classes) for split, each in counts.items()}
+    plan = make_plan(spec, facts, counts, options)
+    return plan.model_copy(update={"inputs": describe_inputs(weights, numberings)})
+
+
+def number_split(data: DataSpec, names: tuple[str, ...] | None, model: ModelClasses) -> Numbering:
+    """The model's class for each class of one split, whose names are those of the data set.
+
+    Raises:
+        SpecError: they don't match.
+    """
+    are_folders = data.name in SPLIT_FOLDERS
+    are_published = not are_folders and data.name in dataset_names()
+    return number_classes(names, model, given=data.classes, are_folders=are_folders, are_published=are_published)
+
+
+def describe_inputs(weights: Weights, numberings: Mapping[str, Numbering]) -> InputsPlan:
+    """What a job is of, in words."""
+    return InputsPlan(
+        weights=weights.text,
+        preprocessing=weights.preprocessing,
+        classes={split: numbering.text for split, numbering in numberings.items()},
+        notes=weights.notes,
+    )
 
 
 def make_plan(spec: JobSpec, facts: ModelFacts, counts: dict[str, SplitCounts], options: PlanOptions) -> Plan:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ablation.inputs.folders import Folders
-from ablation.job import Job, load_job, plan_here
+from ablation.job import Job, load_job, plan_here, say_inputs
 from ablation.machine import measure_machine
 from ablation.memory import run_smaller
 from ablation.partial import Gathered, PartialSums, take_rows
@@ -101,6 +101,7 @@ def make_result(job: Job, totals: dict[str, PartialSums], *, seconds: float) -> 
     about = {
         "spec": job.spec.model_dump(mode="json"),
         "plan": job.plan.model_dump(mode="json", exclude={"shards"}),
+        "inputs": say_inputs(job),
         "baseline": {name: _baseline(total) for name, total in measured.items()},
         "proof": proof,
         "n_not_finite": 0 if not_finite is None else int(not_finite.sum()),

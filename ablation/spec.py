@@ -47,7 +47,8 @@ class ModelSpec(Record):
     weights: str | None = Field(
         default=None,
         max_length=500,
-        description="a torchvision weights name or a checkpoint's file name; absent: the model's default",
+        description="a torchvision weights name; a checkpoint's file name (FILE:KEY where it holds several); or "
+        "`none`: initialised from the seed. Absent: the model's own, which torchvision's models don't have",
     )
     seed: Seed = 0
 
@@ -69,11 +70,38 @@ class CountOfExamples(Record):
 SplitSpec = Literal["all"] | PerClass | CountOfExamples
 
 
+def _class_numbers(given: object) -> object:
+    if not isinstance(given, Mapping):
+        raise PydanticCustomError("model_type", "an object")
+    wrong = next((name for name, value in given.items() if not _is_class(value) or not isinstance(name, str)), None)
+    if wrong is not None:
+        raise ValueError(f"a class number or a class name for each class; {wrong!r} has {given[wrong]!r}")
+    return given
+
+
+def _is_class(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+MAX_CLASSES = 100_000  # of a data set
+ClassNumbers = Annotated[
+    dict[str, int | str], Field(min_length=1, max_length=MAX_CLASSES), BeforeValidator(_class_numbers)
+]
+
+
 class DataSpec(Record):
     """The data set, and the part of each split."""
 
     name: str = Field(min_length=1, max_length=200)
     root: str | None = Field(default=None, max_length=1000, description="relative to the operator's data folder")
+    classes: ClassNumbers | None = Field(
+        default=None,
+        description="the model's class, by number or name, for each class of the data set; absent: matched by name "
+        "where both are known, else there must be as many",
+    )
+    exif: Literal["ignore", "apply"] = Field(
+        default="ignore", description="whether picture files are turned as their EXIF orientation says"
+    )
     train: SplitSpec | None = None
     test: SplitSpec | None = None
 

@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64
+from scipy.special import bdtr, bdtrc
 
 from ablation.criteria import find_criteria
 from ablation.table import ImportanceTable
 
 FEWEST_SITES = 3  # two always correlate by 1 or -1
 WANTED_CEILINGS = (0.9, 0.99)
+MAY_BE_LUCK, MAY_BE_SMALL = 0.05, 0.05  # probabilities, in judging an accuracy
+ADVICE = "Check weights, classes and preprocessing"
 OTHER_SIZES = (100, 1_000, 10_000, 100_000)  # examples per split, for the ceiling there
 
 
@@ -34,6 +37,8 @@ def make_summary(table: ImportanceTable) -> dict[str, Any]:
         "parameter": plan["parameter"],
         "path": plan["path"],
         "precision": plan["precision"],
+        **{name: _inputs(table)[name] for name in ("weights", "preprocessing", "classes", "notes")},
+        "warnings": find_warnings(table),
         "splits": {split: describe_split(table, split) for split in splits},
         "magnitude": {split: compare_magnitude(table, split) for split in splits},
         "criteria": {
@@ -45,6 +50,48 @@ def make_summary(table: ImportanceTable) -> dict[str, Any]:
         "seconds": table.about["seconds"],
     }
     return summary | ({"train_test": compare_splits(table)} if len(splits) == 2 else {})
+
+
+def _inputs(table: ImportanceTable) -> Mapping[str, Any]:
+    """What the job was of, and what was noticed in its files; nothing in tables of older versions."""
+    return {**_NOTHING_TOLD, **table.about.get("inputs", {})}
+
+
+_NOTHING_TOLD: Mapping[str, Any] = {"weights": None, "preprocessing": None, "classes": {}, "notes": [], "warnings": []}
+
+
+def find_warnings(table: ImportanceTable) -> list[str]:
+    """Sentences on what makes the numbers doubtful: a network that does not know this data, first of all.
+
+    That is said where the intact mean loss is above that of equal probabilities, log(classes), and where the accuracy
+    is at chance, 1 / classes: not above it beyond luck (a binomial test at `MAY_BE_LUCK`), in a sample that is large
+    enough to show it (`MAY_BE_SMALL`: how likely so few right answers would be half-way between chance and 1).
+    """
+    n_classes = table.about["plan"]["n_classes"]
+    found = []
+    for split, baseline in table.about["baseline"].items():
+        reasons = []
+        n, chance = baseline["n_examples"], 1 / n_classes
+        n_right = round(baseline["accuracy"] * n)
+        if n_classes > 1 and _is_at_chance(n_right, n, chance):
+            reasons.append(f"its accuracy, {baseline['accuracy']:.2%}, is that of guessing ({chance:.2%})")
+        if n_classes > 1 and _is_cross_entropy(table) and baseline["loss"] > math.log(n_classes):
+            reasons.append(f"its loss, {baseline['loss']:.4g}, is above log({n_classes:,}) = {math.log(n_classes):.4g}")
+        if reasons:
+            found.append(f"{split}: the network does not know this data: {'; '.join(reasons)}. {ADVICE}")
+    return [*_inputs(table)["warnings"], *found]
+
+
+def _is_at_chance(n_right: int, n: int, chance: float) -> bool:
+    by_luck = bdtrc(n_right - 1, n, chance)  # so many right answers or more, by guessing
+    by_bad_luck = bdtr(n_right, n, (1 + chance) / 2)  # so few, by a network that knows the data
+    return bool(by_luck > MAY_BE_LUCK and by_bad_luck < MAY_BE_SMALL)
+
+
+def _is_cross_entropy(table: ImportanceTable) -> bool:
+    """Whether equal probabilities have a loss of log(classes): with class weights or a loss object they have not."""
+    loss = table.about["spec"].get("loss", "cross_entropy")
+    return loss == "cross_entropy" or (loss.get("name") == "cross_entropy" and not loss.get("class_weights"))
 
 
 def _plain(proof: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -236,6 +283,11 @@ def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("sites", f"{n:,} of the {summary['weights_in_layer']:,} weights of {summary['parameter']}"),
         ("path", f"{summary['path']}, {summary['precision']} precision"),
     ]
+    lines += [(name, summary[name]) for name in ("weights", "preprocessing") if summary[name]]
+    for text in dict.fromkeys(summary["classes"].values()):
+        lines.append(("classes", text))
+    lines += [("WARNING", warning) for warning in summary["warnings"]]
+    lines += [("note", note) for note in summary["notes"]]
     for split, found in summary["splits"].items():
         examples = f"{found['n_examples']:,} example{'s' if found['n_examples'] > 1 else ''}"
         lines.append((f"{split}: intact", f"loss {found['loss']:.6g}, accuracy {found['accuracy']:.2%} ({examples})"))

@@ -94,9 +94,10 @@ def cut_rows(columns: Columns, rows: slice) -> dict[str, np.ndarray]:
 class ImportanceTable:
     """The columns in the order of docs/01-quantity.md, and `about`, which describes the job and its results as a whole.
 
-    `about` is plain JSON: `spec`, `plan` (without its shards), `baseline` {split: {n_examples, loss, accuracy,
-    series_bound}}, `proof` (or None where no site was to be proved), `n_not_finite` (sites whose replacement was not
-    finite), `seconds`, `versions`.
+    `about` is plain JSON: `spec`, `plan` (without its shards), `inputs` (in words: `weights`, `preprocessing`,
+    `classes` {split: how they were matched}, `notes` on files, `warnings`), `baseline` {split: {n_examples, loss,
+    accuracy, series_bound}}, `proof` (or None where no site was to be proved), `n_not_finite` (sites whose replacement
+    was not finite), `seconds`, `versions`.
     """
 
     columns: Columns

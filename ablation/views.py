@@ -7,7 +7,7 @@ as they are.
 from pydantic import BaseModel, Field
 
 from ablation.inputs.catalog import LayerFacts, ModelFacts
-from ablation.plan import Estimate, Path, Plan, ProofPlan, SplitPlan, possible_paths
+from ablation.plan import Estimate, InputsPlan, Path, Plan, ProofPlan, SplitPlan, possible_paths
 from ablation.spec import Precision
 
 
@@ -49,6 +49,7 @@ class PlanView(BaseModel):
     lanes: int
     gradient_batch_size: int | None
     threads: int
+    inputs: InputsPlan | None
     splits: tuple[SplitPlan, ...]
     n_shards: int
     proof: ProofPlan

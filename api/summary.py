@@ -78,6 +78,11 @@ class Summary(_Exactly):
     parameter: str
     path: Path
     precision: Precision
+    weights: str | None = Field(description="which weights were measured, in words; null in results of older versions")
+    preprocessing: str | None = Field(description="how pictures became the model's inputs, in words; null: not known")
+    classes: dict[str, str] = Field(description="how classes of the data became those of the model, by split")
+    notes: list[str] = Field(description="what was left out of files or converted, one sentence each")
+    warnings: list[str] = Field(description="what makes the numbers doubtful, one sentence each; best empty")
     splits: dict[str, SplitSummary]
     magnitude: dict[str, Correlations] = Field(description="of |utility| with |w|, by split")
     criteria: dict[str, dict[str, Correlations]] = Field(

@@ -28,7 +28,7 @@ from benchmarks.service import wait_until_ready
 N = 6144  # enough examples that the merge, by one worker, is a small part
 PORT = "18766"
 JOB = {
-    "model": {"name": "alexnet"},
+    "model": {"name": "alexnet", "weights": "none"},
     "layer": "classifier.4",
     "data": {"name": "imagefolder", "root": "pictures", "test": "all"},
 }
@@ -36,10 +36,10 @@ CASES = {"4,096 weights": {"count": 4096, "seed": 0}, "all weights": "all"}
 
 
 def write_pictures(folder: Path) -> None:
-    """Write a folder of classes with smooth random pictures."""
+    """Write class folders, named by class numbers of the model, with smooth random pictures."""
     random = np.random.default_rng(0)
     for k in range(N):
-        name = folder / "test" / f"class{k % 8}" / f"{k}.jpg"
+        name = folder / "test" / f"{k % 8}" / f"{k}.jpg"
         name.parent.mkdir(parents=True, exist_ok=True)
         small = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8))
         small.resize((256, 256), Image.Resampling.BICUBIC).save(name)

@@ -140,7 +140,8 @@ def test_the_wheel_holds_every_source_file_and_no_test(wheel: zipfile.ZipFile) -
         for path in (ROOT / package).rglob("*.py")
     }
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert shipped == sources | {"ablation/inputs/facts.jsonl", "ablation/py.typed"}
+    tables = {f"ablation/inputs/{name}" for name in ("facts.jsonl", "published.json")}
+    assert shipped == sources | tables | {"ablation/py.typed"}
 
 
 def test_the_wheel_brings_the_command_and_the_license(wheel: zipfile.ZipFile) -> None:

@@ -61,14 +61,15 @@ TOMBSTONE_BYTES = 4096  # what a deleted job may leave in Redis until its tombst
 MAY_ADD_MB = 256.0  # that a download may add to the API's memory: some blocks of 16 MB, decoded and as text
 
 TABLES: dict[str, dict[str, Any]] = {
-    "large": {"model": {"name": "alexnet"}, "layer": "classifier.4"},  # random weights, so no download
+    "large": {"model": {"name": "alexnet", "weights": "none"}, "layer": "classifier.4"},  # no download
     "small": {"model": {"name": "digits_alexnet"}, "layer": "fc2"},
 }
 
 
 def table_spec(size: str) -> dict[str, Any]:
     """Spec of a job on all weights of a layer, and few examples."""
-    return {**TABLES[size], "data": {"name": "digits", "test": {"count": 16}}, "sites": "all", "verify": 0}
+    data = {"name": "digits", "test": {"count": 16}, "classes": {str(digit): digit for digit in range(10)}}
+    return {**TABLES[size], "data": data, "sites": "all", "verify": 0}
 
 
 def small_spec(seed: int) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def _print_plan(spec: JobSpec, made: Plan) -> None:
     examples = ", ".join(f"{split.n_examples:,} {split.name}" for split in made.splits)
     rows = {
         "weights": f"{made.n_sites:,} of {made.parameter} {tuple(made.shape)} of {spec.model.name}",
+        **_say_inputs(made),
         "path": made.path,
         "examples": f"{cost.n_examples:,} ({examples})",
         "cost": f"{say_number(cost.passes)} evaluation passes",
@@ -131,8 +132,23 @@ def _print_plan(spec: JobSpec, made: Plan) -> None:
         "shards": f"{len(made.shards):,}, {say_bytes(cost.redis_bytes)} in Redis as a job of the service",
         "proof": f"{made.proof.n_sites} weights against the reference",
     }
+    width = max(map(len, rows))
     for name, text in rows.items():
-        click.echo(f"{name:9} {text}")
+        click.echo(f"{name:{width}} {text}")
+    for note in made.inputs.notes if made.inputs else ():
+        click.echo(f"{'note':{width}} {note}")
+
+
+def _say_inputs(made: Plan) -> dict[str, str]:
+    """Rows on what the job is of: whose weights, how pictures become inputs, how classes were matched."""
+    if made.inputs is None:
+        return {}
+    of_splits = {
+        text: [split for split, each in made.inputs.classes.items() if each == text]
+        for text in made.inputs.classes.values()
+    }
+    classes = "; ".join(f"{text} ({', '.join(splits)})" for text, splits in of_splits.items())
+    return {"network": made.inputs.weights, "pictures": made.inputs.preprocessing or "", "classes": classes}
 
 
 def _print(told: Sequence[BaseModel], rows: Iterable[dict[str, Any]], as_json: bool) -> None:

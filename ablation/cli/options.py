@@ -4,9 +4,11 @@ In: text from the command line. Out: a checked spec, and folders. Whether the la
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import click
 from ablation.criteria import CRITERIA
 from ablation.errors import SpecError, as_given, nearest
 from ablation.inputs.folders import Folders
+from ablation.inputs.weights import split_key
 from ablation.plan import ENGINES
 from ablation.spec import JobSpec, ValueWord, make_spec
 from worker.settings import load_settings
@@ -62,13 +65,26 @@ class WholeNumber(click.ParamType):
 
 _SPEC_OPTIONS = [
     click.option("--model", required=True, help="Name of the model; `ablation models` lists them."),
-    click.option("--weights", help="torchvision weights (IMAGENET1K_V1) or a checkpoint file.  [default: its own]"),
+    click.option(
+        "--weights", metavar="NAME|FILE[:KEY]|none",
+        help="torchvision weights (IMAGENET1K_V1), a checkpoint file (FILE:KEY where it holds several), or none: "
+        "initialised from --model-seed.  [default: the model's own; torchvision's models have none]",
+    ),
     click.option("--model-seed", type=INTEGER, default=0, show_default=True, help="Seed of random weights."),
     click.option("--layer", required=True, help="A module's name (its weight) or a parameter; see `ablation layers`."),
     click.option("--data", required=True, help="Name of the data set: digits, imagefolder, cifar10, imagenet, ..."),
     click.option("--root", help="Folder of the data set, for those that need one."),
     click.option("--train", help="Training examples: all, N or N/class.  [default: none]"),
     click.option("--test", help="Test examples: all, N or N/class.  [default: none]"),
+    click.option(
+        "--classes", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+        help="Which class of the model each class of the data is: a CSV file with two columns, class and number or "
+        "name (cat,281), or a JSON object.  [default: by name, or by number where there are as many]",
+    ),
+    click.option(
+        "--exif", metavar="[ignore|apply]",
+        help="apply: turn picture files as their EXIF orientation says.  [default: ignore]",
+    ),
     click.option("--data-seed", type=INTEGER, default=0, show_default=True, help="Seed of the examples drawn."),
     click.option("--sites", required=True, help="Weights to ablate: N (drawn at random), all, or flat indices: 5,17,3"),
     click.option("--seed", type=INTEGER, default=0, show_default=True, help="Seed of the weights drawn by --sites N."),
@@ -138,8 +154,9 @@ def out_option(default: str) -> Callable[[Command], Command]:
 
 def read_spec(
     *, model: str, weights: str | None, model_seed: int, layer: str, data: str, root: str | None, train: str | None,
-    test: str | None, data_seed: int, sites: str, seed: int, value: str, precision: str, verify: int, top1: bool,
-    criteria: Sequence[str], label_smoothing: str | None, class_weights: str | None,
+    test: str | None, classes: Path | None, exif: str | None, data_seed: int, sites: str, seed: int, value: str,
+    precision: str, verify: int, top1: bool, criteria: Sequence[str], label_smoothing: str | None,
+    class_weights: str | None,
 ) -> JobSpec:  # fmt: skip
     """Make the job spec from the options.
 
@@ -147,7 +164,7 @@ def read_spec(
         SpecError: an option has a wrong format, or the spec is not possible.
     """
     splits = {"train": read_split("train", train, data_seed), "test": read_split("test", test, data_seed)}
-    of_data = {"name": data, "root": root, **splits}
+    of_data = {"name": data, "root": root, "classes": read_classes(classes), "exif": exif, **splits}
     return make_spec(
         {
             "model": {"name": model, "weights": weights, "seed": model_seed},
@@ -172,6 +189,42 @@ def read_split(name: str, text: str | None, seed: int) -> str | dict[str, int] |
     if not _is_number(number):
         raise SpecError(f"data.{name}", text, "all, a number of examples (500) or a number per class (50/class)")
     return {"per_class" if per_class else "count": int(number), "seed": seed}
+
+
+def read_classes(path: Path | None) -> dict[str, int | str] | None:
+    """Read which class of the model each class of the data is, from two columns of CSV, or from a JSON object.
+
+    In CSV a whole number is a class number; in JSON text is a name and a number a number.
+
+    Raises:
+        SpecError: the file can't be read, or has another form.
+    """
+    if path is None:
+        return None
+    allowed = "a CSV file with two columns (cat,281), class of the data and of the model, or a JSON object of them"
+    try:
+        text = path.expanduser().read_text("utf-8-sig")
+        if text.lstrip().startswith("{"):
+            read: dict[str, int | str] = json.loads(text, object_pairs_hook=_each_once)
+            return read
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if any(row)]
+    except (OSError, ValueError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SpecError("--classes", str(path), allowed, f"It can't be read: {reason}.") from None
+    if wrong := next((row for row in rows if len(row) != 2 or not all(row)), None):
+        raise SpecError("--classes", str(path), allowed, f"It has the line {','.join(wrong)!r}.")
+    try:
+        return _each_once([(name, int(number) if _is_number(number) else number) for name, number in rows])
+    except ValueError as error:
+        raise SpecError("--classes", str(path), allowed, f"{error}.") from None
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of pairs whose first parts are distinct."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r} is given twice")
+    return dict(pairs)
 
 
 def read_sites(text: str, seed: int) -> str | dict[str, Any]:
@@ -240,7 +293,7 @@ def locate(spec: JobSpec, folders: Folders) -> tuple[JobSpec, Folders]:
     The spec keeps only the last part of the path, as a server's would, so a result doesn't show where its data was.
     """
     root, data = _below(spec.data.root, folders.data)
-    weights, checkpoints = _below(spec.model.weights, folders.checkpoints)
+    weights, checkpoints = _file_below(spec.model.weights, folders.checkpoints)
     here = spec.model_copy(
         update={
             "data": spec.data.model_copy(update={"root": root}),
@@ -255,6 +308,18 @@ def _below(given: str | None, folder: Path) -> tuple[str | None, Path]:
     if given is None or not (path := Path(given).expanduser().resolve()).exists():
         return given, folder
     return path.name, path.parent
+
+
+def _file_below(given: str | None, folder: Path) -> tuple[str | None, Path]:
+    """Split the weights that were given likewise, where they are a path, or a path and a key in the file."""
+    whole = _below(given, folder)
+    if given is None or whole != (given, folder):
+        return whole
+    for file, key in split_key(given):
+        if Path(file).expanduser().is_file():
+            name, parent = _below(file, folder)
+            return f"{name}:{key}", parent
+    return whole
 
 
 def _is_number(text: str) -> bool:

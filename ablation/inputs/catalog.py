@@ -18,8 +18,9 @@ from typing import Annotated
 from pydantic import Field
 
 from ablation.errors import SpecError, as_given, nearest
+from ablation.inputs.classes import published_classes
 from ablation.inputs.folders import Folders
-from ablation.inputs.images import SPLIT_FOLDERS, count_images
+from ablation.inputs.images import SPLIT_FOLDERS, class_names, count_images
 from ablation.inputs.mnist_and_cifar import published_counts
 from ablation.spec import DataSpec, Record
 
@@ -78,6 +79,9 @@ class ModelFacts(Record):
     without_weights: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(
         default={}, description="names of the modules that have no weights, by their class"
     )
+    classes: tuple[str, ...] = Field(
+        default=(), strict=False, description="names of the classes that its own weights were trained for, where known"
+    )
 
 
 class DatasetFacts(Record):
@@ -115,10 +119,11 @@ def _some(names: list[str]) -> str:
 
 
 class SplitCounts(Record):
-    """Number of examples of a split, in all and per class (where that is known)."""
+    """Number of examples of a split, in all and per class, and the names of its classes (where they are known)."""
 
     n_examples: int
     n_per_class: tuple[int, ...] | None = Field(default=None, strict=False)
+    classes: tuple[str, ...] | None = Field(default=None, strict=False)
 
 
 def _even(n_classes: int, train: int, test: int) -> dict[str, tuple[int, ...]]:
@@ -225,6 +230,7 @@ def line_from_facts(facts: ModelFacts) -> str:
     fields = (
         *(facts.name, facts.weights, facts.n_classes, facts.input_shape, facts.flops, facts.widest),
         *(modules, facts.without_weights),
+        *([facts.classes] if facts.classes else []),
     )
     return json.dumps(fields, separators=(",", ":"))
 
@@ -236,7 +242,7 @@ def _in_common(layer: LayerFacts) -> tuple[str | float, ...]:
 
 def facts_from_line(line: str) -> ModelFacts:
     """Decode the facts written by `line_from_facts`."""
-    name, weights, n_classes, input_shape, flops, widest, modules, without_weights = json.loads(line)
+    name, weights, n_classes, input_shape, flops, widest, modules, without_weights, *classes = json.loads(line)
     layers = tuple(
         LayerFacts(
             parameter=f"{module}.{own}" if module else own,
@@ -258,23 +264,8 @@ def facts_from_line(line: str) -> ModelFacts:
         widest=widest,
         layers=layers,
         without_weights=without_weights,
+        classes=tuple(name for names in classes for name in names),
     )
-
-
-def find_checkpoint(weights: str | None, allowed: tuple[str, ...], folders: Folders) -> Path | None:
-    """Find the checkpoint file that `weights` names; None where it is one of the `allowed` names, or absent.
-
-    Raises:
-        SpecError: it is neither; the message lists the available weights.
-    """
-    if weights is None or weights in allowed:
-        return None
-    choices = ", ".join((*allowed, "or a file below the checkpoint folder")).removeprefix("or ")
-    path = find_below(folders.checkpoints, weights, "model.weights", choices)
-    if not path.is_file():
-        hint = nearest(weights, allowed) or "There is no such file."
-        raise SpecError("model.weights", weights, choices, hint)
-    return path
 
 
 def find_below(folder: Path, given: str, field: str, allowed: str) -> Path:
@@ -333,6 +324,19 @@ def find_root(data: DataSpec, folders: Folders, registered: Registered = NOTHING
     return root
 
 
+def check_exif(name: str, exif: str) -> None:
+    """Refuse to apply EXIF orientations where no picture files are read by this package.
+
+    Raises:
+        SpecError: `exif` is "apply" for such a data set, or no known word.
+    """
+    if exif not in ("ignore", "apply"):
+        raise SpecError("data.exif", exif, "'ignore' or 'apply'")
+    if exif == "apply" and name not in SPLIT_FOLDERS:
+        where = " and ".join(SPLIT_FOLDERS)
+        raise SpecError("data.exif", exif, f"'ignore', but for {where}", f"{name} has no picture files to turn.")
+
+
 def split_counts(data: DataSpec, folders: Folders, registered: Registered = NOTHING) -> dict[str, SplitCounts] | None:
     """Count the examples of each split in the spec, in all and per class; None for registered data.
 
@@ -342,11 +346,22 @@ def split_counts(data: DataSpec, folders: Folders, registered: Registered = NOTH
         SpecError: there is no such data set, or its root or a split's files can't be used.
     """
     facts, root = dataset_facts(data.name, registered), find_root(data, folders, registered)
+    check_exif(data.name, data.exif)
     if data.name not in _DATASETS:
         return None
     with as_given({"data.root": data.root}):
         counts = {split: _count(facts, root, split) for split in data.splits}
-    return {split: SplitCounts(n_examples=sum(each), n_per_class=each) for split, each in counts.items()}
+        classes = {split: _classes(facts, root, split) for split in data.splits}
+    return {
+        split: SplitCounts(n_examples=sum(each), n_per_class=each, classes=classes[split])
+        for split, each in counts.items()
+    }
+
+
+def _classes(facts: DatasetFacts, root: Path | None, split: str) -> tuple[str, ...] | None:
+    if root is not None and facts.name in SPLIT_FOLDERS:
+        return class_names(facts.name, root, split, facts.n_classes)
+    return published_classes(facts.name, facts.n_classes or 0)
 
 
 def _count(facts: DatasetFacts, root: Path | None, split: str) -> tuple[int, ...]:

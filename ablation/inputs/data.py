@@ -7,7 +7,7 @@ split's examples, and batches of (inputs, labels). The caller's random state is 
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
@@ -35,9 +35,12 @@ from torch.utils.data import (
 )
 
 from ablation.errors import AblationError, DataError, SpecError
-from ablation.inputs.catalog import DatasetFacts, Registered, dataset_facts, dataset_names
-from ablation.inputs.images import SPLIT_FOLDERS, find_images
+from ablation.inputs.catalog import DatasetFacts, Registered, check_exif, dataset_facts, dataset_names
+from ablation.inputs.checkpoints import say_some
+from ablation.inputs.classes import listed_classes
+from ablation.inputs.images import SPLIT_FOLDERS, find_images, list_skipped
 from ablation.inputs.mnist_and_cifar import check_classes, read_examples
+from ablation.inputs.pictures import count_oddities, read_picture, say_oddities
 from ablation.inputs.registered import DATASETS, load_factory, registered_names
 from ablation.spec import SPLITS, PerClass, SplitSpec
 
@@ -54,11 +57,21 @@ class ImageFiles(Dataset):
     """Pictures in class folders, as RGB: example k is `samples[k]`, a path and a class number.
 
     Examples and order are those of torchvision's `ImageFolder` (and `ImageNet`, once it is unpacked), but the files are
-    listed by the code with which the torch-free API counts them. A class may have no pictures where class numbers are
-    known without them (ImageNet with its devkit).
+    listed by the code with which the torch-free API counts them, which leaves out those of archives and file managers.
+    A class may have no pictures where class numbers are known without them (ImageNet with its devkit). `exif`: whether
+    pictures are turned as their EXIF orientation says (`"apply"`) or not (`"ignore"`, as torchvision does). `folder`:
+    name and root of the data set and the split, to which other files may belong.
     """
 
-    def __init__(self, images: dict[str, list[str]], transform: Transform | None = None) -> None:
+    def __init__(
+        self,
+        images: dict[str, list[str]],
+        transform: Transform | None = None,
+        *,
+        exif: str = "ignore",
+        folder: tuple[str, Path, str] | None = None,
+    ) -> None:
+        self.exif, self.folder = exif, folder
         self.classes = tuple(images)
         self.samples = [(path, label) for label, paths in enumerate(images.values()) for path in paths]
         self.targets = [label for _, label in self.samples]
@@ -70,7 +83,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
         with open(path, "rb") as file:
-            picture = Image.open(file).convert("RGB")
+            picture = read_picture(file, self.exif)
         return (self.transform(picture) if self.transform else picture), label
 
 
@@ -109,11 +122,17 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_data(
-    name: str, root: str | os.PathLike[str] | None = None, split: str = "test", transform: Transform | None = None
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    split: str = "test",
+    transform: Transform | None = None,
+    *,
+    exif: str = "ignore",
 ) -> Dataset:
     """Load one split of the data set `name` from the folder `root`; inputs are pictures unless `transform` is given.
 
-    A registered data set is what its factory returns, with `transform` applied to every input.
+    A registered data set is what its factory returns, with `transform` applied to every input. With `exif="apply"`
+    picture files are turned as their EXIF orientation says; without it that is ignored, as torchvision does.
 
     Raises:
         SpecError: there is no such data set or split, or its folder or files are missing or damaged (the message says
@@ -123,6 +142,7 @@ def load_data(
     facts = dataset_facts(name, Registered(datasets=registered_names(DATASETS)))
     if split not in SPLITS:
         raise SpecError("split", split, "'train' or 'test'")
+    check_exif(name, exif)
     if name not in dataset_names():
         return _registered(name, root, split, transform)
     if not facts.needs_root:
@@ -130,7 +150,8 @@ def load_data(
     if root is None or not Path(root).is_dir():
         raise SpecError("data.root", root and str(root), f"the folder that {name} is in")
     if name in SPLIT_FOLDERS:
-        return ImageFiles(find_images(name, Path(root), split, facts.n_classes), transform)
+        images, folder = find_images(name, Path(root), split, facts.n_classes), (name, Path(root), split)
+        return ImageFiles(images, transform, exif=exif, folder=folder)
     return _load_published(facts, Path(root), split, transform)
 
 
@@ -146,6 +167,33 @@ class Transformed(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         inputs, label = _pair(self.dataset[index], f"example {index}")
         return self.transform(inputs), label
+
+
+class Relabelled(Dataset):
+    """A data set with the model's class numbers in place of its own labels."""
+
+    def __init__(self, dataset: Any, numbers: Mapping[int, int]) -> None:
+        self.dataset, self.numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        inputs, label = _pair(self.dataset[index], f"example {index}")
+        number = self.numbers.get(int(label))
+        if number is None:
+            raise DataError(
+                f"example {index} has label {int(label)}, which the mapping of classes doesn't have; allowed: "
+                f"{', '.join(map(str, sorted(self.numbers)))}."
+            )
+        return inputs, number
+
+
+def classes_of(dataset: Any) -> tuple[str, ...] | None:
+    """Names of the classes of a data set in the order of its labels; None where it lists none."""
+    while isinstance(dataset, Subset | Transformed | Relabelled):
+        dataset = dataset.dataset
+    return listed_classes(dataset)
 
 
 def _registered(name: str, root: str | os.PathLike[str] | None, split: str, transform: Transform | None) -> Dataset:
@@ -240,7 +288,7 @@ def labels_of(dataset: Dataset) -> Int64[np.ndarray, " examples"]:
     Raises:
         DataError: a label is not a whole number, or an example can't be read.
     """
-    if isinstance(dataset, Transformed):
+    if isinstance(dataset, Transformed | Relabelled):  # of the latter, its own labels: by them examples are drawn
         return labels_of(dataset.dataset)
     if isinstance(dataset, Subset):
         return labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
@@ -327,17 +375,38 @@ def tell_apart(dataset: Dataset, indices: Int64[np.ndarray, " examples"]) -> Ite
     Pictures in memory give their numbers; files their names below the root, sizes and classes; any other data set its
     first and last example.
     """
+    if isinstance(dataset, Relabelled):
+        yield str(sorted(dataset.numbers.items()))
+        dataset = dataset.dataset
     yield str(len(dataset))  # type: ignore[arg-type]
     yield torch.from_numpy(np.ascontiguousarray(indices))
     if isinstance(dataset, Pictures):
         yield from (torch.from_numpy(np.ascontiguousarray(each)) for each in (dataset.pixels, dataset.targets))
     elif isinstance(dataset, ImageFiles):
+        if dataset.exif != "ignore":
+            yield dataset.exif
         for path, label in (dataset.samples[index] for index in indices):
             yield f"{Path(path).parent.name}/{Path(path).name} {os.path.getsize(path)} {label}"
     else:
         for index in (indices[0], indices[-1]):
             inputs, label = _pair(_read(dataset, int(index)), f"example {index}")
             yield from (torch.as_tensor(np.asarray(inputs)), str(label))
+
+
+def say_pictures(dataset: Dataset, indices: Int64[np.ndarray, " examples"]) -> list[str]:
+    """Sentences on what the picture files of these examples have that is left out or converted, and on skipped files.
+
+    Headers of the files are read, and their folders listed.
+    """
+    while isinstance(dataset, Relabelled):
+        dataset = dataset.dataset
+    if not isinstance(dataset, ImageFiles):
+        return []
+    paths = [dataset.samples[index][0] for index in indices]
+    said = say_oddities(count_oddities(paths, dataset.exif, torch.get_num_threads()), len(paths))
+    skipped = list_skipped(*dataset.folder) if dataset.folder else []
+    n = f"{len(skipped):,} file{'s' * (len(skipped) > 1)}"
+    return said + ([f"{n} skipped, which are no pictures of the data set: {say_some(skipped)}"] if skipped else [])
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -348,7 +417,7 @@ def choose_readers(dataset: Dataset) -> int:
 
     Threads are used only for this package's data sets: a user's may not be safe to read from several threads.
     """
-    while isinstance(dataset, Subset | Transformed):
+    while isinstance(dataset, Subset | Transformed | Relabelled):
         dataset = dataset.dataset
     folders = getattr(sys.modules.get("torchvision.datasets"), "DatasetFolder", ImageFiles)
     return torch.get_num_threads() if isinstance(dataset, ImageFiles | folders) else 0
@@ -438,7 +507,7 @@ def _name_of(dataset: Dataset, index: int) -> tuple[str, str]:
     """Name of an example in a message, and the path that must not be shown in full."""
     if isinstance(dataset, Subset):
         return _name_of(dataset.dataset, int(dataset.indices[index]))
-    if isinstance(dataset, Transformed):
+    if isinstance(dataset, Transformed | Relabelled):
         return _name_of(dataset.dataset, index)
     samples = getattr(dataset, "samples", None)
     sample = samples[index] if isinstance(samples, list) else None

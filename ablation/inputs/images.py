@@ -19,6 +19,9 @@ from ablation.errors import SpecError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+# What archives, file managers and systems leave behind, beside names that begin with a dot (`._a.jpg`).
+JUNK = frozenset(("__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found", "system volume information"))
+
 # Folder of a split below the root: the first of these that exists.
 SPLIT_FOLDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "imagefolder": {"train": ("train",), "test": ("test", "val")},
@@ -72,6 +75,38 @@ def count_images(name: str, root: Path, split: str, n_classes: int | None = None
     return tuple(counts.values())
 
 
+def class_names(name: str, root: Path, split: str, n_classes: int | None = None) -> tuple[str, ...]:
+    """Names of the classes that `find_images` finds, in the order of their numbers, without listing the pictures.
+
+    Raises:
+        SpecError: for the reasons of `find_images`, but for classes without pictures.
+    """
+    folder, devkit = _split_folder(name, root, split), _find_devkit(name, root, n_classes)
+    if devkit:
+        return devkit.classes
+    return tuple(_class_folders(name, root, split, folder, n_classes, devkit))
+
+
+def list_skipped(name: str, root: Path, split: str) -> list[str]:
+    """Files below a split's folder that are not taken for pictures, by their paths from there."""
+    folder = _split_folder(name, root, split)
+    skipped = []
+    for parent, _, names in sorted(os.walk(folder, followlinks=True)):
+        inside = Path(parent).relative_to(folder)
+        is_junk = any(_is_junk(part) for part in inside.parts)
+        skipped += [str(inside / name) for name in sorted(names) if is_junk or not _is_picture(name)]
+    return skipped
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not _is_junk(name)
+
+
+def _is_junk(name: str) -> bool:
+    """Whether a file or folder belongs to an archive, a file manager or a system and not to the data."""
+    return name.startswith((".", "$")) or name.lower() in JUNK
+
+
 def _split_folder(name: str, root: Path, split: str) -> Path:
     candidates = [root / folder for folder in SPLIT_FOLDERS[name][split]]
     for candidate in candidates:
@@ -109,7 +144,7 @@ def _class_folders(
 def _class_names(root: Path, folder: Path) -> tuple[str, ...]:
     try:
         with os.scandir(folder) as entries:
-            return tuple(sorted(entry.name for entry in entries if entry.is_dir()))
+            return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not _is_junk(entry.name)))
     except OSError as error:
         next_step = f"{folder.name}/ can't be: {error.strerror}."
         raise SpecError("data.root", str(root), "a folder that can be read", next_step) from None
@@ -132,8 +167,15 @@ def _check_filled(root: Path, folder: Path, counts: dict[str, int], devkit: "Dev
 
 
 def _image_paths(folder: Path) -> Iterator[str]:
-    for parent, _, names in sorted(os.walk(folder, followlinks=True)):
-        yield from (os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES))
+    for parent, _, names in sorted(_walk(folder)):
+        yield from (os.path.join(parent, name) for name in sorted(names) if _is_picture(name))
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Everything below a folder, but for folders that are none of the data's."""
+    for parent, inside, names in os.walk(folder, followlinks=True):
+        inside[:] = [each for each in inside if not _is_junk(each)]
+        yield parent, inside, names
 
 
 def _count(folder: str) -> int:
@@ -148,8 +190,8 @@ def _count(folder: str) -> int:
 def _list(folder: str, changed_ns: int) -> tuple[int, tuple[str, ...]]:
     """Number of pictures directly in a folder, and the folders in it."""
     _, inside, names = next(os.walk(folder, followlinks=True), (folder, [], []))
-    n = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-    return n, tuple(os.path.join(folder, name) for name in inside)
+    n = sum(_is_picture(name) for name in names)
+    return n, tuple(os.path.join(folder, name) for name in inside if not _is_junk(name))
 
 
 # --- ImageNet's devkit -----------------------------------------------------------------------------------------------

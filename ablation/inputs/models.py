@@ -1,28 +1,37 @@
 """Models by name: the module in eval mode, and the preprocessing that its inputs want.
 
 In: a name, and weights: torchvision's by their enum name, a checkpoint file, or none (initialised from a seed).
-Out: (module, transform). The list of models and their facts are in `catalog.py`.
+Out: (module, transform), and what the weights are. Models and their facts are in `catalog.py`, the choice of weights
+in `weights.py`, the choice among what a file holds in `checkpoints.py`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ablation.errors import CheckpointError, ModelError
-from ablation.inputs.catalog import DEMO_MODEL, Registered, find_checkpoint, model_facts, model_names
+from ablation.inputs.catalog import DEMO_MODEL, LayerFacts, ModelFacts, Registered, model_facts, model_names
+from ablation.inputs.checkpoints import choose_state_dict, count_classes, find_head, read_metadata, say_some
+from ablation.inputs.classes import ModelClasses, listed_classes
 from ablation.inputs.demo import DigitsAlexNet, ensure_demo_model, prepare_digit
 from ablation.inputs.folders import Folders
+from ablation.inputs.published import TRANSFORMS_INPUT, hash_file, recognise
 from ablation.inputs.registered import MODELS, load_factory, registered_names
+from ablation.inputs.weights import Weights, find_weights, name_classes, say_changes
 
 Transform = Callable[[Any], Tensor]
 
+# What profilers and averages of weights add to a state dict, and counters that only training reads.
+_HARMLESS = ("total_ops", "total_params", "num_batches_tracked", "n_averaged")
 _AUXILIARY = ("aux1", "aux2", "AuxLogits")  # GoogLeNet's and Inception's classifiers for training, idle in eval mode
 
 
@@ -39,37 +48,95 @@ class AsRGB:
         return self.then(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model in eval mode, the transform of its inputs (None for some registered models), and what its weights are."""
+
+    module: nn.Module
+    transform: Transform
+    weights: Weights
+
+
 def load_model(
     name: str, weights: str | None = None, seed: int = 0, folders: Folders | None = None
 ) -> tuple[nn.Module, Transform]:
     """Load the model `name` in eval mode, and the transform that turns a picture into its input.
 
-    `weights`: a name of torchvision's weights enum (downloaded by torchvision where it isn't there yet), or a file
-    below the checkpoint folder. Without it `digits_alexnet` has its trained weights; the others are initialised as
-    torchvision does after `torch.manual_seed(seed)`, with the preprocessing of their default weights. A registered
-    model is made by its factory, after the same seeding; its transform may be None. The caller's random state is
-    restored. Without `folders`, those below ~/.ablation are used.
+    `weights`: a name of torchvision's weights enum (downloaded by torchvision where it isn't there yet); a file below
+    the checkpoint folder, or FILE:KEY where it holds several state dicts; or "none": initialised as torchvision does
+    after `torch.manual_seed(seed)`, with the preprocessing of the default weights. A file that torchvision publishes is
+    known by its hash and gets the preprocessing of its weights. Without `weights`, `digits_alexnet` is the trained one,
+    and a registered model is what its factory makes after the same seeding (its transform may be None); a model of
+    torchvision is refused. The caller's random state is restored. Without `folders`, those below ~/.ablation are used.
 
     Raises:
-        SpecError: there is no such model or weights; the message names the nearest ones.
+        SpecError: there is no such model or weights; the message names the nearest ones, or the choices.
         CheckpointError: the weights can't be downloaded, read, or loaded into this model.
         ModelError: the demo model can't be trained, or a registered one can't be made.
     """
+    opened = open_model(name, weights, seed, folders)
+    return opened.module, opened.transform
+
+
+def open_model(name: str, weights: str | None = None, seed: int = 0, folders: Folders | None = None) -> Opened:
+    """Load a model as `load_model` does, and tell what its weights are.
+
+    Raises:
+        SpecError, CheckpointError, ModelError: for the reasons of `load_model`.
+    """
     folders = folders or _own_folders()
     if name in registered_names(MODELS) and name not in model_names():
-        return _registered(name, find_checkpoint(weights, (), folders), seed)
-    checkpoint = find_checkpoint(weights, model_facts(name, _named()).weights, folders)
+        module, transform = _registered(name, seed)
+        found = find_weights(weights, _facts_of(name, module, transform), folders, seed)
+    else:
+        found = find_weights(weights, model_facts(name, _named()), folders, seed)
+        module, transform = _built_in(name, found, seed, folders)
+    if found.member is not None and found.path is None:
+        found = replace(found, notes=_say_other_file(name, found.member))
+    if found.path is not None:
+        loaded = _load_checkpoint(module, found.path, found.key, weights, is_published=found.member is not None)
+        classes = replace(loaded.classes, n=found.classes.n) if found.member is None else found.classes
+        found = replace(found, notes=loaded.notes, classes=classes)
+    return Opened(module.eval(), transform, found)
+
+
+def _built_in(name: str, found: Weights, seed: int, folders: Folders) -> tuple[nn.Module, Transform]:
+    """A built-in model with its weights, unless those are a file's, which are still to be loaded."""
     if name == DEMO_MODEL:
         module: nn.Module = build_demo_model(seed)
-        _load_checkpoint(module, checkpoint or ensure_demo_model(folders))
-        return module.eval(), prepare_digit
-    if weights is not None and checkpoint is None:
-        member = _torchvision().get_model_weights(name)[weights]
-        return _pretrained(name, member), AsRGB(member.transforms())
-    module = build_model(name, seed)
-    if checkpoint is not None:
-        _load_checkpoint(module, checkpoint)
-    return module.eval(), default_transform(name)
+        if found.is_own:
+            _load_checkpoint(module, ensure_demo_model(folders))
+        return module, prepare_digit
+    member = _torchvision().get_model_weights(name)[found.like]
+    if found.member is not None and found.path is None:
+        module = _pretrained(name, member)
+    else:
+        module = build_model(name, seed, member if found.member is not None else None)
+    return module, AsRGB(member.transforms())
+
+
+def _facts_of(name: str, module: nn.Module, transform: Any) -> ModelFacts:
+    """What is needed of a registered model's facts to find its weights: its parameters and classes, without costs."""
+    shapes = _shapes(module)
+    layers = [
+        LayerFacts(parameter=parameter, kind="", shape=shape, path="", flops_after=0)
+        for parameter, shape in shapes.items()
+    ]
+    n_classes = _count_rows(shapes)
+    names = listed_classes(module) or listed_classes(transform) or ()
+    return ModelFacts(
+        name=name, n_classes=n_classes, input_shape=(), flops=0, widest=0, layers=tuple(layers), classes=names
+    )
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(each.shape) for name, each in module.named_parameters(remove_duplicate=False)}
+
+
+def _count_rows(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Rows of the last weight, which makes the logits."""
+    rows = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and len(shape) > 1]
+    return rows[-1] if rows else 0
 
 
 def _named() -> Registered:
@@ -77,7 +144,7 @@ def _named() -> Registered:
     return Registered(models=dict.fromkeys(registered_names(MODELS)))  # type: ignore[arg-type]
 
 
-def _registered(name: str, checkpoint: Path | None, seed: int) -> tuple[nn.Module, Transform]:
+def _registered(name: str, seed: int) -> tuple[nn.Module, Transform]:
     """Make a registered model by its factory, and check it."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -94,18 +161,20 @@ def _registered(name: str, checkpoint: Path | None, seed: int) -> tuple[nn.Modul
             "(torch.nn.Module, transform), where the transform makes an input of an example, or is None."
         )
     module, transform = made
-    if checkpoint is not None:
-        _load_checkpoint(module, checkpoint)
-    return module.eval(), transform
+    return module, transform
 
 
-def build_model(name: str, seed: int) -> nn.Module:
-    """Build a torchvision model after `torch.manual_seed(seed)`, without auxiliary classifiers."""
+def build_model(name: str, seed: int, member: Any = None) -> nn.Module:
+    """Build a torchvision model after `torch.manual_seed(seed)`, without auxiliary classifiers.
+
+    `member` of its weights enum: with the options with which torchvision builds the model for these weights.
+    """
     options: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):
+    if name in TRANSFORMS_INPUT:
         options["init_weights"] = True  # explicit, since the default warns
-    if name.startswith("vit_"):
-        options["image_size"] = _default(name).meta["min_size"][0]  # built for the size that the transform makes
+        options["transform_input"] = member is not None
+    if name.startswith("vit_"):  # built for the size that the transform makes
+        options["image_size"] = (member or _default(name)).meta["min_size"][0]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed the GPUs
         return _without_auxiliary(_torchvision().get_model(name, weights=None, **options))
@@ -162,6 +231,15 @@ def _pretrained(name: str, member: Any) -> nn.Module:
     return _without_auxiliary(module).eval()
 
 
+def _say_other_file(name: str, member: str) -> tuple[str, ...]:
+    """A note where the file in torch hub's folder isn't the published one; torchvision looks at downloads only."""
+    file = Path(urlparse(_torchvision().get_model_weights(name)[member].url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.is_file() or recognise(name, path) == member:
+        return ()
+    return (f"{file} in torch hub's folder is not the published file: its SHA-256 begins with {hash_file(path)[:8]}",)
+
+
 def _what_to_place(name: str, member: Any, error: Exception) -> str:
     file, folder = Path(urlparse(member.url).path).name, Path(torch.hub.get_dir()) / "checkpoints"
     verb = "read" if (folder / file).exists() else "downloaded"
@@ -177,10 +255,30 @@ def _shown(folder: Path) -> str:
     return str(Path("~") / folder.relative_to(Path.home())) if folder.is_relative_to(Path.home()) else str(folder)
 
 
-def _load_checkpoint(module: nn.Module, path: Path) -> None:
-    tensors = _read_checkpoint(path)
+class _Loaded(NamedTuple):
+    """What a file that was loaded says: the names of its classes, and notes on what was left out of it."""
+
+    classes: ModelClasses
+    notes: tuple[str, ...]
+
+
+def _load_checkpoint(
+    module: nn.Module, path: Path, key: str | None = None, weights: str | None = None, *, is_published: bool = False
+) -> _Loaded:
+    """Load the state dict of a file, all of it but what is known to be harmless; the head takes its number of classes.
+
+    `weights` is what was given for them. Of a file that torchvision publishes nothing is told.
+    """
+    tree, shapes = _read_checkpoint(path), _shapes(module)
+    chosen = choose_state_dict(tree, shapes, key, weights or path.name)
+    if chosen is None or not all(isinstance(tensor, Tensor) for tensor in chosen.tensors.values()):
+        raise CheckpointError(f"{path.name} holds a {type(tree).__name__}; allowed: a state dict, names to tensors.")
+    n_before = _count_rows(shapes)
+    n_classes = count_classes(chosen.tensors, shapes, n_before)
+    if n_classes != n_before:
+        _resize_head(module, str(find_head(shapes, n_before)), n_before, n_classes)
     wanted = module.state_dict()
-    given = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in _AUXILIARY or name in wanted}
+    given, notes = _without_harmless(chosen.tensors, wanted)
     wrong = _misfits(given, wanted)
     if wrong:
         raise CheckpointError(
@@ -193,7 +291,40 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
             f"{', ...' if len(broken) > 3 else ''} ({len(broken)} of {len(wanted)} tensors); allowed: finite ones. "
             "Training has diverged, or the file was converted badly; take another one."
         )
-    module.load_state_dict(given)
+    loaded: Any = OrderedDict(given)
+    loaded._metadata = getattr(wanted, "_metadata", None)  # modules have the version they are of now
+    module.load_state_dict(loaded)
+    said = (
+        () if is_published else (*say_changes(path, chosen, n_before, n_classes), *(f"{path.name}: {n}" for n in notes))
+    )
+    return _Loaded(name_classes(tree, n_classes), said)
+
+
+def _resize_head(module: nn.Module, head: str, n_before: int, n_classes: int) -> None:
+    """Give the module that makes the logits another number of rows, to be loaded."""
+    owner = module.get_submodule(head)
+    for size in ("out_features", "out_channels"):
+        if getattr(owner, size, None) == n_before:
+            setattr(owner, size, n_classes)
+    for name, parameter in list(owner.named_parameters(recurse=False)):
+        if parameter.shape[:1] == (n_before,):
+            setattr(owner, name, nn.Parameter(parameter.new_zeros(n_classes, *parameter.shape[1:])))
+
+
+def _without_harmless(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without what a model in eval mode does without, and notes of it; missing counters are the model's."""
+    given, left_out = dict(tensors), []
+    for name in tensors:
+        is_idle = name.split(".")[0] in _AUXILIARY or name.rpartition(".")[2] in _HARMLESS
+        if name not in wanted and is_idle:
+            left_out.append(name)
+            del given[name]
+    missing = [name for name in wanted if name not in given and name.rpartition(".")[2] == "num_batches_tracked"]
+    given |= {name: wanted[name] for name in missing}
+    notes = [f"left out: {say_some(left_out)}"] if left_out else []
+    return given, notes + ([f"without {say_some(missing)}, which change nothing"] if missing else [])
 
 
 def _misfits(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
@@ -230,21 +361,17 @@ def _breaks(given: Tensor, wanted: Tensor) -> bool:
     return not given.to(wanted.dtype).isfinite().all() and bool(wanted.isfinite().all())
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read the tensors in a file, by name: safetensors, or torch.load with `weights_only`, which runs no code."""
+def _read_checkpoint(path: Path) -> Any:
+    """Read what is in a file: safetensors, or torch.load with `weights_only`, which runs no code."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                told = read_metadata(file.metadata())
+            return told | load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"{path.name} can't be read ({type(error).__name__}); allowed: a .safetensors file, or a state dict of "
             "tensors saved by torch.save (files with other Python objects are not opened)."
         ) from error
-    for key in ("state_dict", "model"):  # keys under which training scripts usually save it
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    items = loaded.items() if isinstance(loaded, dict) else [(None, loaded)]
-    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
-        raise CheckpointError(f"{path.name} holds a {type(loaded).__name__}; allowed: a state dict, names to tensors.")
     return loaded

@@ -101,7 +101,13 @@ def table_of(
         not_finite=not_finite,
         about={
             "spec": {"layer": "fc2", "criteria": [*criteria]},
-            "plan": {"parameter": "fc2.weight", "path": "direct", "precision": "mixed", "shape": list(shape)},
+            "plan": {
+                "parameter": "fc2.weight",
+                "path": "direct",
+                "precision": "mixed",
+                "shape": list(shape),
+                "n_classes": 10,
+            },
             "baseline": baseline,
             "proof": proof,
             "n_not_finite": 0 if not_finite is None else int(not_finite.sum()),

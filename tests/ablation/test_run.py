@@ -142,7 +142,7 @@ def test_alexnet_end_to_end(folders: Folders, thousand_classes: str) -> None:
     """AlexNet's fc2 on an image folder of 1,000 classes, seeded random weights."""
     spec = make_spec(
         {
-            "model": {"name": "alexnet", "seed": 4},
+            "model": {"name": "alexnet", "weights": "none", "seed": 4},
             "layer": "classifier.4",
             "data": {
                 "name": "imagefolder", "root": thousand_classes,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ablation.statistics import (
     ceiling_at,
     compare_splits,
     examples_for,
+    find_warnings,
     make_summary,
     measure_variation,
     pearson,
@@ -48,6 +50,53 @@ def test_the_summary_of_a_two_split_job() -> None:
         assert found["provably_without_effect"] == (table.columns[f"touched_{split}"] == 0).sum() > 0
         assert found["negative"] == (utility < 0).sum() > 0
         assert found["mean_utility"] == pytest.approx(utility.mean(), rel=1e-12)
+
+
+GUESSING = math.log(10)
+
+
+@pytest.mark.parametrize(
+    ("n", "n_right", "loss", "reasons"),
+    [
+        (500, 50, 2.0, 1),  # at chance
+        (500, 0, 2.0, 1),
+        (500, 57, 2.0, 1),  # as many by luck
+        (500, 90, 2.0, 0),
+        (500, 450, 2.5, 1),  # right, but for a few answers that are given with false certainty
+        (500, 50, 2.5, 2),
+        (500, 450, GUESSING, 0),
+        (1, 0, 2.0, 0),  # bad luck
+        (3, 0, 2.0, 0),
+        (4, 1, 2.0, 0),
+        (12, 0, 2.0, 1),
+        (1_281_167, 128_116, 2.0, 1),
+        (1_281_167, 130_000, 2.0, 0),
+    ],
+)
+def test_a_network_that_does_not_know_the_data_is_a_warning(n: int, n_right: int, loss: float, reasons: int) -> None:
+    table = table_of({"test": heavy_deltas(5, 20)})
+    table.about["baseline"]["test"].update(n_examples=n, accuracy=n_right / n, loss=loss)
+    found = find_warnings(table)
+    assert len(found) == (reasons > 0)
+    if found:
+        assert found[0].startswith("test: the network does not know this data: its ")
+        assert found[0].count("; its ") == reasons - 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_said"),
+    [
+        ("cross_entropy", True),
+        ({"name": "cross_entropy", "label_smoothing": 0.1, "class_weights": None}, True),
+        ({"name": "cross_entropy", "label_smoothing": 0.0, "class_weights": [3.0] * 10}, False),
+        ({"object": "Hinge"}, False),
+    ],
+)
+def test_other_losses_are_not_compared_with_log_of_the_classes(loss: Any, is_said: bool) -> None:
+    table = table_of({"test": heavy_deltas(5, 20)})
+    table.about["baseline"]["test"]["loss"] = 2.5
+    table.about["spec"]["loss"] = loss
+    assert bool(find_warnings(table)) == is_said
 
 
 def test_correlations_are_scipys_over_all_and_over_touched_sites() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
@@ -13,7 +14,12 @@ from tests.api.conftest import serving
 from worker.settings import Settings
 from worker.store import JobStore
 
-JOB = ["--model", "alexnet", "--layer", "classifier.4", "--data", "digits", "--train", "10/class", "--test", "40"]
+TEN_CLASSES = str(Path(__file__).with_name("ten_classes.csv"))
+OF_DIGITS = ["--layer", "fc", "--data", "digits", "--test", "all", "--sites", "5"]
+JOB = [
+    "--model", "alexnet", "--weights", "none", "--layer", "classifier.4",
+    "--data", "digits", "--classes", TEN_CLASSES, "--train", "10/class", "--test", "40",
+]  # fmt: skip
 
 
 def invoke(*arguments: str) -> Result:
@@ -63,6 +69,10 @@ def test_plan() -> None:
     assert "rerun" in text
     assert "140 (100 train, 40 test)" in text
     assert "64 of classifier.4.weight" in text
+    assert "network  none: initialised from seed 0" in text
+    assert "pictures resize 256 (bilinear), crop 224, of IMAGENET1K_V1, the model's default" in text
+    assert "classes  10 by the given mapping, of 1,000 (train, test)" in text
+    assert plan["inputs"]["weights"] == "none: initialised from seed 0"
 
 
 def test_what_is_printed_as_json_is_what_the_api_answers(settings: Settings, store: JobStore) -> None:
@@ -99,6 +109,9 @@ def test_what_is_printed_as_json_is_what_the_api_answers(settings: Settings, sto
         (["plan", *JOB, "--sites", "0"], "sites.count: got 0"),
         (["plan", *JOB, "--sites", "99999999"], "1 to 16777216"),
         (["plan", *JOB, "--sites", "8", "--weights", "V9"], "IMAGENET1K_V1"),
+        (["plan", "--model", "alexnet", *OF_DIGITS], "'none' (initialised from the seed), IMAGENET1K_V1, or a file"),
+        (["plan", "--model", "resnet18", *OF_DIGITS], "model.weights: got null"),
+        (["plan", "--model", "resnet18", "--weights", "none", *OF_DIGITS], "Say which class of the model each one is"),
         (["run", *JOB, "--sites", "some"], "5,17,3"),
     ],
 )

@@ -157,6 +157,51 @@ def test_paths_that_exist_here_become_names_below_their_folder(tmp_path: Path) -
     assert (found.data, found.checkpoints, found.cache) == (tmp_path.resolve(), tmp_path.resolve(), Path("/cache"))
 
 
+def test_a_key_behind_a_path_stays_with_the_name(tmp_path: Path) -> None:
+    (tmp_path / "a:b.pt").touch()
+    folders = Folders(data=Path("/data"), checkpoints=Path("/checkpoints"), cache=Path("/cache"))
+    spec, found = locate(read("--test", "all", "--weights", f"{tmp_path}/a:b.pt:model.ema"), folders)
+    assert (spec.model.weights, found.checkpoints) == ("a:b.pt:model.ema", tmp_path.resolve())
+    there = read("--test", "all", "--weights", "runs/x.pt:model")  # for the checkpoint folder
+    assert locate(there, folders) == (there, folders)
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("cat,281\ndog,Golden retriever\n", {"cat": 281, "dog": "Golden retriever"}),
+        ('\ufeff"cat, tabby", 281\r\n\r\n007,7', {"cat, tabby": 281, "007": 7}),
+        ('{"cat": 281, "dog": "207"}', {"cat": 281, "dog": "207"}),
+    ],
+)
+def test_a_mapping_of_classes_is_csv_or_json(text: str, classes: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "classes").write_text(text, "utf-8")
+    spec = read("--test", "all", "--classes", str(tmp_path / "classes"), "--exif", "apply")
+    assert (spec.data.classes, spec.data.exif) == (classes, "apply")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "It can't be read: No such file or directory."),
+        ("cat\n", "It has the line 'cat'."),
+        ("cat,281,tabby\n", "It has the line 'cat,281,tabby'."),
+        ("cat,\n", "It has the line 'cat,'."),
+        ("cat,1\ncat,2\n", "'cat' is given twice."),
+        ('{"cat": 1, "cat": 2}', "'cat' is given twice."),
+        ('{"cat": ', "It can't be read: Expecting value"),
+        ('{"cat": 1.5}', "data.classes: got "),
+        ("", "data.classes: got {}; allowed: 1 or more of them"),
+    ],
+)
+def test_a_mapping_of_another_form_is_one_line(text: str | None, says: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "classes").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        read("--test", "all", "--classes", str(tmp_path / "classes"))
+    assert says in str(caught.value)
+
+
 def test_other_names_are_left_to_the_operators_folders() -> None:
     folders = Folders(data=Path("/data"), checkpoints=Path("/checkpoints"), cache=Path("/cache"))
     spec = read("--test", "all", "--root", "nothing-here", "--weights", "IMAGENET1K_V1")
@@ -170,7 +215,8 @@ def test_an_error_about_a_path_shows_what_was_typed(
     (tmp_path / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     options = ["--model", "alexnet", "--layer", "classifier.4", "--sites", "9", "--test", "all"]
-    result = CliRunner().invoke(commands, ["plan", *options, "--data", "mnist", "--root", typed])
+    of_data = ["--weights", "none", "--data", "mnist", "--root", typed]
+    result = CliRunner().invoke(commands, ["plan", *options, *of_data])
     assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
     assert result.output.startswith(f"Error: data.root: got '{typed}'; allowed: a folder with MNIST/raw/ and in it ")
     assert str(tmp_path) not in result.output

@@ -64,6 +64,20 @@ def test_a_device_that_is_not_here_is_bad_input(tmp_path: Path, home: Path) -> N
     assert "device: got 'gpu'; allowed: a device that torch finds here" in result.stderr
 
 
+def test_a_network_without_weights_is_run_only_where_that_is_asked_for(tmp_path: Path, home: Path) -> None:
+    options = ["--layer", "fc", "--data", "digits", "--test", "9", "--sites", "3", "--home", str(home)]
+    refused = CliRunner().invoke(commands, ["run", "--model", "resnet18", *options, "--out", str(tmp_path / "out")])
+    assert refused.exit_code == 2
+    assert "model.weights: got null; allowed: 'none' (initialised from the seed), IMAGENET1K_V1" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    asked = ["--weights", "none", "--test", "40", "--sites", "3", "--home", str(home), "--out", str(tmp_path)]
+    result = CliRunner().invoke(commands, ["run", *JOB, *asked])
+    assert result.exit_code == 0, result.output
+    assert "none: initialised from seed 0" in result.stdout
+    assert "WARNING" in result.stdout
+    assert "the network does not know this data" in json.loads((tmp_path / "summary.json").read_text())["warnings"][0]
+
+
 def test_a_run_that_is_refused_writes_nothing(tmp_path: Path, home: Path) -> None:
     options = ["--train", "5/class", "--sites", "99999999", "--home", str(home), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(commands, ["run", *JOB, *options])

@@ -71,6 +71,8 @@ def write_checkpoints(folder: Path) -> None:
     save_file(without, folder / "missing.safetensors")
     save_file({**good, "fc4.weight": torch.zeros(3, 4)}, folder / "unexpected.safetensors")
     save_file(DigitsAlexNet(n_classes=7).state_dict(), folder / "seven.safetensors")
+    save_file({**good, "fc2.weight": good["fc2.weight"][:, 1:].clone()}, folder / "narrow.safetensors")
+    torch.save({"model": good, "model_ema": huge}, folder / "two.pth")
     save_file(not_finite, folder / "nan.safetensors")
     save_file(huge, folder / "huge.safetensors")
     unheard = {name: good[name].clone() for name in ("fc2.weight", "fc3.weight")}

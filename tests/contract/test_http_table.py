@@ -362,8 +362,9 @@ def test_registered_parts_give_a_job_like_any_other(service: Service, say: Say) 
 
 
 def test_real_files_of_an_operator_are_counted_and_run(service: Service, say: Say) -> None:
-    for name, root, n in (("mnist", "digits-like", 50), ("imagefolder", "pets", 6)):
-        _, job = service.over({**QUICK, "data": {"name": name, "root": root, "test": "all"}})
+    first_three = {"class00": 0, "class01": 1, "class02": "2"}
+    for name, root, n, classes in (("mnist", "digits-like", 50, None), ("imagefolder", "pets", 6, first_three)):
+        _, job = service.over({**QUICK, "data": {"name": name, "root": root, "test": "all", "classes": classes}})
         assert job["status"] == "succeeded", job
         assert job["plan"]["splits"][0]["n_examples"] == n
     say("POST /v1/jobs on IDX files and on a folder of JPEGs: 202, counted at once, succeeded")
@@ -371,12 +372,26 @@ def test_real_files_of_an_operator_are_counted_and_run(service: Service, say: Sa
 
 def test_checkpoints_of_both_kinds_give_the_same_table(service: Service, say: Say) -> None:
     tables = []
-    for weights in ("good.safetensors", "good.pth"):
+    for weights in ("good.safetensors", "good.pth", "two.pth:model"):
         url, job = service.over({**QUICK, "model": {"name": "digits_alexnet", "weights": weights}})
         assert job["status"] == "succeeded", job
         tables.append(service.client.get(f"{url}/results.csv").content)
-    assert tables[0] == tables[1]
-    say("POST /v1/jobs with a checkpoint, safetensors or torch.save: 202, the same table")
+        assert job["plan"]["inputs"]["weights"] == f"file {weights}"
+    assert tables[0] == tables[1] == tables[2]
+    say("POST /v1/jobs with a checkpoint, safetensors, torch.save or one of several in a file: 202, the same table")
+
+
+def test_a_fine_tuned_head_is_known_when_its_job_is_posted(service: Service, say: Say) -> None:
+    classes = {str(digit): digit % 7 for digit in range(10)}
+    spec = {**QUICK, "model": {"name": "digits_alexnet", "weights": "seven.safetensors"}, "layer": "fc3"}
+    url, job = service.over({**spec, "data": {"name": "digits", "test": {"count": 20}, "classes": classes}})
+    assert job["status"] == "succeeded", job
+    assert (job["plan"]["n_classes"], job["plan"]["shape"]) == (7, [7, 256])
+    summary = service.client.get(f"{url}/results").json()["summary"]
+    assert summary["weights"] == "file seven.safetensors"
+    assert summary["notes"] == ["seven.safetensors: its head has 7 classes instead of 10"]
+    assert "the network does not know this data" in summary["warnings"][0]
+    say("POST /v1/jobs with a fine-tuned head: 202, the plan has its classes, the summary says so and warns")
 
 
 def test_label_smoothing_and_class_weights_change_the_loss(service: Service, done: str, say: Say) -> None:

@@ -19,8 +19,17 @@ def data(**changes: Any) -> dict[str, Any]:
     return spec(data={"name": "digits", "test": "all", **changes})
 
 
+FIRST_THREE = {"class00": 0, "class01": 1, "class02": 2}
+
+
 def pets(**changes: Any) -> dict[str, Any]:
-    return spec(data={"name": "imagefolder", "root": "pets", "test": "all", **changes})
+    """A job on picture files, whose classes are the model's first three."""
+    return spec(data={"name": "imagefolder", "root": "pets", "test": "all", "classes": FIRST_THREE, **changes})
+
+
+def random(name: str, **changes: Any) -> dict[str, Any]:
+    """A job on a model of torchvision that has learned nothing."""
+    return spec(model={"name": name, "weights": "none"}, **changes)
 
 
 def smoothed(smoothing: float) -> dict[str, Any]:
@@ -44,8 +53,19 @@ AT_ONCE = {
     "a model like none": (spec(model={"name": "qqqq"}), "model.name", "GET /v1/models lists them."),
     "a layer like none": (spec(layer="qqqq"), "layer", "GET /v1/models/NAME/layers lists those of a model."),
     "unknown layer": (spec(layer="fc22"), "layer", "Did you mean 'fc2'"),
-    "layer without weights": (spec(model={"name": "alexnet"}, layer="features.2"), "layer", "A MaxPool2d has none"),
-    "container": (spec(model={"name": "alexnet"}, layer="features"), "layer", "one of the layers inside it"),
+    "layer without weights": (random("alexnet", layer="features.2"), "layer", "A MaxPool2d has none"),
+    "container": (random("alexnet", layer="features"), "layer", "one of the layers inside it"),
+    "torchvision without weights": (spec(model={"name": "resnet18"}), "model.weights", "'none' (initialised from"),
+    "classes that the model has not": (pets(classes=None), "data.classes", "The model has no 'class00'."),
+    "a mapping with a class left out": (pets(classes={"class00": 1}), "data.classes", "There is none for 'class01'."),
+    "a mapping to what is no class": (pets(classes={"class00": 10}), "data.classes.class00", "0 to 9"),
+    "a mapping that is none": (pets(classes=[1, 2]), "data.classes", "an object"),
+    "a mapping to true": (pets(classes={"class00": True}), "data.classes", "a class number or a class name"),
+    "more classes than the model has": (pets(root="many"), "data.classes", "There is none for 'class03'."),
+    "a fine-tuned head for other classes": (weights("seven.safetensors"), "data.classes", "allowed: the 7 classes"),
+    "several state dicts": (weights("two.pth"), "model.weights", "one of two.pth:model, two.pth:model_ema"),
+    "turning what are no files": (data(exif="apply"), "data.exif", "'ignore', but for imagefolder and imagenet"),
+    "an unknown way to turn": (pets(exif="turn"), "data.exif", "'ignore' or 'apply'"),
     "count larger than the layer": (spec(sites={"count": 65537}), "sites.count", "1 to 65536, the weights of fc2"),
     "negative count": (spec(sites={"count": -1}), "sites.count", "1 or more"),
     "count of zero": (spec(sites={"count": 0}), "sites.count", "1 or more"),
@@ -163,19 +183,16 @@ BY_THE_JOB = {
         weights("unexpected.safetensors"), "checkpoint-error", "fc4.weight is unknown",
     ),
     "a checkpoint of another shape": (
-        weights("seven.safetensors"), "checkpoint-error", "fc3.weight has shape (7, 256), wanted (10, 256)",
+        weights("narrow.safetensors"), "checkpoint-error", "fc2.weight has shape (256, 255), wanted (256, 256)",
     ),
     "a pickle with code in it": (weights("code.pth"), "checkpoint-error", "code.pth can't be read"),
     "a bare pickle with code in it": (weights("code.pkl"), "checkpoint-error", "code.pkl can't be read"),
     "no checkpoint at all": (weights("text.safetensors"), "checkpoint-error", "text.safetensors can't be read"),
-    "labels outside the model's classes": (
-        pets(root="many"), "data-error", "(class10/0.jpg) has label 10; allowed: 0 to 9",
-    ),
     "weights that are not finite": (
         weights("nan.safetensors"), "checkpoint-error", "numbers that are not finite in conv1.bias",
     ),
     "activations that are not finite": (
-        {**weights("huge.safetensors"), "data": {"name": "imagefolder", "root": "pets", "test": "all"}},
+        {**pets(), "model": {"name": "digits_alexnet", "weights": "huge.safetensors"}},
         "data-error", "(class00/0.jpg) gives NaN or infinite",
     ),
     "a batch norm without running statistics": (

@@ -108,8 +108,13 @@ def test_one_example_that_is_too_large_ends_the_job(
 
 
 def test_a_job_is_cut_for_the_memory_that_workers_have(settings: Settings) -> None:
-    spec = make_spec({"model": {"name": "alexnet"}, "layer": "features.10", "data": {"name": "digits", "test": "all"},
-                      "sites": {"count": 100}})  # fmt: skip
+    ten = {str(digit): digit for digit in range(10)}
+    spec = make_spec(
+        {
+            "model": {"name": "alexnet", "weights": "none"}, "layer": "features.10",
+            "data": {"name": "digits", "test": "all", "classes": ten}, "sites": {"count": 100},
+        }
+    )  # fmt: skip
     from ablation.errors import SpecError
     from ablation.inputs.catalog import NOTHING
 

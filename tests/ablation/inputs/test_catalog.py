@@ -12,11 +12,12 @@ from ablation.inputs.data import load_data
 from ablation.inputs.folders import Folders
 from ablation.inputs.images import find_images
 from ablation.inputs.models import classifier_weights, default_transform
+from ablation.inputs.weights import find_file, find_weights
 from ablation.spec import DataSpec
 from tools.make_facts import make_facts
 
 TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))
-ALEXNET = catalog.model_facts("alexnet").weights
+ALEXNET = catalog.model_facts("alexnet")
 
 
 def write_images(folder: Path, *names: str) -> None:
@@ -43,11 +44,12 @@ import sys
 from pathlib import Path
 from ablation.inputs import catalog
 from ablation.inputs.folders import Folders
+from ablation.inputs.weights import find_weights
 from ablation.spec import DataSpec
 
 folders = Folders(Path({str(folders.data)!r}), Path({str(folders.checkpoints)!r}), Path({str(folders.cache)!r}))
 assert catalog.find_layer(catalog.model_facts("alexnet"), "classifier.4").shape == (4096, 4096)
-assert catalog.find_checkpoint("IMAGENET1K_V1", ("IMAGENET1K_V1",), folders) is None
+assert find_weights("IMAGENET1K_V1", catalog.model_facts("alexnet"), folders).member == "IMAGENET1K_V1"
 assert catalog.dataset_facts("digits").n_examples == {{"train": 1297, "test": 500}}
 counts = catalog.split_counts(DataSpec(name="imagefolder", root="pets", train="all"), folders)
 assert counts["train"].n_per_class == (1, 2), counts
@@ -123,17 +125,17 @@ def test_an_unknown_model_names_the_nearest(given: str, expected: str) -> None:
 def test_weights_are_a_name_of_torchvision_or_a_file(folders: Folders) -> None:
     (folders.checkpoints / "runs").mkdir()
     (folders.checkpoints / "runs" / "mine.safetensors").touch()
-    assert catalog.find_checkpoint(None, ALEXNET, folders) is None
-    assert catalog.find_checkpoint("IMAGENET1K_V1", ALEXNET, folders) is None
-    found = catalog.find_checkpoint("runs/mine.safetensors", ALEXNET, folders)
-    assert found == folders.checkpoints.resolve() / "runs" / "mine.safetensors"
+    assert find_weights("IMAGENET1K_V1", ALEXNET, folders).path is None
+    found = find_file("runs/mine.safetensors", ALEXNET, folders)
+    assert found == (folders.checkpoints.resolve() / "runs" / "mine.safetensors", None)
+    assert find_file("runs/mine.safetensors:ema.net", ALEXNET, folders) == (found[0], "ema.net")
 
 
 @pytest.mark.parametrize("weights", ["IMAGENET1K_V2", "absent.pth", ".", "runs", "IMAGENET1K_FEATURES"])
 def test_weights_that_are_neither_are_refused_with_the_names(folders: Folders, weights: str) -> None:
     (folders.checkpoints / "runs").mkdir()
     with pytest.raises(SpecError, match=r"IMAGENET1K_V1, or a file below the checkpoint folder") as caught:
-        catalog.find_checkpoint(weights, catalog.model_facts("vgg16").weights, folders)
+        find_file(weights, catalog.model_facts("vgg16"), folders)
     assert caught.value.field == "model.weights"
 
 
@@ -165,7 +167,9 @@ def test_a_path_that_leads_out_is_refused(folders: Folders, given: str) -> None:
         catalog.split_counts(DataSpec(name="imagefolder", root=given, train="all"), folders)
     assert caught.value.field == "data.root"
     with pytest.raises(SpecError, match="must not lead out"):
-        catalog.find_checkpoint(given, ALEXNET, folders)
+        find_file(given, ALEXNET, folders)
+    with pytest.raises(SpecError, match=r"must not lead out|no such file"):
+        find_file(f"{given}:model", ALEXNET, folders)
 
 
 def test_a_link_that_stays_inside_is_followed(folders: Folders) -> None:

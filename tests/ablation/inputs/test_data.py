@@ -137,9 +137,11 @@ def test_imagefolder_reads_what_torchvision_reads(tmp_path: Path) -> None:
     theirs = torchvision.datasets.ImageFolder(tmp_path / "train")
     assert ours.samples == theirs.samples
     assert len(ours) == 4 + 13
-    for (picture, label), (expected, expected_label) in zip(ours, theirs, strict=True):
+    names = [Path(path).name for path, _ in ours.samples]
+    for name, (picture, label), (expected, expected_label) in zip(names, ours, theirs, strict=True):
         assert (label, picture.mode, picture.size) == (expected_label, "RGB", expected.size)
-        assert picture.tobytes() == expected.tobytes()
+        if "deep." not in name:  # of these torchvision makes everything above 255 white: see test_pictures.py
+            assert picture.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(

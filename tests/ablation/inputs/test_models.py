@@ -17,7 +17,7 @@ from torch import nn
 from ablation.errors import CheckpointError, SpecError
 from ablation.inputs.data import load_batches, load_data
 from ablation.inputs.folders import Folders
-from ablation.inputs.models import _load_checkpoint, build_demo_model, build_model, load_model
+from ablation.inputs.models import _load_checkpoint, build_demo_model, build_model, load_model, open_model
 
 
 @pytest.fixture
@@ -47,16 +47,16 @@ def test_without_weights_a_model_is_what_torchvision_makes_of_the_seed(folders: 
     torch.manual_seed(7)
     expected = torchvision.models.squeezenet1_1()
     state = torch.get_rng_state()
-    model, _ = load_model("squeezenet1_1", seed=7, folders=folders)
+    model, _ = load_model("squeezenet1_1", "none", seed=7, folders=folders)
     assert torch.equal(torch.get_rng_state(), state)
     assert same(model, expected)
     assert not any(module.training for module in model.modules())
-    assert not same(model, load_model("squeezenet1_1", seed=8, folders=folders)[0])
+    assert not same(model, load_model("squeezenet1_1", "none", seed=8, folders=folders)[0])
 
 
 @pytest.mark.parametrize("name", ["googlenet", pytest.param("inception_v3", marks=pytest.mark.slow)])
 def test_auxiliary_classifiers_are_gone_and_the_rest_is_torchvisions(name: str, folders: Folders) -> None:
-    model, transform = load_model(name, seed=3, folders=folders)
+    model, transform = load_model(name, "none", seed=3, folders=folders)
     torch.manual_seed(3)
     theirs = torchvision.models.get_model(name, weights=None, init_weights=True).eval()
     assert not [key for key in model.state_dict() if key.startswith(("aux", "Aux"))]
@@ -72,13 +72,13 @@ def test_auxiliary_classifiers_are_gone_and_the_rest_is_torchvisions(name: str, 
 
 @pytest.mark.slow
 def test_vit_h_14_is_built_for_the_size_its_transform_makes(folders: Folders) -> None:
-    model, transform = load_model("vit_h_14", folders=folders)
+    model, transform = load_model("vit_h_14", "none", folders=folders)
     with torch.no_grad():
         assert model(transform(Image.new("L", (600, 700)))[None]).shape == (1, 1000)
 
 
 def test_grey_pictures_and_tensors_become_rgb(folders: Folders) -> None:
-    _, transform = load_model("squeezenet1_1", folders=folders)
+    _, transform = load_model("squeezenet1_1", "none", folders=folders)
     noise = Image.effect_noise((300, 260), 90)
     expected = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.transforms()(noise.convert("RGB"))
     assert expected.shape == (3, 224, 224)
@@ -114,6 +114,10 @@ def test_a_download_that_fails_says_what_to_place_where_and_that_works(hub: Path
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     assert transform(Image.new("L", (30, 30))).shape == (3, 224, 224)
+    notes = open_model("squeezenet1_1", "IMAGENET1K_V1", folders=folders).weights.notes
+    assert notes[0].startswith(
+        "squeezenet1_1-b8a52dc0.pth in torch hub's folder is not the published file: its SHA-256"
+    )
 
     for damaged in (b"half a file", b"R"):
         (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(damaged)

@@ -13,7 +13,7 @@ from ablation.inputs.data import load_data
 from ablation.inputs.folders import Folders
 from ablation.inputs.models import load_model
 from ablation.inputs.registered import DATASETS, MODELS, registered_names
-from ablation.job import plan_here
+from ablation.job import load_job, plan_here
 from ablation.layers import describe_registered, registered_here
 from ablation.plan import PlanOptions
 from ablation.run import run_spec
@@ -129,6 +129,52 @@ def test_what_fails_says_so(folders: Folders) -> None:
         load_data("broken_data", folders.data, "train")
     with pytest.raises(ModelError, match="running statistics"):
         run_spec(make_spec({**SPEC, "model": {"name": "batch_net"}, "layer": "4"}), folders)
+
+
+def test_classes_of_registered_parts_are_matched_by_their_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: Folders
+) -> None:
+    package = tmp_path / "named-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: named\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(
+        "[ablation.models]\nnamed_net = named_parts:net\n[ablation.datasets]\nnamed_data = named_parts:Data\n"
+    )
+    (tmp_path / "named_parts.py").write_text(
+        "import torch\n"
+        "def net():\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(4, 3))\n"
+        "    model.classes, model.example_input_array = ['eel', 'cat', 'dog'], torch.zeros(1, 4)\n"
+        "    return model, None\n"
+        "class Data(torch.utils.data.Dataset):\n"
+        "    def __init__(self, root, split):\n"
+        "        self.class_to_idx = {'cat': 0, 'dog': 1, 'eel': 2} if split == 'train' else {'dog': 0, 'eel': 1}\n"
+        "    __len__ = lambda self: 6\n"
+        "    __getitem__ = lambda self, k: (torch.arange(4.0) * k, k % len(self.class_to_idx))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    facts = describe_registered("named_net")
+    assert facts.classes == ("eel", "cat", "dog")
+    assert catalog.facts_from_line(catalog.line_from_facts(facts)) == facts
+    parts = {"layer": "0", "data": {"name": "named_data", "train": "all", "test": "all"}, "sites": "all"}
+    spec = make_spec({**parts, "model": {"name": "named_net"}})
+    plan = plan_here(spec, folders, PlanOptions(threads=1))
+    assert plan.inputs is not None
+    assert plan.inputs.classes == {"train": "3 by name, of the model's 3", "test": "2 by name, of the model's 3"}
+    job = load_job(spec, plan, folders, device="cpu")
+    assert [[split.dataset[k][1] for k in range(6)] for split in job.splits.values()] == [
+        [1, 2, 0, 1, 2, 0], [2, 0, 2, 0, 2, 0],
+    ]  # fmt: skip
+    with pytest.raises(SpecError, match="Its factory makes it: leave the weights out"):
+        load_model("named_net", "none", folders=folders)
+    torch.save({"model": {"0.weight": torch.zeros(2, 4), "0.bias": torch.ones(2)}}, folders.checkpoints / "two.pth")
+    tuned = make_spec(
+        {**parts, "model": {"name": "named_net", "weights": "two.pth"}, "data": {**parts["data"], "train": None}}
+    )
+    plan = plan_here(tuned, folders, PlanOptions(threads=1))
+    assert (plan.n_classes, plan.shape) == (2, (2, 4))
+    assert load_job(tuned, plan, folders, device="cpu").model[0].bias.tolist() == [1, 1]
+    describe_registered.cache_clear()
 
 
 def test_a_registered_data_set_without_examples_by_index_is_refused_in_one_sentence(
