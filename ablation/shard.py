@@ -20,7 +20,7 @@ from ablation.engine.interface import EnginePath, HasPrefix, Setup
 from ablation.engine.paths import open_path
 from ablation.errors import DataError, ExampleError
 from ablation.inputs.data import load_batches, name_example
-from ablation.job import Job, Split
+from ablation.job import Job, Split, check_pictures
 from ablation.partial import PartialSums
 from ablation.plan import Plan, Shard
 from ablation.precision import fit
@@ -40,6 +40,8 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     n_sites = rows.stop - rows.start
     positions = np.arange(first, last)
     with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
+        if shard == job.plan.shards[0]:
+            check_pictures(job, lambda part: on_batch(0.0))
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
             n_checked = min(N_CHECKED, max(2, job.plan.batch_size))  # with one alone, no batch mates would be seen

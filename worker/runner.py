@@ -322,13 +322,18 @@ def load(worker: Worker, record: JobRecord) -> "Job":
     Raises:
         Unfit: they are not those that the job was begun with.
     """
-    from ablation.job import load_job
+    from ablation.job import Begin, load_job, say_date
 
     key = record.id, record.n_cut
     if key not in _loaded:
         _loaded.clear()
         job = load_job(
-            record.spec, stored_plan(record), worker.settings.folders, device=worker.settings.device, name=record.id
+            record.spec,
+            stored_plan(record),
+            worker.settings.folders,
+            device=worker.settings.device,
+            name=record.id,
+            begin=Begin(date=say_date(record.created_at)),
         )
         began_with = worker.store.agree(record.id, job.found)
         if began_with != job.found:

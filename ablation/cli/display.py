@@ -20,10 +20,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ablation.cli.files import RESULT_FILES
+from ablation.results import RESULT_FILES
 
 REDRAW_S = 0.1
-LINE_EVERY_S = 5.0  # between lines of progress in a log file
+LINE_EVERY_S = 30.0  # between lines of progress in a log file
 
 Update = Callable[[float, str], None]
 
@@ -77,6 +77,12 @@ def say_error(text: str) -> None:
     """Print an error as one line: red in a terminal, unless NO_COLOR is set."""
     line = " | ".join(part.strip() for part in f"Error: {text}".splitlines() if part.strip())
     Console(stderr=True).print(Text(line, "red"), soft_wrap=True)
+
+
+def say_notes(error: BaseException | None) -> None:
+    """Print what else is to be said with an error, or with an interrupt: what was kept, and how to go on."""
+    for note in getattr(error, "__notes__", ()):
+        click.echo(note, err=True)
 
 
 def show_poll(answer: dict[str, Any], update: Update) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -18,7 +19,7 @@ from ablation.criteria import CRITERIA
 from ablation.errors import SpecError, as_given, nearest
 from ablation.inputs.folders import Folders
 from ablation.plan import ENGINES
-from ablation.spec import JobSpec, ValueWord, make_spec
+from ablation.spec import DataSpec, JobSpec, ValueWord, make_spec
 from worker.settings import load_settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -70,6 +71,14 @@ _SPEC_OPTIONS = [
     click.option("--train", help="Training examples: all, N or N/class.  [default: none]"),
     click.option("--test", help="Test examples: all, N or N/class.  [default: none]"),
     click.option("--data-seed", type=INTEGER, default=0, show_default=True, help="Seed of the examples drawn."),
+    click.option(
+        "--bad-images", type=click.Choice(get_args(DataSpec.model_fields["bad_images"].annotation)), default="refuse",
+        show_default=True, help="Pictures that can't be read: refuse the job, or leave them out and list them.",
+    ),
+    click.option(
+        "--check-images", type=click.Choice(get_args(DataSpec.model_fields["check_images"].annotation)),
+        default="headers", show_default=True, help="How pictures are checked before the work.",
+    ),
     click.option("--sites", required=True, help="Weights to ablate: N (drawn at random), all, or flat indices: 5,17,3"),
     click.option("--seed", type=INTEGER, default=0, show_default=True, help="Seed of the weights drawn by --sites N."),
     click.option(
@@ -128,6 +137,40 @@ def home_option(command: Command) -> Command:
     return _decorate(with_settings, [option])
 
 
+def force_option(command: Command) -> Command:
+    """Add `--force` to a command that writes results."""
+    return _decorate(command, [click.option("--force", is_flag=True, help="Replace results that are in --out.")])
+
+
+TYPED = "ablation.typed"  # where the words of the command line are noted
+_PATHS = ("--root", "--weights", "--classes", "--home", "--out")  # options whose value may be a path
+
+
+def typed() -> list[str]:
+    """The words after `ablation` of the command line that this process runs."""
+    context = click.get_current_context(silent=True)
+    return list(context.meta.get(TYPED, ())) if context else []
+
+
+def command_again() -> str:
+    """The command line that goes on with a job: as it was typed, with --resume and without --force."""
+    words = [word for word in typed() if word not in ("--force", "--resume")]
+    return shlex.join(["ablation", *words, "--resume"])
+
+
+def command_told() -> str:
+    """The command line as a result tells it: of every file and folder the name alone, as in the spec (`locate`)."""
+    told: list[str] = []
+    for word in typed():
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        takes_path = option in _PATHS if equals else bool(told) and told[-1] in _PATHS
+        if value and (takes_path or value.startswith(("/", "~/"))):
+            word = f"{option}{equals}{Path(value).name or value}"
+        if word not in ("--force", "--resume"):
+            told.append(word)
+    return shlex.join(["ablation", *told])
+
+
 def out_option(default: str) -> Callable[[Command], Command]:
     """Add `--out`, a folder, to a command."""
     return click.option(
@@ -138,7 +181,8 @@ def out_option(default: str) -> Callable[[Command], Command]:
 
 def read_spec(
     *, model: str, weights: str | None, model_seed: int, layer: str, data: str, root: str | None, train: str | None,
-    test: str | None, data_seed: int, sites: str, seed: int, value: str, precision: str, verify: int, top1: bool,
+    test: str | None, data_seed: int, bad_images: str, check_images: str,
+    sites: str, seed: int, value: str, precision: str, verify: int, top1: bool,
     criteria: Sequence[str], label_smoothing: str | None, class_weights: str | None,
 ) -> JobSpec:  # fmt: skip
     """Make the job spec from the options.
@@ -147,7 +191,7 @@ def read_spec(
         SpecError: an option has a wrong format, or the spec is not possible.
     """
     splits = {"train": read_split("train", train, data_seed), "test": read_split("test", test, data_seed)}
-    of_data = {"name": data, "root": root, **splits}
+    of_data = {"name": data, "root": root, **splits, "bad_images": bad_images, "check_images": check_images}
     return make_spec(
         {
             "model": {"name": model, "weights": weights, "seed": model_seed},

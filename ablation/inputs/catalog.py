@@ -334,9 +334,9 @@ def find_root(data: DataSpec, folders: Folders, registered: Registered = NOTHING
 
 
 def split_counts(data: DataSpec, folders: Folders, registered: Registered = NOTHING) -> dict[str, SplitCounts] | None:
-    """Count the examples of each split in the spec, in all and per class; None for registered data.
+    """Count the examples of each split in the spec, in all and per class; None where the data must be opened for that.
 
-    Registered data can be opened, and so counted, by a worker only.
+    Registered data, and picture files of which bad ones are left out, can be opened, and so counted, by a worker only.
 
     Raises:
         SpecError: there is no such data set, or its root or a split's files can't be used.
@@ -346,6 +346,8 @@ def split_counts(data: DataSpec, folders: Folders, registered: Registered = NOTH
         return None
     with as_given({"data.root": data.root}):
         counts = {split: _count(facts, root, split) for split in data.splits}
+    if data.bad_images == "skip" and data.name in SPLIT_FOLDERS:
+        return None
     return {split: SplitCounts(n_examples=sum(each), n_per_class=each) for split, each in counts.items()}
 
 

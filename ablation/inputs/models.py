@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ablation.errors import CheckpointError, ModelError
 from ablation.inputs.catalog import DEMO_MODEL, Registered, find_checkpoint, model_facts, model_names
-from ablation.inputs.demo import DigitsAlexNet, ensure_demo_model, prepare_digit
+from ablation.inputs.demo import RECIPE, DigitsAlexNet, ensure_demo_model, prepare_digit
 from ablation.inputs.folders import Folders
 from ablation.inputs.registered import MODELS, load_factory, registered_names
 
@@ -248,3 +248,12 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise CheckpointError(f"{path.name} holds a {type(loaded).__name__}; allowed: a state dict, names to tensors.")
     return loaded
+
+
+def name_weights_file(name: str, weights: str | None) -> str | None:
+    """Name of the file that `load_model` takes these weights from; None where they are no file's."""
+    if weights is None or weights == "none":
+        return f"{DEMO_MODEL}-{RECIPE}.safetensors" if name == DEMO_MODEL and weights is None else None
+    if name in model_names() and weights in model_facts(name).weights:
+        return Path(urlparse(_torchvision().get_model_weights(name)[weights].url).path).name
+    return Path(weights).name
