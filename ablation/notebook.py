@@ -45,20 +45,19 @@ from ablation.table import ImportanceTable
 class Table(ImportanceTable):
     """One row per site, in the order of the sites; `columns` and `about` as in `ImportanceTable`."""
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write the CSV, and what it is of beside it (`NAME.csv-metadata.json`), whole or not at all.
+    def to_csv(self, path: str | Path, *, about: bool = False) -> None:
+        """Write the CSV, whole or not at all; `about`: and beside it, as `NAME.csv-metadata.json`, what it is of.
+
+        A CSV has the numbers alone: `open_results` takes one with that file beside it.
 
         Raises:
-            WriteError: they can't be written.
+            WriteError: it can't be written.
         """
         path = Path(path)
-        beside = describe_csv(path.name, self)
-        write_all(
-            {
-                path: lambda stream: write_csv(self, stream),
-                path.with_name(path.name + BESIDE): _writer(beside),
-            }
-        )
+        files = {path: lambda stream: write_csv(self, stream)}
+        if about:
+            files[path.with_name(path.name + BESIDE)] = _writer(describe_csv(path.name, self))
+        write_all(files)
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the same columns as a Parquet file, whole or not at all; its metadata has `about`.
@@ -210,8 +209,8 @@ def open_results(path: str | os.PathLike[str]) -> Table:
 
     Args:
         path: a folder that `ablation run --out` (or `submit`, `demo`) wrote; `utility.parquet` or `utility.csv` in it;
-            a Parquet file from anywhere, which says by itself what it is of; or a CSV that `Table.to_csv` wrote, with
-            `NAME.csv-metadata.json` beside it.
+            a Parquet file from anywhere, which says by itself what it is of; or a CSV that `to_csv` wrote with
+            `about=True`.
 
     Returns:
         One row per site: the columns and `about` of the table that was written, with the same types and bits, so that

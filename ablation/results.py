@@ -94,7 +94,8 @@ def _read_csv(file: Path) -> tuple[Columns, dict[str, Any]]:
     import pyarrow.csv
 
     about = _read_beside(file)
-    names = file.open(encoding="utf-8").readline().rstrip("\n").split(",")
+    with file.open(encoding="utf-8") as lines:
+        names = lines.readline().rstrip("\n").split(",")
     whole = {"index", *coordinate_names(tuple(about["plan"]["shape"]))}
     types = {name: pa.int64() if name in whole or _is_count(name) else pa.float64() for name in names}
     options = pyarrow.csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=False)

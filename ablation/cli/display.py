@@ -23,7 +23,8 @@ from rich.text import Text
 from ablation.results import RESULT_FILES
 
 REDRAW_S = 0.1
-LINE_EVERY_S = 30.0  # between lines of progress in a log file
+LINE_EVERY_S = 30.0  # between lines of progress in a log file, or
+LINE_EVERY = 0.34  # of the work, whichever comes first
 
 Update = Callable[[float, str], None]
 
@@ -55,15 +56,15 @@ def progress_bar(what: str) -> Iterator[Update]:
 
 
 def _lines(what: str) -> Update:
-    said, said_at = "", 0.0
+    said, said_at, done = "", 0.0, 0.0
 
     def update(fraction: float, what: str) -> None:
-        nonlocal said, said_at
+        nonlocal said, said_at, done
         line = f"{fraction:4.0%}  {what}"
-        is_news = said[4:] != line[4:] or (fraction >= 1 and said != line)
+        is_news = said[4:] != line[4:] or fraction - done >= LINE_EVERY or (fraction >= 1 and said != line)
         if is_news or time.monotonic() - said_at > LINE_EVERY_S:
             click.echo(line, err=True)
-            said, said_at = line, time.monotonic()
+            said, said_at, done = line, time.monotonic(), fraction
 
     return update
 
@@ -85,10 +86,10 @@ def say_notes(error: BaseException | None) -> None:
         click.echo(note, err=True)
 
 
-def show_poll(answer: dict[str, Any], update: Update) -> None:
-    """Show one answer to a poll on the bar."""
+def show_poll(answer: dict[str, Any], update: Update, more: str = "") -> None:
+    """Show one answer to a poll on the bar, with `more` of what it is busy with."""
     progress = answer["progress"]
-    update(progress["done"] / max(1, progress["total"]), f"job {answer['status']}")
+    update(progress["done"] / max(1, progress["total"]), f"job {answer['status']}{': ' * bool(more)}{more}")
 
 
 def print_results(summary: Mapping[str, Any], folder: Path, as_json: bool) -> None:

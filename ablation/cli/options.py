@@ -123,18 +123,21 @@ def run_options(command: Command) -> Command:
     return _decorate(command, _RUN_OPTIONS)
 
 
-def home_option(command: Command) -> Command:
-    """Add `--home` to a command, which is called with `settings`."""
+def home_option(contents: str) -> Callable[[Command], Command]:
+    """Add `--home` to a command, which is called with `settings`; `contents` are the folders in it that it uses."""
 
-    @functools.wraps(command)
-    def with_settings(home: Path | None, **options: Any) -> Any:
-        return command(settings=load_settings(home), **options)
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_settings(home: Path | None, **options: Any) -> Any:
+            return command(settings=load_settings(home), **options)
 
-    option = click.option(
-        "--home", type=click.Path(path_type=Path, file_okay=False),
-        help="Folder of data/, checkpoints/, cache/, redis/, logs/.  [default: ABLATION_HOME or ~/.ablation]",
-    )  # fmt: skip
-    return _decorate(with_settings, [option])
+        option = click.option(
+            "--home", type=click.Path(path_type=Path, file_okay=False),
+            help=f"Folder of {contents}.  [default: ABLATION_HOME or ~/.ablation]",
+        )  # fmt: skip
+        return _decorate(with_settings, [option])
+
+    return decorate
 
 
 def force_option(command: Command) -> Command:
@@ -143,7 +146,7 @@ def force_option(command: Command) -> Command:
 
 
 TYPED = "ablation.typed"  # where the words of the command line are noted
-_PATHS = ("--root", "--weights", "--classes", "--home", "--out")  # options whose value may be a path
+PATHS = ("--root", "--weights", "--classes", "--home", "--out")  # options whose value may be a path
 
 
 def typed() -> list[str]:
@@ -163,7 +166,7 @@ def command_told() -> str:
     told: list[str] = []
     for word in typed():
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        takes_path = option in _PATHS if equals else bool(told) and told[-1] in _PATHS
+        takes_path = option in PATHS if equals else bool(told) and told[-1] in PATHS
         if value and (takes_path or value.startswith(("/", "~/"))):
             word = f"{option}{equals}{Path(value).name or value}"
         if word not in ("--force", "--resume"):

@@ -34,7 +34,7 @@ from worker.settings import Settings
 @spec_options
 @run_options
 @click.option("--device", help="torch device: cpu, cuda, cuda:1.  [default: CUDA if there is one]")
-@home_option
+@home_option("data/, checkpoints/ and cache/")
 @out_option("ablation-out")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run of the same job has kept in --out.")
 @force_option
