@@ -6,6 +6,7 @@ had them. Not here: how the files are written (`export.py`). Torch-free: the API
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,10 +111,17 @@ def _read_beside(file: Path) -> dict[str, Any]:
     """What a CSV is about: from the file of its own name beside it, else from the summary in the same folder."""
     own, summary = file.with_name(file.name + BESIDE), file.with_name(SUMMARY)
     if own.is_file():
-        return json.loads(own.read_text("utf-8"))["notes"][0]
+        return _take(own, lambda told: told["notes"][0])
     if not summary.is_file():
         raise _wrong(file, f"A CSV has numbers alone: {SUMMARY} or {own.name} must be beside it, which say of what.")
-    return json.loads(summary.read_text("utf-8"))[ABOUT]
+    return _take(summary, lambda told: told[ABOUT])
+
+
+def _take(file: Path, find: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return find(json.loads(file.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise _wrong(file, f"{file.name} does not say what the table is of (earlier versions left that out).") from None
 
 
 def _arrays(table: "pa.Table") -> dict[str, np.ndarray]:

@@ -26,7 +26,8 @@ from ablation.plan import Plan, Shard
 from ablation.precision import fit
 from ablation.sites import Sites
 
-FILL_SHARE = 0.5  # of a shard's progress, where all of its activations are missing
+READY_SHARE = 0.05  # of a shard's progress, once it is ready for its first batch
+FILL_SHARE = 0.5  # of the rest, where all of its activations are missing
 N_CHECKED = 32  # examples at the beginning of a split that the model is checked on
 
 
@@ -57,10 +58,11 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
         setup = make_setup(job, job.sites[rows])
         at_once = job.plan.gradient_batch_size or job.plan.batch_size
         statistics = open_statistics(find_statistics(job.spec.criteria), setup, at_once)
-        filled, batches = 0.0, read(job, shard.split, positions)
+        on_batch(READY_SHARE)
+        filled, batches = READY_SHARE, read(job, shard.split, positions)
         if isinstance(path, HasPrefix) and (notes := notes_of(job, shard)):
-            filled = FILL_SHARE * len(notes.missing()) / len(notes.batches)
-            fill(job, shard, path, notes, lambda part: on_batch(filled * part))
+            filled += (1 - READY_SHARE) * FILL_SHARE * len(notes.missing()) / len(notes.batches)
+            fill(job, shard, path, notes, lambda part: on_batch(READY_SHARE + (filled - READY_SHARE) * part))
             if not statistics:  # which need the inputs themselves
                 batches = read_noted(job, shard, notes)
         return run_batches(

@@ -6,6 +6,7 @@ stderr, results on stdout. A terminal may show a bar and tables; a file gets pla
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,13 +31,15 @@ Update = Callable[[float, str], None]
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Update]:
+def progress_bar(what: str, *, is_ticking: bool = False) -> Iterator[Update]:
     """Context with a progress bar to call with (fraction done, description); prints lines where there is no terminal.
 
     It draws only when it is called and uses no thread, since services are started from the calling thread meanwhile.
+    Where none are, it may be `is_ticking`: lines then come from a thread, too, while nothing calls it for long.
     """
     if not _is_screen(sys.stderr):
-        yield _lines(what)
+        with _lines(is_ticking) as say:
+            yield say
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -55,18 +58,33 @@ def progress_bar(what: str) -> Iterator[Update]:
         yield update
 
 
-def _lines(what: str) -> Update:
+@contextmanager
+def _lines(is_ticking: bool) -> Iterator[Update]:
+    """Context with a function that prints lines: what is new, and every `LINE_EVERY_S` where the work stands."""
     said, said_at, done = "", 0.0, 0.0
+    last: tuple[float, str] | None = None
+    lock, is_over = threading.Lock(), threading.Event()
 
     def update(fraction: float, what: str) -> None:
-        nonlocal said, said_at, done
-        line = f"{fraction:4.0%}  {what}"
-        is_news = said[4:] != line[4:] or fraction - done >= LINE_EVERY or (fraction >= 1 and said != line)
-        if is_news or time.monotonic() - said_at > LINE_EVERY_S:
-            click.echo(line, err=True)
-            said, said_at, done = line, time.monotonic(), fraction
+        nonlocal said, said_at, done, last
+        with lock:
+            line, last = f"{fraction:4.0%}  {what}", (fraction, what)
+            is_news = said[4:] != line[4:] or fraction - done >= LINE_EVERY or (fraction >= 1 and said != line)
+            if is_news or time.monotonic() - said_at > LINE_EVERY_S:
+                click.echo(line, err=True)
+                said, said_at, done = line, time.monotonic(), fraction
 
-    return update
+    def tick() -> None:
+        while not is_over.wait(min(1.0, LINE_EVERY_S)):
+            if last:
+                update(*last)
+
+    if is_ticking:
+        threading.Thread(target=tick, name="progress", daemon=True).start()
+    try:
+        yield update
+    finally:
+        is_over.set()
 
 
 def _is_screen(stream: TextIO) -> bool:

@@ -44,14 +44,14 @@ def results_folder(folder: Path) -> Iterator[Held]:
         ServiceError: the folder can't be created or written to.
     """
     was_there = folder.exists()
-    make_writable(folder, "--out")
-    for name in RESULT_FILES:
-        if (folder / name).is_dir():
-            raise ServiceError(
-                f"--out: got {str(folder)!r}; allowed: a folder that our files can be written to. ({name} in it is a "
-                "folder.) Choose another with --out."
-            )
     try:
+        make_writable(folder, "--out")
+        for name in RESULT_FILES:
+            if (folder / name).is_dir():
+                raise ServiceError(
+                    f"--out: got {str(folder)!r}; allowed: a folder that our files can be written to. ({name} in it is "
+                    "a folder.) Choose another with --out."
+                )
         yield Held(folder)
     except BaseException:
         if not was_there:

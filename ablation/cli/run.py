@@ -68,7 +68,7 @@ def run(
             again=command_again(),
         ) as kept,
     ):
-        with progress_bar("starting") as update:
+        with progress_bar("starting", is_ticking=True) as update:
             from ablation.devices import find_device  # torch is loaded while the bar is shown
             from ablation.export import write_csv, write_parquet
             from ablation.job import Begin, say_date

@@ -85,9 +85,9 @@ class Shards:
 
     def clear(self) -> None:
         """Remove everything but the lock."""
-        for file in self.folder.glob("*"):
+        for file in [*self.folder.glob(SUMS), *self.folder.glob("*")]:  # the job last: without it, sums are of nothing
             if file.name != LOCK:
-                file.unlink()
+                file.unlink(missing_ok=True)
         self.job, self.done, self.seconds = None, {}, 0.0
 
     def find_plan(self, n_halved: int) -> Plan | None:
@@ -196,6 +196,7 @@ def keeping(held: Held, asked: Mapping[str, Any], *, resume: bool, force: bool, 
                     f"  {again}"
                 )
             raise
+        shards.clear()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -123,7 +123,7 @@ def take_plain_parquet(folder: Path) -> None:
         (lambda folder: None, "summary.json", "Give the table itself."),
         (lambda folder: [path.unlink() for path in folder.iterdir()], "", "neither utility.parquet nor utility.csv"),
         (lambda folder: (folder / "summary.json").unlink(), "utility.csv", "summary.json or utility.csv-metadata.json"),
-        (lambda folder: (folder / "summary.json").write_text("{}"), "utility.csv", "can't be read: 'about'"),
+        (lambda folder: (folder / "summary.json").write_text("{}"), "utility.csv", "does not say what the table"),
         (break_parquet, "", "utility.parquet can't be read: "),
         (take_plain_parquet, "", "does not say what it is of"),
         (take_other_csv, "utility.csv", "belong to different jobs"),

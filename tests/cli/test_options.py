@@ -43,7 +43,8 @@ def read(*arguments: str) -> JobSpec:
 def test_every_option_reaches_the_spec() -> None:
     spec = read(
         "--weights", "IMAGENET1K_V1", "--model-seed", "3", "--root", "somewhere", "--train", "50/class",
-        "--test", "all", "--data-seed", "4", "--bad-images", "skip", "--check-images", "full", "--sites", "4096", "--seed", "5", "--value", "-0.25",
+        "--test", "all", "--data-seed", "4",
+        "--bad-images", "skip", "--check-images", "full", "--sites", "4096", "--seed", "5", "--value", "-0.25",
         "--precision", "float64", "--verify", "2", "--top1", "--label-smoothing", "0.1", "--class-weights", "1,0,2.5",
     )  # fmt: skip
     assert spec == make_spec(
