@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ablation.errors import ServiceError, SpecError
-from ablation.results import CSV, PARQUET, RESULT_FILES, SUMMARY
+from ablation.results import CSV, PARQUET, RESULT_FILES, SUMMARY, UNFINISHED
 from worker.settings import make_writable
 
 Writer = Callable[[BinaryIO], None]
@@ -23,6 +23,17 @@ class Held:
     """A folder for results that can be written to."""
 
     folder: Path
+
+    def check_free(self, *, force: bool) -> None:
+        """Check that neither results nor an unfinished job are in it, unless `force` is given.
+
+        Raises:
+            SpecError: there are.
+        """
+        self.check_empty(force=force)
+        if (self.folder / UNFINISHED).is_dir() and not force:
+            next_step = "Finish it with `ablation run --resume`, choose another with --out, or use --force."
+            raise SpecError("--out", str(self.folder), "a folder without an unfinished job", next_step)
 
     def check_empty(self, *, force: bool) -> None:
         """Check that no results are in it, unless `force` is given, with which they will be replaced.

@@ -95,6 +95,7 @@ def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None,
         engine,
         batch_size,
         is_shared=False,
+        is_kept=True,
         machine=measure_machine(settings.memory_bytes),
     )
     with located(spec, settings.folders) as (spec, folders):

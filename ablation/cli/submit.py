@@ -24,7 +24,7 @@ def submit(server: str, spec: JobSpec, out: Path, force: bool, as_json: bool) ->
     --root is a folder below the server's data folder. Ctrl-C leaves the job running and says how to follow it.
     """
     with results_folder(out) as held, Client(server) as client:
-        held.check_empty(force=force)
+        held.check_free(force=force)
         job = client.post(spec)
         click.echo(f"Job {job['id']}: {client.server}{job['urls']['self']}", err=True)
         try:

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from click.testing import CliRunner
 
+from ablation.cli.commands import commands
 from ablation.cli.files import RESULT_FILES, results_folder, write_results
 from ablation.errors import ServiceError, SpecError, WriteError
 
@@ -83,4 +85,20 @@ def test_results_are_not_replaced_unless_that_is_asked_for(tmp_path: Path, name:
             held.check_empty(force=False)
     (tmp_path / name).rename(tmp_path / "mine.txt")
     with results_folder(tmp_path) as held:
-        held.check_empty(force=False)
+        held.check_free(force=False)
+        (tmp_path / ".shards").mkdir()
+        held.check_free(force=True)
+        with pytest.raises(SpecError, match="a folder without an unfinished job"):
+            held.check_free(force=False)
+
+
+def test_submit_asks_before_it_sends_anything(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").touch()
+    job = ["--model", "digits_alexnet", "--layer", "fc2", "--data", "digits", "--test", "all", "--sites", "3"]
+    server = ["--server", "http://127.0.0.1:9", "--out", str(tmp_path)]
+    refused = CliRunner().invoke(commands, ["submit", *job, *server])
+    assert refused.exit_code == 2
+    assert "summary.json is in it. Choose another with --out, or replace what is there with --force." in refused.stderr
+    assert (
+        CliRunner().invoke(commands, ["submit", *job, *server, "--force"]).exit_code == 1
+    )  # nobody is at that address
