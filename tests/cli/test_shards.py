@@ -247,10 +247,20 @@ def test_a_long_job_on_a_whole_layer_is_cut_so_that_little_is_lost(home: Path, t
 # --- real processes, real signals, a real limit -------------------------------------------------------------------
 
 
-def start(out: Path, home: Path, *options: str, job: list[str], **more: Any) -> "subprocess.Popen[str]":
+def start(
+    out: Path, home: Path, *options: str, job: list[str], limit_bytes: int | None = None
+) -> "subprocess.Popen[str]":
+    """`ablation run` in a process of its own; files beyond `limit_bytes` end for it as on a full disk."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a suite in a shell's background has ignored
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
     command = [*ABLATION, "run", *job, "--home", str(home), "--out", str(out), *options]
     environment = plain_environment(ABLATION_THREADS="1", ABLATION_SHARD_S="0.05", PYTHONUNBUFFERED="1")
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, preexec_fn=prepare, **pipes)
 
 
 SLOW = ["--model", "digits_alexnet", "--layer", "conv2", "--data", "digits", "--test", "200", "--sites", "60",
@@ -300,20 +310,10 @@ def test_sigterm_and_a_closed_terminal_end_as_ctrl_c_does() -> None:
         assert signal.getsignal(number) == before
 
 
-def limit_files() -> None:
-    """Let no file of this process grow beyond 20 kB: writing more fails, as it does on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-
-def forbid_files() -> None:
-    """Let this process write nothing to any file."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
-
 def test_where_no_room_is_left_the_file_and_what_is_kept_are_named(tmp_path: Path, home: Path) -> None:
     """The sums of 300 sites take 9 kB, their CSV takes 20 kB."""
     out = tmp_path / "out"
-    with start(out, home, job=[*JOB[:-1], "300"], preexec_fn=limit_files) as process:
+    with start(out, home, job=[*JOB[:-1], "300"], limit_bytes=20_000) as process:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 1, said
     error, kept, command = said.splitlines()[-3:]
@@ -330,7 +330,7 @@ def test_where_no_room_is_left_the_file_and_what_is_kept_are_named(tmp_path: Pat
 
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, home: Path) -> None:
-    with start(tmp_path / "out", home, job=JOB, preexec_fn=forbid_files) as process:
+    with start(tmp_path / "out", home, job=JOB, limit_bytes=0) as process:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert said.startswith(
