@@ -9,10 +9,11 @@
     sites       list weights, draw sampled ones    layers      what a model's layers are, the path each takes
     cost, machine   costs; pace and memory here    table       one frozen row per site
     plan        spec + shapes -> shards            statistics, export   read the table only
-    views       what is told of models and plans   plots       a figure of the table
-    precision   float64 from the target on         devices     what torch finds here to compute on
-    loss        one number from each example       job         a job with its model and data loaded
-    reference   zero, forward, restore: the truth  shard       run one shard of a job
+    views       what is told of models and plans   results     the files of a job that is done, and back from them
+    precision   float64 from the target on         plots       a figure of the table
+    loss        one number from each example       compiling, devices   told of loops; what torch finds here
+    reference   zero, forward, restore: the truth  job         a job with its model and data loaded
+                                                   shard       run one shard of a job
                                                    proof, memory   check a job; begin it again where memory runs out
                                                    run         the whole walk on one screen
                                                    notebook    `ablation.ablate` and the table it returns
@@ -24,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ablation.inputs.data import load_data
     from ablation.inputs.models import load_model
-    from ablation.notebook import ablate
+    from ablation.notebook import ablate, open_results
 
-__all__ = ["ablate", "load_data", "load_model"]
+__all__ = ["ablate", "load_data", "load_model", "open_results"]
 
 
 def __getattr__(name: str) -> Any:  # torch is loaded when it is first needed, so that `import ablation` is quick
@@ -34,6 +35,10 @@ def __getattr__(name: str) -> Any:  # torch is loaded when it is first needed, s
         from ablation.notebook import ablate
 
         return ablate
+    if name == "open_results":
+        from ablation.notebook import open_results
+
+        return open_results
     if name == "load_model":
         from ablation.inputs.models import load_model
 

@@ -76,6 +76,13 @@ def describe_device(where: torch.device) -> str:
     return f"{where} ({found.name}, {found.total_memory / 1e9:.0f} GB)"
 
 
+def name_hardware(where: torch.device) -> str:
+    """The name of the hardware that the last bits of numbers depend on: of a processor with its instruction set."""
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
+    return f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

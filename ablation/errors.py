@@ -6,6 +6,7 @@ AblationError
 ├── DataError         a data set or an example can't be used; the message says which
 │   └── ExampleError  one example can't be used; `.position` says which
 ├── CheckpointError   a checkpoint file can't be loaded into the model
+├── WriteError        a file can't be written (a full disk); the message names it
 ├── ProofError        the job's own check against the reference failed; both numbers are in the message
 ├── OutOfMemory       memory ran out, and no smaller batch would help
 ├── Unfit             this worker's model, data or versions differ from those that the job was begun with
@@ -75,6 +76,19 @@ class ExampleError(DataError):
 
 class CheckpointError(AblationError):
     """A checkpoint file can't be loaded into the model."""
+
+
+class WriteError(AblationError, OSError):
+    """A file can't be written: a full disk, a folder that is missing or that may not be written to."""
+
+    def __init__(self, path: object, error: OSError) -> None:
+        super().__init__(
+            f"{path} can't be written: {error.strerror or error}. Make room for it, or choose another place."
+        )
+        self.path, self.cause, self.errno = path, error, error.errno
+
+    def __reduce__(self) -> tuple[type, tuple[object, OSError]]:
+        return (type(self), (self.path, self.cause))
 
 
 class ProofError(AblationError):

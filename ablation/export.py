@@ -1,6 +1,7 @@
 """Tables as CSV and Parquet, streamed in constant memory, and files that are written whole or not at all.
 
-In: a table, or its columns block by block. Out: bytes, the same for the same numbers.
+In: a table, or its columns block by block. Out: bytes, the same for the same numbers. A Parquet file also says what it
+is of: its metadata has the table's `about` as JSON.
 Torch-free: the API streams tables.
 
 CSV is RFC 4180 with LF: header unquoted, numbers never quoted. A float is written as Python's `repr` writes it: the
@@ -12,7 +13,8 @@ reads as floats. NaN is an empty field. Arrow takes a quarter of the time of a l
 import io
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +25,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from jaxtyping import Bool, Float64, Num
 
-from ablation.table import Columns, ImportanceTable, count_rows, cut_rows
+from ablation.errors import WriteError
+from ablation.table import ABOUT, Columns, ImportanceTable, count_rows, cut_rows, encode_json
 
 ROWS_AT_A_TIME = 1 << 16  # 10 MB of CSV
 _PLAIN = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
@@ -103,13 +106,18 @@ def write_csv(table: ImportanceTable, stream: BinaryIO) -> None:
         stream.write(chunk)
 
 
-def parquet_chunks(blocks: Iterable[Columns]) -> Iterator[bytes]:
-    """Yield a Parquet file (zstd) of blocks of rows. NaN stays NaN, so every number keeps its bits."""
+def parquet_chunks(blocks: Iterable[Columns], about: Mapping[str, Any] | None = None) -> Iterator[bytes]:
+    """Yield a Parquet file (zstd) of blocks of rows. NaN stays NaN, so every number keeps its bits.
+
+    `about` goes into the metadata of the file, so the bytes are the same for the same job and not for the same rows.
+    """
     sink, writer = _Sink(), None
     for block in blocks:
         for rows in _cut(block):
             batch = pa.record_batch({name: _numbers(values) for name, values in rows.items()})
-            writer = writer or pyarrow.parquet.ParquetWriter(sink, batch.schema, compression="zstd")
+            if writer is None:
+                schema = batch.schema if about is None else batch.schema.with_metadata({ABOUT: encode_json(about)})
+                writer = pyarrow.parquet.ParquetWriter(sink, schema, compression="zstd")
             writer.write_batch(batch)
             yield sink.take()
     if writer is not None:
@@ -119,7 +127,7 @@ def parquet_chunks(blocks: Iterable[Columns]) -> Iterator[bytes]:
 
 def write_parquet(table: ImportanceTable, stream: BinaryIO) -> None:
     """Write the table as Parquet."""
-    for chunk in parquet_chunks([table.columns]):
+    for chunk in parquet_chunks([table.columns], table.about):
         stream.write(chunk)
 
 
@@ -149,14 +157,37 @@ class _Sink(io.RawIOBase):
         return b"".join(pieces)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a file that appears at `path` when it is complete, and not at all if anything goes wrong."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+Writer = Callable[[BinaryIO], None]
+
+
+def write_whole(path: Path, write: Writer) -> None:
+    """Let `write` fill a file that appears at `path` when it is complete, and not at all if anything goes wrong.
+
+    Raises:
+        WriteError: the file can't be written; the message names it.
+    """
+    write_all({path: write})
+
+
+def write_all(files: Mapping[Path, Writer]) -> None:
+    """Write several files, which appear at their paths when all of them are complete.
+
+    Raises:
+        WriteError: one of them can't be written; the message names it.
+    """
+    with ExitStack() as unfinished:
+        parts = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}.part") for path in files}
+        for path, write in files.items():
+            unfinished.callback(parts[path].unlink, missing_ok=True)
+            try:
+                with parts[path].open("xb") as stream:
+                    write(stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError as error:
+                raise WriteError(path, error) from error
+        for path, part in parts.items():
+            try:
+                os.replace(part, path)
+            except OSError as error:
+                raise WriteError(path, error) from error

@@ -6,10 +6,12 @@ In: any PyTorch model and data. Out: a `Table`, which is an `ImportanceTable` wi
 import copy
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -21,12 +23,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ablation import baseline
 from ablation.devices import find_device
 from ablation.errors import DataError, ModelError, SpecError
-from ablation.export import write_csv, write_parquet, write_whole
+from ablation.export import write_all, write_csv, write_parquet, write_whole
 from ablation.inputs.catalog import ModelFacts
 from ablation.inputs.checkpoints import say_some
 from ablation.inputs.classes import listed_classes
 from ablation.inputs.data import Relabelled, as_dataset, classes_of, load_batches
-from ablation.job import Split, make_job
+from ablation.job import Begin, Job, Split, find_hashes, make_job, say_date
 from ablation.layers import describe_model
 from ablation.loss import Loss, read_loss
 from ablation.machine import Machine, find_memory
@@ -35,6 +37,7 @@ from ablation.plan import Plan, PlanOptions, SplitCounts, make_plan
 from ablation.plots import make_figure
 from ablation.precision import fit, left_alone
 from ablation.reference import intact_logits
+from ablation.results import BESIDE, describe_csv, read_results
 from ablation.run import run_job
 from ablation.spec import FORMS, SPLITS, make_spec
 from ablation.statistics import make_summary
@@ -44,12 +47,26 @@ from ablation.table import ImportanceTable
 class Table(ImportanceTable):
     """One row per site, in the order of the sites; `columns` and `about` as in `ImportanceTable`."""
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write the CSV, whole or not at all."""
-        write_whole(Path(path), lambda stream: write_csv(self, stream))
+    def to_csv(self, path: str | Path, *, about: bool = False) -> None:
+        """Write the CSV, whole or not at all; `about`: and beside it, as `NAME.csv-metadata.json`, what it is of.
+
+        A CSV has the numbers alone: `open_results` takes one with that file beside it.
+
+        Raises:
+            WriteError: it can't be written.
+        """
+        path = Path(path)
+        files = {path: lambda stream: write_csv(self, stream)}
+        if about:
+            files[path.with_name(path.name + BESIDE)] = _writer(describe_csv(path.name, self))
+        write_all(files)
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write the same columns as a Parquet file, whole or not at all."""
+        """Write the same columns as a Parquet file, whole or not at all; its metadata has `about`.
+
+        Raises:
+            WriteError: it can't be written.
+        """
         write_whole(Path(path), lambda stream: write_parquet(self, stream))
 
     def to_pandas(self) -> pd.DataFrame:
@@ -63,6 +80,13 @@ class Table(ImportanceTable):
     def plot(self) -> Figure:
         """Importance against magnitude, and train against test."""
         return make_figure(self)
+
+
+def _writer(text: bytes) -> Callable[[BinaryIO], None]:
+    def write(stream: BinaryIO) -> None:
+        stream.write(text)
+
+    return write
 
 
 @torch.inference_mode(False)  # tensors made under it keep no version, which caches go by
@@ -137,6 +161,7 @@ def ablate(
         >>> bool(abs(table.columns["utility_test"] - truth.columns["utility_test"]).max() < 1e-6)
         True
     """
+    begin = Begin(date=say_date(datetime.now(UTC)))
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module.")
     read = {name: _make_split(name, splits[name]) for name in _check_names(splits)}
@@ -175,17 +200,53 @@ def ablate(
         columns = (TextColumn("ablating {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, transient=True, console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task(f"{plan.n_sites} weights of {layer} ({plan.path})", total=1.0)
-            return _as_table(
-                run_smaller(
-                    lambda n_halved: replace(make_job(spec, cut(n_halved), work, read, loss_object), warnings=warnings),
-                    lambda job: run_job(job, on_progress=lambda fraction: bar.update(task, completed=fraction)),
-                    may_halve=batch_size is None,
-                )
+
+            def make(n_halved: int) -> Job:
+                job = make_job(spec, cut(n_halved), work, read, loss_object)
+                return replace(job, begin=begin, warnings=warnings)
+
+            table = run_smaller(
+                make,
+                lambda job: run_job(job, on_progress=lambda fraction: bar.update(task, completed=fraction)),
+                may_halve=batch_size is None,
             )
+        return Table(columns=table.columns, about=_with_hashes(table.about, find_hashes(work, read)))
 
 
-def _as_table(table: ImportanceTable) -> Table:
-    return Table(columns=table.columns, about=table.about)
+def open_results(path: str | os.PathLike[str]) -> Table:
+    """The table of a job that has been run before, from the files that it left.
+
+    Args:
+        path: a folder that `ablation run --out` (or `submit`, `demo`) wrote; `utility.parquet` or `utility.csv` in it;
+            a Parquet file from anywhere, which says by itself what it is of; or a CSV that `to_csv` wrote with
+            `about=True`.
+
+    Returns:
+        One row per site: the columns and `about` of the table that was written, with the same types and bits, so that
+        `summary`, `plot` and `to_csv` give what they gave then. In `about`, NaN and infinite numbers are None.
+
+    Raises:
+        SpecError: there are no results at this path, or what is there does not belong together.
+
+    Example:
+        >>> import tempfile, torch, ablation
+        >>> data = torch.randn(50, 4), torch.randint(3, (50,))
+        >>> table = ablation.ablate(torch.nn.Linear(4, 3), "weight", {"test": data}, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table.to_parquet(f"{folder}/linear.parquet")
+        ...     again = ablation.open_results(f"{folder}/linear.parquet")
+        >>> again.about["model"]["hash"] == table.about["model"]["hash"]
+        True
+    """
+    rows, about = read_results(Path(path).expanduser())
+    return Table(columns=rows, about=about)
+
+
+def _with_hashes(about: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, Any]:
+    """What a table is about, with the hashes of the caller's model and data."""
+    splits = {name: {**split, "fingerprint": found.get(name)} for name, split in about["data"]["splits"].items()}
+    model = {**about["model"], "hash": found.get("model")}
+    return {**about, "model": model, "data": {**about["data"], "splits": splits}}
 
 
 def _check_names(splits: Mapping[str, Any]) -> list[str]:

@@ -105,6 +105,12 @@ class Gathered:
             self.arrays[name][rows] += values
         self.totals[sites] = (before[0] + more[0], before[1] + more[1], before[2] + more[2], before[3] + more[3])
 
+    def block(self, sites: tuple[int, int]) -> PartialSums:
+        """What has been added so far for these rows; its arrays are those of the running sums themselves."""
+        n_examples, n_correct, loss, left_out = self.totals[sites]
+        totals = {"n_examples": n_examples, "n_correct": n_correct, "loss": loss, "left_out": left_out}
+        return make_partial(totals, {name: values[slice(*sites)] for name, values in self.arrays.items()})
+
     def finish(self) -> PartialSums:
         """The sums over all examples that were added, for all sites.
 

@@ -156,8 +156,9 @@ class PlanOptions:
 
     `threads` of a worker decide the last bits of the results. A shard aims at `shard_s` seconds. `engine` is a path, or
     "auto"; `batch_size` None leaves it to the plan. `is_shared`: several processes may run the job, so it is cut for
-    them. What is carried at once is halved `n_halved` times, and more often where it would not fit into the memory of
-    the `machine`; its pace changes the estimate alone.
+    them. `is_kept`: finished shards are kept, so that a job that was interrupted goes on from there. What is carried at
+    once is halved `n_halved` times, and more often where it would not fit into the memory of the `machine`; its
+    pace changes the estimate alone.
     """
 
     threads: int
@@ -165,6 +166,7 @@ class PlanOptions:
     engine: str = "auto"
     batch_size: int | None = None
     is_shared: bool = True
+    is_kept: bool = False
     n_halved: int = 0
     machine: Machine = field(default_factory=Machine)
 
@@ -478,7 +480,10 @@ def _cut_split(work: _Work, split: SplitPlan, options: PlanOptions) -> list[Shar
     most_sites = PARTIAL_BYTES // _partial_bytes(split, work.spec)
     is_whole = work.path == "response" and work.spec.sites == "all"
     if work.is_by_rows:
-        return _cut_rows(split, layer, n_wanted, most_sites) if options.is_shared else _in_one(split, n_sites)
+        if options.is_shared:
+            return _cut_rows(split, layer, n_wanted, most_sites)
+        n_wanted = n_wanted if options.is_kept else 1  # each further one adds up the sums of all weights once more
+        return _cut(split, n_sites, work.batch_size, n_wanted, n_sites, row=n_sites)
     if not is_whole:
         return _cut(split, n_sites, work.batch_size, n_wanted, MAX_SITES_PER_SHARD, row=1)
     row = math.prod(layer.shape[1:])
@@ -524,11 +529,6 @@ def _cut_rows(split: SplitPlan, layer: LayerFacts, n_wanted: float, most_sites: 
         )
         for s, (first, last) in enumerate(blocks)
     ]
-
-
-def _in_one(split: SplitPlan, n_sites: int) -> list[Shard]:
-    """One shard: where one process does it all, each further one would only run the rest of the head again."""
-    return [Shard(id=f"{split.name}-0-0", split=split.name, examples=(0, split.n_examples), sites=(0, n_sites))]
 
 
 def _partial_bytes(split: SplitPlan, spec: JobSpec) -> int:

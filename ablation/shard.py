@@ -20,13 +20,14 @@ from ablation.engine.interface import EnginePath, HasPrefix, Setup
 from ablation.engine.paths import open_path
 from ablation.errors import DataError, ExampleError
 from ablation.inputs.data import load_batches, name_example
-from ablation.job import Job, Split
+from ablation.job import Job, Split, check_pictures
 from ablation.partial import PartialSums
 from ablation.plan import Plan, Shard
 from ablation.precision import fit
 from ablation.sites import Sites
 
-FILL_SHARE = 0.5  # of a shard's progress, where all of its activations are missing
+READY_SHARE = 0.05  # of a shard's progress, once it is ready for its first batch
+FILL_SHARE = 0.5  # of the rest, where all of its activations are missing
 N_CHECKED = 32  # examples at the beginning of a split that the model is checked on
 
 
@@ -40,6 +41,8 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     n_sites = rows.stop - rows.start
     positions = np.arange(first, last)
     with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
+        if shard == job.plan.shards[0]:
+            check_pictures(job, lambda part: on_batch(0.0))
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
             n_checked = min(N_CHECKED, max(2, job.plan.batch_size))  # with one alone, no batch mates would be seen
@@ -55,10 +58,11 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
         setup = make_setup(job, job.sites[rows])
         at_once = job.plan.gradient_batch_size or job.plan.batch_size
         statistics = open_statistics(find_statistics(job.spec.criteria), setup, at_once)
-        filled, batches = 0.0, read(job, shard.split, positions)
+        on_batch(READY_SHARE)
+        filled, batches = READY_SHARE, read(job, shard.split, positions)
         if isinstance(path, HasPrefix) and (notes := notes_of(job, shard)):
-            filled = FILL_SHARE * len(notes.missing()) / len(notes.batches)
-            fill(job, shard, path, notes, lambda part: on_batch(filled * part))
+            filled += (1 - READY_SHARE) * FILL_SHARE * len(notes.missing()) / len(notes.batches)
+            fill(job, shard, path, notes, lambda part: on_batch(READY_SHARE + (filled - READY_SHARE) * part))
             if not statistics:  # which need the inputs themselves
                 batches = read_noted(job, shard, notes)
         return run_batches(

@@ -104,6 +104,15 @@ class DataSpec(Record):
     )
     train: SplitSpec | None = None
     test: SplitSpec | None = None
+    bad_images: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="what becomes of picture files that can't be read: the job is refused, or they are left out, "
+        "counted and listed in the result",
+    )
+    check_images: Literal["headers", "full"] = Field(
+        default="headers",
+        description="how picture files are checked before the work: their headers and ends, or whole",
+    )
 
     @model_validator(mode="after")
     def _has_a_split(self) -> "DataSpec":

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float64
 from scipy.special import bdtr, bdtrc
 
 from ablation.criteria import find_criteria
-from ablation.table import ImportanceTable
+from ablation.table import ImportanceTable, as_plain
 
 FEWEST_SITES = 3  # two always correlate by 1 or -1
 WANTED_CEILINGS = (0.9, 0.99)
@@ -28,7 +28,7 @@ OTHER_SIZES = (100, 1_000, 10_000, 100_000)  # examples per split, for the ceili
 
 
 def make_summary(table: ImportanceTable) -> dict[str, Any]:
-    """Summarise a job as plain JSON."""
+    """Summarise a job as plain JSON. `about` is the table's own; an error of the proof that is infinite is None."""
     plan, splits = table.about["plan"], list(table.about["baseline"])
     summary = {
         "sites": len(table),
@@ -45,9 +45,10 @@ def make_summary(table: ImportanceTable) -> dict[str, Any]:
             criterion.name: {split: compare_criterion(table, criterion.name, split) for split in splits}
             for criterion in find_criteria(table.about["spec"]["criteria"])
         },
-        "proof": _plain(table.about["proof"]),
+        "proof": as_plain(table.about["proof"]),
         "not_finite": table.about["n_not_finite"],
         "seconds": table.about["seconds"],
+        "about": as_plain(table.about),
     }
     return summary | ({"train_test": compare_splits(table)} if len(splits) == 2 else {})
 
@@ -94,13 +95,6 @@ def _is_cross_entropy(table: ImportanceTable) -> bool:
     return loss == "cross_entropy" or (loss.get("name") == "cross_entropy" and not loss.get("class_weights"))
 
 
-def _plain(proof: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Replace infinity by None: an error is infinite where the reference is 0 and the engine is not (in float32)."""
-    if proof is None:
-        return None
-    return {key: value if value is None or math.isfinite(value) else None for key, value in proof.items()}
-
-
 def describe_split(table: ImportanceTable, split: str) -> dict[str, Any]:
     """Baseline, counts and mean utility of one split, over the sites that were run."""
     baseline, variation = table.about["baseline"][split], measure_variation(table, split)
@@ -110,6 +104,7 @@ def describe_split(table: ImportanceTable, split: str) -> dict[str, Any]:
         after = (baseline["loss"] + utility).astype(np.float32)
     return {
         **baseline,
+        "skipped": table.about.get("data", {}).get("splits", {}).get(split, {}).get("n_skipped", 0),
         "provably_without_effect": int((table.columns[f"touched_{split}"] == 0).sum()),
         "float32_would_call_zero": int((after == np.float32(baseline["loss"])).sum()),
         "negative": int((utility < 0).sum()),
@@ -291,6 +286,10 @@ def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for split, found in summary["splits"].items():
         examples = f"{found['n_examples']:,} example{'s' if found['n_examples'] > 1 else ''}"
         lines.append((f"{split}: intact", f"loss {found['loss']:.6g}, accuracy {found['accuracy']:.2%} ({examples})"))
+        if found["skipped"]:
+            names = [*summary["about"]["data"]["splits"][split]["skipped"]]
+            which = ", ".join(names[:3]) + (", ..." if found["skipped"] > 3 else "")
+            lines.append((f"{split}: left out", f"{found['skipped']:,} that can't be read: {which}"))
         lines.append((f"{split}: |utility| with |w|", _say_correlations(summary["magnitude"][split])))
         for name, found_by_split in summary["criteria"].items():
             lines.append((f"{split}: utility with {name}", _say_correlations(found_by_split[split])))

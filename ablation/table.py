@@ -7,6 +7,8 @@ A whole layer has millions of rows. Only the numbers that can't be computed are 
 one split, instead of 64); code that reads a whole table does so a slice at a time (`cut_rows`).
 """
 
+import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,8 @@ from jaxtyping import Bool, Float, Float64, Int64
 
 from ablation.criteria import Criterion, find_criteria
 from ablation.partial import PartialSums
+
+ABOUT = "about"  # its name where it is written: in a summary, and in the metadata of a Parquet file
 
 COORDINATES = {  # by the rank of the parameter tensor
     1: ("out",),
@@ -78,6 +82,25 @@ def coordinate_names(shape: tuple[int, ...]) -> tuple[str, ...]:
     return COORDINATES.get(len(shape), tuple(f"axis{axis}" for axis in range(len(shape))))
 
 
+def make_rows(columns: Columns, shape: tuple[int, ...]) -> Rows:
+    """The rows whose columns, all of them, were read from a file; `shape` is of the parameter tensor.
+
+    Raises:
+        ValueError: these are not the columns of rows of such a tensor, in their order.
+    """
+    index = columns["index"]
+    is_whole = len(index) == math.prod(shape) and bool((index == np.arange(len(index))).all())
+    kept = {} if is_whole else {"index": index}
+    kept["weight"] = _narrow(columns["weight"])
+    followed = {"index", "weight", "magnitude", *coordinate_names(shape)}
+    for name in [name for name in columns if name not in followed]:
+        kept[name] = columns[name] if columns[name].dtype.kind == "f" else columns[name].astype(np.int32)
+    rows = Rows(kept, shape, 0 if is_whole else None)
+    if [*rows] != [*columns]:
+        raise ValueError(f"a parameter of shape {shape} has the columns {', '.join(rows)}")
+    return rows
+
+
 def count_rows(columns: Columns) -> int:
     """Number of rows of these columns."""
     return columns.n_rows if isinstance(columns, Rows) else len(next(iter(columns.values())))
@@ -97,7 +120,8 @@ class ImportanceTable:
     `about` is plain JSON: `spec`, `plan` (without its shards), `inputs` (in words: `weights`, `preprocessing`,
     `classes` {split: how they were matched}, `notes` on files, `warnings`), `baseline` {split: {n_examples, loss,
     accuracy, series_bound}}, `proof` (or None where no site was to be proved), `n_not_finite` (sites whose replacement
-    was not finite), `seconds`, `versions`.
+    was not finite), `seconds`, `versions`; and what it takes to do it again, as `job.describe_job` has it: `model`,
+    `data`, `device`, `date`, `command`.
     """
 
     columns: Columns
@@ -105,6 +129,20 @@ class ImportanceTable:
 
     def __len__(self) -> int:
         return count_rows(self.columns)
+
+
+def encode_json(value: Any) -> str:
+    """Encode as JSON, with null for NaN and infinity, which JSON doesn't have."""
+    return json.dumps(as_plain(value), allow_nan=False)
+
+
+def as_plain(value: Any) -> Any:
+    """Replace every number that is NaN or infinite by None, and tuples by lists, as they come back from JSON."""
+    if isinstance(value, Mapping):
+        return {name: as_plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_table(

@@ -33,6 +33,8 @@ _FULL_SPEC: dict[str, Any] = {
         "exif": "ignore",
         "train": "all",
         "test": {"per_class": 10, "seed": 0},
+        "bad_images": "refuse",
+        "check_images": "headers",
     },
     "sites": {"count": 64, "seed": 0},
     "value": "zero",
@@ -136,6 +138,7 @@ _COLUMNS = [
 
 _SPLIT_SUMMARY: dict[str, Any] = {
     "n_examples": 1297,
+    "skipped": 0,
     "loss": 0.015625,
     "accuracy": 0.9969,
     "series_bound": 0.0,
@@ -147,6 +150,56 @@ _SPLIT_SUMMARY: dict[str, Any] = {
 }
 
 _CORRELATIONS = {"pearson": 0.375, "spearman": 0.5, "pearson_touched": 0.375, "spearman_touched": 0.4375}
+
+_PROOF: dict[str, Any] = {
+    "n_sites": 8,
+    "n_examples": 8,
+    "arithmetic_error": 3.2e-07,
+    "arithmetic_bound": 0.0001,
+    "model_rounding_median": 1.5e-06,
+    "model_rounding_p99": 1.2e-05,
+    "sum_error": 2.1e-06,
+    "sum_bound": 0.01,
+}
+
+_BASELINE = ("n_examples", "loss", "accuracy", "series_bound")
+
+_ABOUT: dict[str, Any] = {
+    "spec": _FULL_SPEC,
+    "plan": {name: value for name, value in _PLAN.items() if name != "n_shards"},
+    "baseline": {
+        "train": {name: _SPLIT_SUMMARY[name] for name in _BASELINE},
+        "test": {**{name: _SPLIT_SUMMARY[name] for name in _BASELINE}, "n_examples": 100},
+    },
+    "proof": _PROOF,
+    "n_not_finite": 0,
+    "seconds": 1.75,
+    "model": {
+        "name": "digits_alexnet",
+        "kind": "DigitsAlexNet",
+        "weights": None,
+        "file": "digits_alexnet-1.safetensors",
+        "hash": "3b1f" * 16,
+    },
+    "data": {
+        "name": "digits",
+        "splits": {
+            "train": {
+                "kind": "Pictures", "n_examples": 1297, "n_available": 1297, "fingerprint": "a07c" * 16,
+                "n_skipped": 0, "skipped": {},
+            },
+            "test": {
+                "kind": "Pictures", "n_examples": 100, "n_available": 500, "fingerprint": "5e92" * 16,
+                "n_skipped": 0, "skipped": {},
+            },
+        },
+    },
+    "device": {"name": "cpu", "hardware": "AMD EPYC 9B14 (AVX512)"},
+    "versions": {"python": "3.11.7", "weight-ablation": "0.2.0", "torch": "2.9.0", "torchvision": "0.24.0",
+                 "numpy": "2.3.4", "numba": "0.62.1", "pillow": "12.0.0"},
+    "date": "2026-01-05T12:00:00Z",
+    "command": None,
+}  # fmt: skip
 
 _SUMMARY: dict[str, Any] = {
     "sites": 64,
@@ -163,18 +216,10 @@ _SUMMARY: dict[str, Any] = {
     "splits": {"train": _SPLIT_SUMMARY, "test": {**_SPLIT_SUMMARY, "n_examples": 100, "reliability": None}},
     "magnitude": {"train": _CORRELATIONS, "test": _CORRELATIONS},
     "criteria": {},
-    "proof": {
-        "n_sites": 8,
-        "n_examples": 8,
-        "arithmetic_error": 3.2e-07,
-        "arithmetic_bound": 0.0001,
-        "model_rounding_median": 1.5e-06,
-        "model_rounding_p99": 1.2e-05,
-        "sum_error": 2.1e-06,
-        "sum_bound": 0.01,
-    },
+    "proof": _PROOF,
     "not_finite": 0,
     "seconds": 1.75,
+    "about": _ABOUT,
     "train_test": {
         **_CORRELATIONS,
         "ceiling": None,

@@ -20,6 +20,7 @@ from ablation.errors import SpecError, nearest
 from ablation.export import csv_chunks, parquet_chunks
 from ablation.inputs.catalog import NOTHING, dataset_facts, dataset_names, model_facts, model_names
 from ablation.plan import Plan
+from ablation.results import name_file
 from ablation.spec import JobSpec
 from ablation.views import PlanView, layer_view, plan_view
 from api import document
@@ -146,7 +147,7 @@ def get_results(
 )
 def get_csv(job: JobDep, store: StoreDep) -> Response:
     """The whole table as CSV, streamed."""
-    return _unfinished(job) or _stream(job, store, csv_chunks, CSV, "utility.csv")
+    return _unfinished(job) or _stream(job, store, csv_chunks, CSV, "csv")
 
 
 @routes.get(
@@ -157,7 +158,11 @@ def get_csv(job: JobDep, store: StoreDep) -> Response:
 )
 def get_parquet(job: JobDep, store: StoreDep) -> Response:
     """The whole table as Parquet, streamed."""
-    return _unfinished(job) or _stream(job, store, parquet_chunks, PARQUET, "utility.parquet")
+
+    def encode(blocks: Blocks) -> Iterator[bytes]:
+        return parquet_chunks(blocks, store.about(job.id))
+
+    return _unfinished(job) or _stream(job, store, encode, PARQUET, "parquet")
 
 
 @routes.get(
@@ -177,6 +182,8 @@ def post_plan(spec: SpecDep, make_plan: PlannerDep) -> PlanView:
     plan = make_plan(spec)
     if plan is None:
         next_step = "Only a worker can count its examples: POST /v1/jobs, the job has its plan once one has looked."
+        if spec.data.name in dataset_names():
+            raise SpecError("data.bad_images", spec.data.bad_images, "'refuse'", next_step)
         raise SpecError("data.name", spec.data.name, "a built-in data set", next_step)
     return plan_view(plan)
 
@@ -268,11 +275,12 @@ def _rows(job: JobRecord, store: JobStore, offset: int, limit: int) -> Response:
 
 
 def _stream(
-    job: JobRecord, store: JobStore, encode: Callable[[Blocks], Iterator[bytes]], media_type: str, name: str
+    job: JobRecord, store: JobStore, encode: Callable[[Blocks], Iterator[bytes]], media_type: str, suffix: str
 ) -> Response:
     """Stream a file, encoded block by block as it is read from Redis."""
     store.n_rows(job.id)  # raises before the headers are sent, if the table is gone
     blocks = (decode_block(block) for block in store.table_blocks(job.id))
+    name = name_file(job.spec, job.id, suffix)
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return _File(encode(blocks), media_type=media_type, headers=headers)
 

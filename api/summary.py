@@ -25,6 +25,7 @@ class SplitSummary(_Exactly):
 
     n_examples: int
     loss: float = Field(description="mean cross-entropy of the intact model, in nats")
+    skipped: int = Field(description="pictures that can't be read and were left out")
     accuracy: float = Field(description="share of examples that the intact model answers right")
     series_bound: float | None = Field(
         description="what series left out of any utility at most, in units of 0.01 rms utility; null: infinite"
@@ -69,6 +70,58 @@ class Proof(_Exactly):
     sum_bound: float
 
 
+class ModelOf(_Exactly):
+    """The network that was measured."""
+
+    name: str
+    kind: str = Field(description="its class")
+    weights: str | None = Field(description="as they were asked for")
+    file: str | None = Field(description="name of the file that they are from; null: from none")
+    hash: str | None = Field(description="BLAKE2b of 32 bytes over the numbers of its state, in their order")
+
+
+class SplitOf(_Exactly):
+    """One split that was measured on."""
+
+    kind: str = Field(description="class of the data set")
+    n_examples: int = Field(description="how many were used")
+    n_available: int = Field(description="how many there are")
+    fingerprint: str | None = Field(description="BLAKE2b of 32 bytes that tells these examples from others")
+    n_skipped: int = Field(description="pictures that can't be read and were left out")
+    skipped: dict[str, str] = Field(description="the first of them, with the reason")
+
+
+class DataOf(_Exactly):
+    """The data that was measured on."""
+
+    name: str
+    splits: dict[str, SplitOf]
+
+
+class DeviceOf(_Exactly):
+    """What computed it."""
+
+    name: str
+    hardware: str
+
+
+class About(_Exactly):
+    """All that it takes to do a job again: the same object as `about` in the metadata of the Parquet file."""
+
+    spec: dict[str, Any] = Field(description="as it was asked for")
+    plan: dict[str, Any] = Field(description="how it was cut, without the shards")
+    baseline: dict[str, dict[str, int | float | None]] = Field(description="the intact model on each split")
+    proof: Proof | None
+    n_not_finite: int
+    seconds: float
+    model: ModelOf
+    data: DataOf
+    device: DeviceOf
+    versions: dict[str, str] = Field(description="of Python and of the packages that the numbers depend on")
+    date: str | None = Field(description="when it was begun: ISO 8601, in UTC")
+    command: str | None = Field(description="what was typed; of files and folders the name alone")
+
+
 class Summary(_Exactly):
     """A finished job as a whole."""
 
@@ -91,6 +144,7 @@ class Summary(_Exactly):
     proof: Proof | None = Field(description="null: `verify` was 0, or no site was run")
     not_finite: int = Field(description="sites that were not run, since their replacement is not a finite number")
     seconds: float = Field(description="from the first shard's start to the table")
+    about: About
     train_test: Agreement = Field(  # type: ignore[assignment]  # it may be absent, but never null
         default=None, description="there if both splits were asked for", json_schema_extra=_without_default
     )

@@ -6,7 +6,6 @@ the stored columns are encoded (`table.Rows`); the others are computed when they
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,21 +15,28 @@ import pyarrow as pa
 from ablation.export import ROWS_AT_A_TIME
 from ablation.partial import TOTALS, PartialSums, held, make_partial
 from ablation.table import Columns, ImportanceTable, Rows, cut_rows
+from ablation.table import encode_json as encode_json  # how everything else is encoded
 
 MAX_CHUNK_BYTES = (16 << 20) - 4096  # largest value sent to Redis; 16 MiB with its header
 _HEADER_BYTES = 64 << 10  # room for Arrow's own header and padding in a block
 
 
-def _encode(columns: Columns, about: Mapping[str, Any]) -> bytes:
+def write_columns(sink: Any, columns: Columns, about: Mapping[str, Any]) -> None:
+    """Write columns and what they are about to an open file; nothing is copied."""
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
     batch = batch.replace_schema_metadata({"about": json.dumps(about)})
-    sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
+
+
+def _encode(columns: Columns, about: Mapping[str, Any]) -> bytes:
+    sink = pa.BufferOutputStream()
+    write_columns(sink, columns, about)
     return bytes(sink.getvalue())
 
 
-def _decode(payload: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def decode_columns(payload: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Decode what `write_columns` has written."""
     batch = pa.ipc.open_stream(payload).read_next_batch()
     columns = {name: batch.column(name).to_numpy() for name in batch.schema.names}
     return columns, json.loads(batch.schema.metadata[b"about"])
@@ -43,21 +49,8 @@ def encode_partial(partial: PartialSums) -> bytes:
 
 def decode_partial(payload: bytes) -> PartialSums:
     """Decode a partial; it equals the encoded one to the bit."""
-    columns, totals = _decode(payload)
+    columns, totals = decode_columns(payload)
     return make_partial(totals, columns)
-
-
-def encode_json(value: Any) -> str:
-    """Encode as JSON, with null for NaN and infinity, which JSON doesn't have."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def split_chunks(payload: bytes) -> Iterator[bytes]:
@@ -88,5 +81,5 @@ def encode_blocks(table: ImportanceTable) -> Iterator[bytes]:
 
 def decode_block(block: bytes) -> Columns:
     """Decode the columns of one block."""
-    kept, about = _decode(block)
+    kept, about = decode_columns(block)
     return Rows(kept, tuple(about["shape"]), about["first"]) if about else kept

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from celery import Celery
@@ -147,6 +148,7 @@ def run_shard(worker: Worker, job_id: str, shard_id: str) -> bool:
     if not worker.store.claim(job_id, shard_id, worker.owner):
         return False
     with settled(worker, job_id, shard_id) as heart:
+        from ablation.compiling import COMPILING, compiling_told
         from ablation.devices import is_out_of_memory
         from ablation.shard import run_shard as compute
 
@@ -157,7 +159,8 @@ def run_shard(worker: Worker, job_id: str, shard_id: str) -> bool:
         job = load(worker, record)
         heart.on_batch(0.0)
         try:
-            partial = compute(job, shard, on_batch=heart.on_batch)
+            with compiling_told(lambda: say_once(f"job {job_id}: {COMPILING}")):
+                partial = compute(job, shard, on_batch=heart.on_batch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -166,6 +169,12 @@ def run_shard(worker: Worker, job_id: str, shard_id: str) -> bool:
         if worker.store.complete(job_id, shard_id, worker.owner, codec.encode_partial(partial)):
             enqueue_finalize(worker.celery, job_id)
     return True
+
+
+@cache
+def say_once(text: str) -> None:
+    """Log a line that a process logs once."""
+    log.warning(text)
 
 
 def plan_job(worker: Worker, job_id: str) -> bool:
@@ -322,13 +331,18 @@ def load(worker: Worker, record: JobRecord) -> "Job":
     Raises:
         Unfit: they are not those that the job was begun with.
     """
-    from ablation.job import load_job
+    from ablation.job import Begin, load_job, say_date
 
     key = record.id, record.n_cut
     if key not in _loaded:
         _loaded.clear()
         job = load_job(
-            record.spec, stored_plan(record), worker.settings.folders, device=worker.settings.device, name=record.id
+            record.spec,
+            stored_plan(record),
+            worker.settings.folders,
+            device=worker.settings.device,
+            name=record.id,
+            begin=Begin(date=say_date(record.created_at)),
         )
         began_with = worker.store.agree(record.id, job.found)
         if began_with != job.found:

@@ -26,6 +26,7 @@ from ablation.spec import allowed_by
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
 
 PREFIX = "ABLATION_"
+BLOCK_BYTES = 4096  # that a folder must have room for
 BEATS = 3  # fewest beats within a lease, so that a late or lost one does no harm
 MAX_SWEEP_S = 5.0  # a worker reports at every sweep, and counts as gone after 10 s of silence
 HOUR_S, DAY_S, CENTURY_DAYS = 3600.0, 86400.0, 36500.0  # a larger value is taken for a wrong unit
@@ -207,14 +208,15 @@ def warn_of_unknown_variables(names: Iterable[str]) -> None:
 
 
 def make_writable(folder: Path, name: str) -> None:
-    """Make a folder and check that files can be created in it.
+    """Make a folder and check that files can be created in it, and hold something: a full disk takes empty ones.
 
     Raises:
         ServiceError: they can't; it names the option or variable that chose the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(BLOCK_BYTES))
     except OSError as error:
         raise ServiceError(
             f"{name}: got {str(folder)!r}; allowed: a folder that you may write to. ({error.strerror}) Choose another "

@@ -198,6 +198,10 @@ class JobStore:
         """The statistics of the table."""
         return json.loads(self._result(job_id, "summary"))
 
+    def about(self, job_id: str) -> dict[str, Any]:
+        """What the table is of."""
+        return json.loads(self._result(job_id, "about"))
+
     def n_rows(self, job_id: str) -> int:
         """Number of rows of the table."""
         return sum(self._block_rows(job_id))

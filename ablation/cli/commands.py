@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 import click
 
 from ablation.cli import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, demo, listings, run, server, submit
-from ablation.cli.display import say_error
+from ablation.cli.display import say_error, say_notes
+from ablation.cli.options import TYPED
 from ablation.errors import AblationError, SpecError
 
 # What to do next, for messages that have no better advice: where the allowed names are listed.
@@ -19,6 +20,15 @@ HINTS = {
 
 class Commands(click.Group):
     """A command group that shows errors as one line; only an unexpected error shows a traceback."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Make the context, and note the words of the command line in it."""
+        words = tuple(args)
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[TYPED] = words
+        return context
 
     def main(self, *arguments: Any, **options: Any) -> NoReturn:
         """Run the command given, and exit."""
@@ -33,11 +43,14 @@ class Commands(click.Group):
             code = EXIT_BAD_INPUT
         except SpecError as error:
             say_error(f"{error} {'' if error.next_step else HINTS.get(error.field, '')}")
+            say_notes(error)
             code = EXIT_BAD_INPUT
         except (AblationError, OSError) as error:  # OSError: a full disk or a read-only file
             say_error(str(error))
+            say_notes(error)
             code = EXIT_FAULT
-        except click.Abort:
+        except click.Abort as error:
+            say_notes(error.__cause__)
             code = EXIT_INTERRUPTED
         sys.exit(code)
 
@@ -51,7 +64,7 @@ class Commands(click.Group):
       0    done
       {EXIT_FAULT}    a fault: the job failed, a service is away, a setting is wrong, a file can't be written
       {EXIT_BAD_INPUT}    bad input: an option, a name or a number that is not possible
-      {EXIT_INTERRUPTED}  interrupted by Ctrl-C
+      {EXIT_INTERRUPTED}  interrupted by Ctrl-C or SIGTERM
     """,  # \b tells click not to rewrap
 )
 @click.version_option(package_name="weight-ablation")

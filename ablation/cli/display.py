@@ -6,6 +6,7 @@ stderr, results on stdout. A terminal may show a bar and tables; a file gets pla
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,22 +21,25 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ablation.cli.files import RESULT_FILES
+from ablation.results import RESULT_FILES
 
 REDRAW_S = 0.1
-LINE_EVERY_S = 5.0  # between lines of progress in a log file
+LINE_EVERY_S = 30.0  # between lines of progress in a log file, or
+LINE_EVERY = 0.34  # of the work, whichever comes first
 
 Update = Callable[[float, str], None]
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Update]:
+def progress_bar(what: str, *, is_ticking: bool = False) -> Iterator[Update]:
     """Context with a progress bar to call with (fraction done, description); prints lines where there is no terminal.
 
     It draws only when it is called and uses no thread, since services are started from the calling thread meanwhile.
+    Where none are, it may be `is_ticking`: lines then come from a thread, too, while nothing calls it for long.
     """
     if not _is_screen(sys.stderr):
-        yield _lines(what)
+        with _lines(is_ticking) as say:
+            yield say
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -54,18 +58,33 @@ def progress_bar(what: str) -> Iterator[Update]:
         yield update
 
 
-def _lines(what: str) -> Update:
-    said, said_at = "", 0.0
+@contextmanager
+def _lines(is_ticking: bool) -> Iterator[Update]:
+    """Context with a function that prints lines: what is new, and every `LINE_EVERY_S` where the work stands."""
+    said, said_at, done = "", 0.0, 0.0
+    last: tuple[float, str] | None = None
+    lock, is_over = threading.Lock(), threading.Event()
 
     def update(fraction: float, what: str) -> None:
-        nonlocal said, said_at
-        line = f"{fraction:4.0%}  {what}"
-        is_news = said[4:] != line[4:] or (fraction >= 1 and said != line)
-        if is_news or time.monotonic() - said_at > LINE_EVERY_S:
-            click.echo(line, err=True)
-            said, said_at = line, time.monotonic()
+        nonlocal said, said_at, done, last
+        with lock:
+            line, last = f"{fraction:4.0%}  {what}", (fraction, what)
+            is_news = said[4:] != line[4:] or fraction - done >= LINE_EVERY or (fraction >= 1 and said != line)
+            if is_news or time.monotonic() - said_at > LINE_EVERY_S:
+                click.echo(line, err=True)
+                said, said_at, done = line, time.monotonic(), fraction
 
-    return update
+    def tick() -> None:
+        while not is_over.wait(min(1.0, LINE_EVERY_S)):
+            if last:
+                update(*last)
+
+    if is_ticking:
+        threading.Thread(target=tick, name="progress", daemon=True).start()
+    try:
+        yield update
+    finally:
+        is_over.set()
 
 
 def _is_screen(stream: TextIO) -> bool:
@@ -79,10 +98,16 @@ def say_error(text: str) -> None:
     Console(stderr=True).print(Text(line, "red"), soft_wrap=True)
 
 
-def show_poll(answer: dict[str, Any], update: Update) -> None:
-    """Show one answer to a poll on the bar."""
+def say_notes(error: BaseException | None) -> None:
+    """Print what else is to be said with an error, or with an interrupt: what was kept, and how to go on."""
+    for note in getattr(error, "__notes__", ()):
+        click.echo(note, err=True)
+
+
+def show_poll(answer: dict[str, Any], update: Update, more: str = "") -> None:
+    """Show one answer to a poll on the bar, with `more` of what it is busy with."""
     progress = answer["progress"]
-    update(progress["done"] / max(1, progress["total"]), f"job {answer['status']}")
+    update(progress["done"] / max(1, progress["total"]), f"job {answer['status']}{': ' * bool(more)}{more}")
 
 
 def print_results(summary: Mapping[str, Any], folder: Path, as_json: bool) -> None:

@@ -85,7 +85,7 @@ def datasets(as_json: bool) -> None:
 @click.command()
 @spec_options
 @run_options
-@home_option
+@home_option("data/ and checkpoints/")
 @json_option
 def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None, as_json: bool) -> None:
     """Show how a job would be computed and what it would cost; nothing is computed."""
@@ -95,6 +95,7 @@ def plan(spec: JobSpec, settings: Settings, engine: str, batch_size: int | None,
         engine,
         batch_size,
         is_shared=False,
+        is_kept=True,
         machine=measure_machine(settings.memory_bytes),
     )
     with located(spec, settings.folders) as (spec, folders):

@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -21,7 +22,7 @@ from ablation.errors import SpecError, as_given, nearest
 from ablation.inputs.folders import Folders
 from ablation.inputs.weights import split_key
 from ablation.plan import ENGINES
-from ablation.spec import JobSpec, ValueWord, make_spec
+from ablation.spec import DataSpec, JobSpec, ValueWord, make_spec
 from worker.settings import load_settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -86,6 +87,14 @@ _SPEC_OPTIONS = [
         help="apply: turn picture files as their EXIF orientation says.  [default: ignore]",
     ),
     click.option("--data-seed", type=INTEGER, default=0, show_default=True, help="Seed of the examples drawn."),
+    click.option(
+        "--bad-images", type=click.Choice(get_args(DataSpec.model_fields["bad_images"].annotation)), default="refuse",
+        show_default=True, help="Pictures that can't be read: refuse the job, or leave them out and list them.",
+    ),
+    click.option(
+        "--check-images", type=click.Choice(get_args(DataSpec.model_fields["check_images"].annotation)),
+        default="headers", show_default=True, help="How pictures are checked before the work.",
+    ),
     click.option("--sites", required=True, help="Weights to ablate: N (drawn at random), all, or flat indices: 5,17,3"),
     click.option("--seed", type=INTEGER, default=0, show_default=True, help="Seed of the weights drawn by --sites N."),
     click.option(
@@ -130,18 +139,55 @@ def run_options(command: Command) -> Command:
     return _decorate(command, _RUN_OPTIONS)
 
 
-def home_option(command: Command) -> Command:
-    """Add `--home` to a command, which is called with `settings`."""
+def home_option(contents: str) -> Callable[[Command], Command]:
+    """Add `--home` to a command, which is called with `settings`; `contents` are the folders in it that it uses."""
 
-    @functools.wraps(command)
-    def with_settings(home: Path | None, **options: Any) -> Any:
-        return command(settings=load_settings(home), **options)
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_settings(home: Path | None, **options: Any) -> Any:
+            return command(settings=load_settings(home), **options)
 
-    option = click.option(
-        "--home", type=click.Path(path_type=Path, file_okay=False),
-        help="Folder of data/, checkpoints/, cache/, redis/, logs/.  [default: ABLATION_HOME or ~/.ablation]",
-    )  # fmt: skip
-    return _decorate(with_settings, [option])
+        option = click.option(
+            "--home", type=click.Path(path_type=Path, file_okay=False),
+            help=f"Folder of {contents}.  [default: ABLATION_HOME or ~/.ablation]",
+        )  # fmt: skip
+        return _decorate(with_settings, [option])
+
+    return decorate
+
+
+def force_option(command: Command) -> Command:
+    """Add `--force` to a command that writes results."""
+    return _decorate(command, [click.option("--force", is_flag=True, help="Replace results that are in --out.")])
+
+
+TYPED = "ablation.typed"  # where the words of the command line are noted
+PATHS = ("--root", "--weights", "--classes", "--home", "--out")  # options whose value may be a path
+
+
+def typed() -> list[str]:
+    """The words after `ablation` of the command line that this process runs."""
+    context = click.get_current_context(silent=True)
+    return list(context.meta.get(TYPED, ())) if context else []
+
+
+def command_again() -> str:
+    """The command line that goes on with a job: as it was typed, with --resume and without --force."""
+    words = [word for word in typed() if word not in ("--force", "--resume")]
+    return shlex.join(["ablation", *words, "--resume"])
+
+
+def command_told() -> str:
+    """The command line as a result tells it: of every file and folder the name alone, as in the spec (`locate`)."""
+    told: list[str] = []
+    for word in typed():
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        takes_path = option in PATHS if equals else bool(told) and told[-1] in PATHS
+        if value and (takes_path or value.startswith(("/", "~/"))):
+            word = f"{option}{equals}{Path(value).name or value}"
+        if word not in ("--force", "--resume"):
+            told.append(word)
+    return shlex.join(["ablation", *told])
 
 
 def out_option(default: str) -> Callable[[Command], Command]:
@@ -154,9 +200,9 @@ def out_option(default: str) -> Callable[[Command], Command]:
 
 def read_spec(
     *, model: str, weights: str | None, model_seed: int, layer: str, data: str, root: str | None, train: str | None,
-    test: str | None, classes: Path | None, exif: str | None, data_seed: int, sites: str, seed: int, value: str,
-    precision: str, verify: int, top1: bool, criteria: Sequence[str], label_smoothing: str | None,
-    class_weights: str | None,
+    test: str | None, classes: Path | None, exif: str | None, data_seed: int, bad_images: str, check_images: str,
+    sites: str, seed: int, value: str, precision: str, verify: int, top1: bool, criteria: Sequence[str],
+    label_smoothing: str | None, class_weights: str | None,
 ) -> JobSpec:  # fmt: skip
     """Make the job spec from the options.
 
@@ -164,7 +210,8 @@ def read_spec(
         SpecError: an option has a wrong format, or the spec is not possible.
     """
     splits = {"train": read_split("train", train, data_seed), "test": read_split("test", test, data_seed)}
-    of_data = {"name": data, "root": root, "classes": read_classes(classes), "exif": exif, **splits}
+    of_pictures = {"exif": exif, "bad_images": bad_images, "check_images": check_images}
+    of_data = {"name": data, "root": root, "classes": read_classes(classes), **splits, **of_pictures}
     return make_spec(
         {
             "model": {"name": model, "weights": weights, "seed": model_seed},

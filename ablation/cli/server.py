@@ -27,7 +27,7 @@ EXAMPLE = {
 @click.option("--port", type=WholeNumber(0, 65535), default=8000, show_default=True, envvar="ABLATION_PORT",
               help="Port to listen on; 0: any free one.")  # fmt: skip
 @click.option("--workers", type=WholeNumber(1), default=1, show_default=True, help="Number of worker processes.")
-@home_option
+@home_option("data/, checkpoints/, cache/, redis/ and logs/")
 def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     """Start the whole service and keep it running until Ctrl-C.
 

@@ -84,8 +84,12 @@ class Child:
         """
         if code != 1 or self.n_starts > 1 or time.monotonic() - self.started_at > STEADY_S:
             return ""
-        said = self.log.read_bytes()[self.said_from :].decode(errors="replace").splitlines()
+        said = self.said().splitlines()
         return next((line.removeprefix("Error: ") for line in said if line.startswith("Error: ")), "")
+
+    def said(self) -> str:
+        """The output of this run so far."""
+        return self.log.read_bytes()[self.said_from :].decode(errors="replace")
 
     def note_death(self) -> float:
         """Set when the process may be restarted: at once the first time, with growing delays if it keeps dying."""

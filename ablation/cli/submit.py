@@ -7,7 +7,7 @@ import click
 from ablation.cli.client import Client
 from ablation.cli.display import print_results, progress_bar, show_poll
 from ablation.cli.files import results_folder
-from ablation.cli.options import json_option, out_option, spec_options
+from ablation.cli.options import force_option, json_option, out_option, spec_options
 from ablation.spec import JobSpec
 
 
@@ -16,13 +16,15 @@ from ablation.spec import JobSpec
               help="Base URL of the server.")  # fmt: skip
 @spec_options
 @out_option("ablation-out")
+@force_option
 @json_option
-def submit(server: str, spec: JobSpec, out: Path, as_json: bool) -> None:
+def submit(server: str, spec: JobSpec, out: Path, force: bool, as_json: bool) -> None:
     """Send a job to a running server, wait for it and download its results.
 
     --root is a folder below the server's data folder. Ctrl-C leaves the job running and says how to follow it.
     """
-    with results_folder(out), Client(server) as client:
+    with results_folder(out) as held, Client(server) as client:
+        held.check_free(force=force)
         job = client.post(spec)
         click.echo(f"Job {job['id']}: {client.server}{job['urls']['self']}", err=True)
         try:

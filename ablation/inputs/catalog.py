@@ -338,9 +338,9 @@ def check_exif(name: str, exif: str) -> None:
 
 
 def split_counts(data: DataSpec, folders: Folders, registered: Registered = NOTHING) -> dict[str, SplitCounts] | None:
-    """Count the examples of each split in the spec, in all and per class; None for registered data.
+    """Count the examples of each split in the spec, in all and per class; None where the data must be opened for that.
 
-    Registered data can be opened, and so counted, by a worker only.
+    Registered data, and picture files of which bad ones are left out, can be opened, and so counted, by a worker only.
 
     Raises:
         SpecError: there is no such data set, or its root or a split's files can't be used.
@@ -352,6 +352,8 @@ def split_counts(data: DataSpec, folders: Folders, registered: Registered = NOTH
     with as_given({"data.root": data.root}):
         counts = {split: _count(facts, root, split) for split in data.splits}
         classes = {split: _classes(facts, root, split) for split in data.splits}
+    if data.bad_images == "skip" and data.name in SPLIT_FOLDERS:
+        return None
     return {
         split: SplitCounts(n_examples=sum(each), n_per_class=each, classes=classes[split])
         for split, each in counts.items()

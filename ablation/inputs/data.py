@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from ablation.spec import SPLITS, PerClass, SplitSpec
 Transform = Callable[[Any], Any]
 Collate = Callable[[list[Any]], Any]
 
+LEFT_OUT = "--bad-images skip"  # how bad picture files are left out
 SPLIT_SEED = 0  # seed of the demo data's train/test split
 
 
@@ -485,7 +486,8 @@ def _read(dataset: Dataset, index: int) -> Any:
         name, path = _name_of(dataset, index)
         reason = str(error).replace(path, Path(path).name) if path else str(error)
         raise DataError(
-            f"{name} can't be read: {type(error).__name__}: {reason}. Replace it, or leave it out of the split."
+            f"{name} can't be read: {type(error).__name__}: {reason}. Replace it, or leave it out of the split"
+            + (f" ({LEFT_OUT}, with --check-images full)." if path else ".")
         ) from error
 
 
@@ -523,3 +525,125 @@ def _stack(examples: list[Any], collate: Collate | None, block: Int64[np.ndarray
             f"the examples from {block[0]} on can't be stacked into a batch: {error}. Every input must be a tensor of "
             "one shape: give the data set a transform (`load_model` returns its model's own)."
         ) from error
+
+
+# --- pictures that can't be read -------------------------------------------------------------------------------------
+
+N_CHECKERS = 16  # threads that check files: most of their time is the disk's
+CHECKED_AT_ONCE = 1024  # files between two reports
+KNOWN_FILES = 1 << 16  # whose check is remembered by this process, since a plan and a job ask for the same ones
+
+
+def find_bad_pictures(
+    dataset: Dataset,
+    indices: Int64[np.ndarray, " examples"],
+    *,
+    is_full: bool,
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> dict[int, str]:
+    """Find the picture files among these examples that can't be read: index -> reason; none for other data.
+
+    `is_full`: every file is decoded; else its header is read and it is looked at whether it ends as its format says,
+    and only a file that doesn't is decoded. `on_progress` gets the fraction that is checked; it may raise to cancel.
+    """
+    paths = _picture_paths(dataset, indices)
+    bad: dict[int, str] = {}
+    if not paths:
+        return bad
+    with ThreadPoolExecutor(N_CHECKERS) as pool:
+        for start in range(0, len(paths), CHECKED_AT_ONCE):
+            on_progress(start / len(paths))
+            some = paths[start : start + CHECKED_AT_ONCE]
+            for index, fault in zip(
+                indices[start:], pool.map(lambda path: _fault_of(path, is_full), some), strict=False
+            ):
+                if fault:
+                    bad[int(index)] = fault
+    return bad
+
+
+def _picture_paths(dataset: Dataset, indices: Int64[np.ndarray, " examples"]) -> list[str]:
+    """Paths of these examples; none where they are not picture files that this package opens."""
+    while isinstance(dataset, Subset | Transformed | Relabelled):
+        if isinstance(dataset, Subset):
+            indices = np.asarray(dataset.indices, dtype=np.int64)[indices]
+        dataset = dataset.dataset
+    return [dataset.samples[index][0] for index in indices] if isinstance(dataset, ImageFiles) else []
+
+
+def _fault_of(path: str, is_full: bool) -> str:
+    """Why a picture can't be read; empty if it can."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return f"{type(error).__name__}: {error.strerror}"
+    return _fault(path, is_full, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=KNOWN_FILES)
+def _fault(path: str, is_full: bool, n_bytes: int, changed_ns: int) -> str:
+    try:
+        with open(path, "rb") as file:
+            is_whole = _ends_well(file, n_bytes)
+            file.seek(0)
+            with Image.open(file) as picture:
+                if is_full or not is_whole:
+                    picture.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise anything for a damaged file
+        return f"{type(error).__name__}: {str(error).replace(path, Path(path).name)}"
+    return ""
+
+
+def _ends_well(file: BinaryIO, n_bytes: int) -> bool:
+    """Whether a file ends as a JPEG, a PNG or a WebP does; False where it doesn't, or that is not known."""
+    head = file.read(12)
+    file.seek(max(0, n_bytes - 12))
+    tail = file.read(12)
+    if head.startswith(b"\xff\xd8"):
+        return tail.endswith(b"\xff\xd9")
+    if head.startswith(b"\x89PNG"):
+        return tail[4:8] == b"IEND"
+    if head.startswith(b"RIFF") and head.endswith(b"WEBP"):
+        return int.from_bytes(head[4:8], "little") + 8 <= n_bytes
+    return False
+
+
+def draw_readable(
+    dataset: Dataset,
+    asked: SplitSpec,
+    labels: Int64[np.ndarray, " all"] | None,
+    *,
+    is_full: bool,
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> tuple[Int64[np.ndarray, " examples"], dict[int, str]]:
+    """Draw a split's examples as `draw_examples` does, from those that can be read; and those that can't, by index.
+
+    Only what is drawn is checked: where something in it is bad, that is left out, and the draw is made again from the
+    rest, until all of it can be read. The same files give the same examples in every process.
+
+    Raises:
+        SpecError: more examples are asked for than can be read.
+        DataError: none can be read.
+    """
+    n = len(dataset)  # type: ignore[arg-type]
+    bad: dict[int, str] = {}
+    is_checked = np.zeros(n, dtype=bool)
+    while True:
+        usable = np.setdiff1d(np.arange(n), np.fromiter(bad, np.int64))
+        if not len(usable):
+            raise DataError(f"none of the {n} pictures of the split can be read: {describe_bad(dataset, bad)}.")
+        drawn = usable[draw_examples(asked, None if labels is None else labels[usable], len(usable))]
+        unchecked = drawn[~is_checked[drawn]]
+        is_checked[unchecked] = True
+        found = find_bad_pictures(dataset, unchecked, is_full=is_full, on_progress=on_progress)
+        if not found:
+            return drawn, bad
+        bad |= found
+
+
+def describe_bad(dataset: Dataset, bad: Mapping[int, str], n_shown: int = 3) -> str:
+    """The first few of the examples that can't be read, for a message."""
+    shown = [f"{name_example(dataset, index)}: {bad[index]}" for index in sorted(bad)[:n_shown]]
+    return "; ".join(shown) + ("; ..." if len(bad) > n_shown else "")

@@ -22,7 +22,7 @@ from ablation.errors import CheckpointError, ModelError
 from ablation.inputs.catalog import DEMO_MODEL, LayerFacts, ModelFacts, Registered, model_facts, model_names
 from ablation.inputs.checkpoints import choose_state_dict, count_classes, find_head, read_metadata, say_some
 from ablation.inputs.classes import ModelClasses, listed_classes
-from ablation.inputs.demo import DigitsAlexNet, ensure_demo_model, prepare_digit
+from ablation.inputs.demo import RECIPE, DigitsAlexNet, ensure_demo_model, prepare_digit
 from ablation.inputs.folders import Folders
 from ablation.inputs.published import TRANSFORMS_INPUT, hash_file, recognise
 from ablation.inputs.registered import MODELS, load_factory, registered_names
@@ -375,3 +375,12 @@ def _read_checkpoint(path: Path) -> Any:
             "tensors saved by torch.save (files with other Python objects are not opened)."
         ) from error
     return loaded
+
+
+def name_weights_file(name: str, weights: str | None) -> str | None:
+    """Name of the file that `load_model` takes these weights from; None where they are no file's."""
+    if weights is None or weights == "none":
+        return f"{DEMO_MODEL}-{RECIPE}.safetensors" if name == DEMO_MODEL and weights is None else None
+    if name in model_names() and weights in model_facts(name).weights:
+        return Path(urlparse(_torchvision().get_model_weights(name)[weights].url).path).name
+    return Path(weights).name

@@ -115,6 +115,14 @@ def test_progress_runs_from_0_to_1(folders: Folders) -> None:
     assert seen[-1] == pytest.approx(1)
 
 
+def test_progress_of_two_shards_of_one_batch_each_moves_more_often_than_twice(folders: Folders) -> None:
+    seen: list[float] = []
+    data = {"name": "digits", "train": {"count": 30}, "test": {"count": 30}}
+    run_spec(digits_spec(data=data), folders, PlanOptions(threads=1), on_progress=lambda part, what: seen.append(part))
+    assert len({*seen}) >= 5
+    assert seen == sorted(seen)
+
+
 def test_float64_and_top1(folders: Folders) -> None:
     table = run_spec(
         digits_spec(precision="float64", top1=True, sites={"indices": [5, 99, 3]}), folders, PlanOptions(threads=1)

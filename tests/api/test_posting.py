@@ -169,3 +169,23 @@ def test_at_once_there_are_not_more_either(small: httpx.Client, store: JobStore)
         statuses = sorted(pool.map(lambda _: post(small).status_code, range(12)))
     assert statuses == [202] * 3 + [429] * 9
     assert store.client.zcard(keys.JOBS) == 3
+
+
+def test_a_job_that_leaves_out_bad_pictures_is_planned_by_a_worker(api: httpx.Client, settings: Settings) -> None:
+    """Only who opens the files knows how many are left."""
+    folder = settings.folders.data / "skipping"
+    for label in range(10):
+        (folder / "test" / str(label)).mkdir(parents=True, exist_ok=True)
+        (folder / "test" / str(label) / "a.png").touch()
+    data = {"name": "imagefolder", "root": "skipping", "test": "all"}
+    body = {"model": {"name": "digits_alexnet"}, "layer": "fc2", "data": data, "sites": {"count": 3}}
+    assert api.post("/v1/plans", json=body).json()["splits"][0]["n_examples"] == 10
+    body["data"] = {**data, "bad_images": "skip"}
+    posted = api.post("/v1/jobs", json=body)
+    assert (posted.status_code, posted.json()["plan"]) == (202, None)
+    assert posted.json()["spec"]["data"]["check_images"] == "headers"
+    refused = api.post("/v1/plans", json=body)
+    assert (refused.status_code, refused.json()["field"]) == (422, "data.bad_images")
+    assert "POST /v1/jobs" in refused.json()["next_step"]
+    body["data"] = {**data, "bad_images": "drop"}
+    assert api.post("/v1/jobs", json=body).json()["field"] == "data.bad_images"

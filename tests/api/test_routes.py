@@ -154,7 +154,8 @@ def test_csv_reads_back_to_the_same_bits(api: httpx.Client, store: JobStore, set
     job = jobs.succeeded(store, settings, spec)
     answer = api.get(f"/v1/jobs/{job.id}/results.csv")
     assert answer.headers["content-type"].startswith("text/csv")
-    assert answer.headers["content-disposition"] == 'attachment; filename="utility.csv"'
+    name = f"utility-digits_alexnet-fc2-{job.id}.csv"
+    assert answer.headers["content-disposition"] == f'attachment; filename="{name}"'
     header, *rows = csv.reader(io.StringIO(answer.text))
     table = jobs.make_table()
     assert header == list(table.columns)
@@ -169,8 +170,11 @@ def test_parquet_reads_back_to_the_same_bits(
 ) -> None:
     job = jobs.succeeded(store, settings, spec)
     answer = api.get(f"/v1/jobs/{job.id}/results.parquet")
-    assert answer.headers["content-disposition"] == 'attachment; filename="utility.parquet"'
+    name = f"utility-digits_alexnet-fc2-{job.id}.parquet"
+    assert answer.headers["content-disposition"] == f'attachment; filename="{name}"'
     read = pq.read_table(io.BytesIO(answer.content))
+    assert json.loads(read.schema.metadata[b"about"]) == store.about(job.id) == {"seconds": 1.5}
+    assert api.get(f"/v1/jobs/{job.id}/results.parquet").content == answer.content
     for name, values in jobs.make_table().columns.items():
         np.testing.assert_array_equal(read[name].to_numpy(), values)
 

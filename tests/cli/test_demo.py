@@ -9,6 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ablation.cli.demo import show
+from ablation.cli.display import progress_bar
+from ablation.cli.services import Child, Services
+from ablation.compiling import COMPILING
+from worker.settings import Settings
+
 COMMAND = [sys.executable, "-m", "ablation.cli", "demo"]
 PATIENCE_S = 120
 
@@ -56,3 +62,15 @@ def test_a_dead_api_is_started_again(home: Path, tmp_path: Path) -> None:
         said, progress = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, progress
     assert "api ended with code -9" in said
+
+
+def test_what_a_worker_says_of_compiling_is_shown_until_a_shard_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = Child("worker-1", "worker", {}, tmp_path / "worker-1.log")
+    child.log.write_text(f"[WARNING] job 5f0c: {COMPILING}\n")
+    services = Services(Settings(home=tmp_path), "127.0.0.1", 0, 1, say=print, children=[child])
+    with progress_bar("job queued") as update:
+        for n_done in (0.0, 1.0):
+            show({"status": "running", "progress": {"done": n_done, "total": 2}}, update, services)
+    assert capsys.readouterr().err.splitlines() == [f"  0%  job running: {COMPILING}", " 50%  job running"]

@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
+from ablation.cli import display
 from ablation.cli.display import print_table, progress_bar, say_bytes, say_error, say_number, say_seconds
 from ablation.inputs.catalog import model_facts, model_names
 from tests.cli.terminal import ABLATION, in_terminal, plain_environment
@@ -47,6 +49,21 @@ def test_progress_in_a_log_file_is_a_few_lines(capsys: pytest.CaptureFixture[str
     assert lines[0].split() == ["0%", "examples"]
     assert lines[-1].split() == ["100%", "examples"]
     assert len(lines) < 5
+
+
+def test_a_log_hears_of_work_that_says_nothing_for_long(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "LINE_EVERY_S", 0.05)
+    lines: list[str] = []
+    deadline = time.monotonic() + 60
+    with progress_bar("starting", is_ticking=True) as update:
+        update(0.25, "examples")
+        while len(lines) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            lines += capfd.readouterr().err.splitlines()
+    assert {*lines} == {" 25%  examples"}
 
 
 # How it looks where

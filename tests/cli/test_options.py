@@ -7,7 +7,20 @@ import pytest
 from click.testing import CliRunner
 
 from ablation.cli.commands import commands
-from ablation.cli.options import locate, read_criteria, read_loss, read_sites, read_split, read_value, spec_options
+from ablation.cli.options import (
+    PATHS,
+    TYPED,
+    command_again,
+    command_told,
+    locate,
+    read_criteria,
+    read_loss,
+    read_sites,
+    read_split,
+    read_value,
+    spec_options,
+)
+from ablation.cli.run import run
 from ablation.errors import SpecError
 from ablation.inputs.folders import Folders
 from ablation.spec import JobSpec, Scale, make_spec
@@ -30,14 +43,22 @@ def read(*arguments: str) -> JobSpec:
 def test_every_option_reaches_the_spec() -> None:
     spec = read(
         "--weights", "IMAGENET1K_V1", "--model-seed", "3", "--root", "somewhere", "--train", "50/class",
-        "--test", "all", "--data-seed", "4", "--sites", "4096", "--seed", "5", "--value", "-0.25",
+        "--test", "all", "--data-seed", "4",
+        "--bad-images", "skip", "--check-images", "full", "--sites", "4096", "--seed", "5", "--value", "-0.25",
         "--precision", "float64", "--verify", "2", "--top1", "--label-smoothing", "0.1", "--class-weights", "1,0,2.5",
     )  # fmt: skip
     assert spec == make_spec(
         {
             "model": {"name": "alexnet", "weights": "IMAGENET1K_V1", "seed": 3},
             "layer": "classifier.4",
-            "data": {"name": "imagenet", "root": "somewhere", "train": {"per_class": 50, "seed": 4}, "test": "all"},
+            "data": {
+                "name": "imagenet",
+                "root": "somewhere",
+                "train": {"per_class": 50, "seed": 4},
+                "test": "all",
+                "bad_images": "skip",
+                "check_images": "full",
+            },
             "sites": {"count": 4096, "seed": 5},
             "value": {"constant": -0.25},
             "precision": "float64",
@@ -249,3 +270,31 @@ def test_what_is_no_option_is_one_line() -> None:
     assert result.output.startswith("Error: No such option '--modle'.")
     assert result.output.endswith("See `commands plan --help`.\n")
     assert len(result.output.splitlines()) == 1
+
+
+def told(*words: str) -> str:
+    with click.Context(commands) as context:
+        context.meta[TYPED] = words
+        return command_told()
+
+
+def test_a_command_is_told_without_folders_and_without_what_does_not_change_it() -> None:
+    assert told("run", "--root", "/data/secret/pets", "--weights=~/a b/net.pt", "--train", "50/class", "--resume") == (
+        "ablation run --root pets --weights=net.pt --train 50/class"
+    )
+    assert told("run", "--root", "../pets/", "--force", "--out", ".", "--layer", "fc/2", "/etc/x") == (
+        "ablation run --root pets --out . --layer fc/2 x"
+    )
+
+
+def test_the_command_that_goes_on_is_as_it_was_typed() -> None:
+    with click.Context(commands) as context:
+        context.meta[TYPED] = ("run", "--root", "/data/my pets", "--force")
+        assert command_again() == "ablation run --root '/data/my pets' --resume"
+
+
+def test_every_option_of_a_path_is_known() -> None:
+    """A new option whose value is a path must be told without its folder, too."""
+    for option in run.params:
+        if isinstance(option.type, click.Path) or "older of" in (getattr(option, "help", "") or ""):
+            assert option.opts[0] in PATHS

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from ablation import open_results
 from ablation.cli.commands import commands
 from ablation.export import csv_header
 
@@ -83,3 +85,34 @@ def test_a_run_that_is_refused_writes_nothing(tmp_path: Path, home: Path) -> Non
     result = CliRunner().invoke(commands, ["run", *JOB, *options])
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_result_says_what_it_is_of_in_every_file(tmp_path: Path, home: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    options = ["--test", "30", "--sites", "3", "--home", str(home), f"--out={out}", "--verify", "0"]
+    result = CliRunner().invoke(commands, ["run", *JOB, *options])
+    assert result.exit_code == 0, result.output
+    about = json.loads((out / "summary.json").read_text())["about"]
+    assert about == json.loads(pq.read_schema(out / "utility.parquet").metadata[b"about"])
+    assert about["model"]["file"] == "digits_alexnet-1.safetensors"
+    assert about["spec"]["layer"] == "fc2"
+    assert about["data"]["splits"]["test"] | {"fingerprint": ""} == {
+        "kind": "Pictures", "n_examples": 30, "n_available": 500, "fingerprint": "", "n_skipped": 0, "skipped": {},
+    }  # fmt: skip
+    typed = " ".join(["ablation run", *JOB, "--test 30 --sites 3 --home", home.name, "--out=out --verify 0"])
+    assert about["command"] == typed
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", about["date"])
+    for text in ((out / "summary.json").read_text(), (out / "utility.parquet").read_bytes().decode("latin-1")):
+        assert str(tmp_path) not in text
+        assert str(home) not in text
+    assert open_results(out).summary() == json.loads((out / "summary.json").read_text())
+
+
+def test_the_operators_limit_of_memory_holds_here_too(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ABLATION_MEMORY_BYTES", "1000")
+    options = ["--test", "30", "--sites", "3", "--home", str(home), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(commands, ["run", *JOB, *options])
+    assert result.exit_code == 2
+    assert "what takes at most 1000 bytes of memory" in result.stderr

@@ -36,6 +36,7 @@ def make_large() -> ImportanceTable:
         indices=None,
         shape=SHAPE,
         weights=weights,
+        replacements=np.zeros(n),
         splits={"test": sums},
         per_class={"test": None},
         top1=False,
@@ -109,9 +110,12 @@ def test_sixteen_million_rows_in_constant_memory(store: JobStore, settings: Sett
         last = client.get(f"/v1/jobs/{job_id}/results", params={"offset": n - 2, "limit": 10}).json()
         assert last["total_rows"] == n
         assert [row[:3] for row in last["rows"]] == [[n - 2, 4095, 4094], [n - 1, 4095, 4095]]
-        for name, encode in (("results.csv", csv_chunks), ("results.parquet", parquet_chunks)):
+        for name, chunks in (
+            ("results.csv", csv_chunks([table.columns])),
+            ("results.parquet", parquet_chunks([table.columns], table.about)),
+        ):
             served = stream(name)
-            assert served == hash_and_lines(encode([table.columns])), name
+            assert served == hash_and_lines(chunks), name
             if name == "results.csv":
                 assert served[1] == n + 1
         assert peak_bytes(pid) - before < 256 * MB

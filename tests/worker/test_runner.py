@@ -11,7 +11,7 @@ from redis.retry import Retry
 
 from ablation.errors import Cancelled, DataError, ProofError, SpecError
 from ablation.inputs.catalog import NOTHING
-from ablation.job import load_job
+from ablation.job import load_job, say_date
 from ablation.machine import Machine
 from ablation.run import finish_job
 from ablation.shard import run_shard
@@ -68,6 +68,8 @@ def test_shards_in_any_order_give_the_table_of_one_process(
     told, about = about_of(store, quick_job.id), dict(expected.about)
     assert 0 < told.pop("seconds") < 60
     about.pop("seconds")
+    assert told.pop("date") == say_date(quick_job.created_at)
+    assert about.pop("date") is about["command"] is None
     assert told == json.loads(codec.encode_json(about))
     summary = make_summary(expected)
     assert store.summary(quick_job.id)["splits"] == json.loads(codec.encode_json(summary["splits"]))
