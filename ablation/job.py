@@ -27,6 +27,7 @@ from ablation.layers import registered_here
 from ablation.loss import CROSS_ENTROPY, Loss, make_loss
 from ablation.plan import Plan, PlanOptions, plan_spec
 from ablation.reference import in_float64
+from ablation.sharing import check_alone, converted, holders_of
 from ablation.sites import Sites, list_sites
 from ablation.spec import JobSpec, PerClass
 
@@ -68,7 +69,7 @@ def load_job(spec: JobSpec, plan: Plan, folders: Folders, *, device: str | None 
     for split, dataset in open_splits(spec, folders, transform).items():
         labels = labels_of(dataset) if plan.find_split(split).per_class else None
         splits[split] = Split(dataset, draw_examples(spec.data.splits[split], labels, len(dataset)))
-    job = make_job(spec, plan, model.to(where), splits)
+    job = make_job(spec, plan, converted(model, lambda own: own.to(where)), splits)
     found = {"torch": torch.__version__, "model": hash_of(job.model.state_dict().values())}
     found |= {name: hash_of(tell_apart(split.dataset, split.indices)) for name, split in splits.items()}
     activations = _activations_of(job, found["model"], folders)
@@ -131,7 +132,10 @@ def make_job(
         ModelError: the model can't be measured exactly, or its layer is not the one that was planned.
     """
     baseline.check_model(model)
-    shape = tuple(model.get_parameter(plan.parameter).shape)
+    own = model.get_parameter(plan.parameter)
+    check_alone(own, plan.parameter)
+    holders_of(model, own)
+    shape = tuple(own.shape)
     if shape != plan.shape:
         raise ModelError(f"{plan.parameter} has shape {shape} with these weights; the plan was made for {plan.shape}.")
     model = in_float64(model) if spec.precision == "float64" else model

@@ -19,11 +19,14 @@ from ablation.engine.batches import open_statistics, run_batches
 from ablation.engine.interface import EnginePath, HasPrefix, Setup
 from ablation.engine.paths import open_path
 from ablation.errors import DataError, ExampleError
+from ablation.found import Unchanged, Writes
 from ablation.inputs.data import load_batches, name_example
 from ablation.job import Job, Split
 from ablation.partial import PartialSums
 from ablation.plan import Plan, Shard
 from ablation.precision import fit
+from ablation.reference import intact_logits
+from ablation.sight import check_in_sight
 from ablation.sites import Sites
 
 FILL_SHARE = 0.5  # of a shard's progress, where all of its activations are missing
@@ -41,16 +44,26 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     positions = np.arange(first, last)
     with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
         example = next(read(job, shard.split, positions[:2]))[0]
+        unchanged, writes = Unchanged(job.model), Writes(job.model)
         if first == 0 and rows.start == 0:
             n_checked = min(N_CHECKED, max(2, job.plan.batch_size))  # with one alone, no batch mates would be seen
             inputs = torch.cat([batch for batch, _ in read(job, shard.split, positions[:n_checked])])
             baseline.check_repeatable(example, inputs)
             on_batch(0.0)
-            baseline.check_composition(job.model, inputs)
+            try:
+                baseline.check_composition(job.model, inputs, job.plan.parameter, writes)
+            finally:
+                unchanged.check(writes)
             on_batch(0.0)
             if job.plan.path not in ("direct", "response"):  # these two have looked for the parameter themselves
-                baseline.check_used(job.model, job.plan.parameter, inputs)
+                needs_sight = job.plan.path != "reference"
+                baseline.check_used(job.model, job.plan.parameter, inputs, needs_sight=needs_sight)
+            if job.plan.path == "finite":
+                check_in_sight(job.model, job.plan.parameter, example)
             on_batch(0.0)
+        else:
+            with writes:
+                intact_logits(job.model, example)
         path = open_engine(job, job.sites[rows], example)
         setup = make_setup(job, job.sites[rows])
         at_once = job.plan.gradient_batch_size or job.plan.batch_size
@@ -61,7 +74,7 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
             fill(job, shard, path, notes, lambda part: on_batch(filled * part))
             if not statistics:  # which need the inputs themselves
                 batches = read_noted(job, shard, notes)
-        return run_batches(
+        partial = run_batches(
             path,
             job.model,
             batches,
@@ -80,6 +93,8 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
             top1=job.spec.top1,
             statistics=statistics,
         )
+        unchanged.check(writes)
+        return partial
 
 
 def notes_of(job: Job, shard: Shard) -> Notes | None:
