@@ -23,6 +23,7 @@ from ablation.sharing import holders_of, interval
 # Largest difference of a logit between two batch compositions, relative to 1 + the largest logit.
 # Kernels round differently at different batch sizes (seen: up to 1e-5 in float32); batch mates that matter do more.
 COMPOSITION_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+N_DRAWN = 65_521  # a prime: random numbers that are repeated over a parameter, since drawing all takes seconds
 N_OVERWRITTEN = 4  # examples on which a parameter is overwritten in place
 OVERWRITTEN_TOLERANCE = 1e-5  # of logits with a parameter replaced, beside 100 times the rounding of the intact ones
 LOSS_TOLERANCE = 1e-12  # of a loss between two batch compositions, relative to 1 + the largest: float64's own rounding
@@ -105,16 +106,20 @@ def check_loss(loss: Loss, logits: Float[Tensor, "examples classes"], labels: In
 def check_repeatable(first: Tensor, again: Tensor) -> None:
     """Refuse data that is different each time it is read, such as randomly augmented images.
 
-    `first` are the first examples of a split, `again` its first batch, read later.
+    `first` and `again` are readings of the same examples, inputs or labels; of the longer one, only its beginning.
 
     Raises:
-        DataError: they differ.
+        ExampleError: they differ; the message says at which example.
     """
-    if not torch.equal(first, again[: len(first)]):
-        raise DataError(
-            "the first examples differ between two readings; every example must be the same each time. Leave out "
-            "random augmentation (use the transform of evaluation)."
-        )
+    n = min(len(first), len(again))
+    for position in range(n):
+        if not is_same(first[position], again[position]):
+            raise ExampleError(
+                position,
+                "differs between two readings; every example must be the same each time, in whatever order it is read. "
+                "Leave out random augmentation (use the transform of evaluation), and whatever the data set keeps from "
+                "one example to the next.",
+            )
 
 
 def check_composition(
@@ -257,10 +262,11 @@ def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor, *, needs_
 
 def make_other(own: Tensor) -> Tensor:
     """Numbers of the same size as a parameter's, and all of them far from it: what depends on it changes."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(own.shape, generator=generator).to(own.device, own.dtype)
-    size = own.float().square().mean().sqrt().to(own.dtype)
-    return -1.25 * own + 0.5 * (size + 0.01) * noise
+    n = own.numel()
+    drawn = torch.randn(min(n, N_DRAWN), generator=torch.Generator().manual_seed(0)).to(own.device, own.dtype)
+    noise = drawn.repeat(-(-n // len(drawn)))[:n].view(own.shape) if n else torch.zeros_like(own)
+    size = float(own.square().mean(dtype=torch.float32).sqrt()) if n else 0.0
+    return noise.mul_(0.5 * (size + 0.01)).sub_(own, alpha=1.25)
 
 
 def _out_of_reach(parameter: str) -> ModelError:

@@ -34,7 +34,8 @@ EXITS = {"numpy", "__array__", "tolist", "__dlpack__", "__reduce_ex__", "__cuda_
 _ASKED = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "index"}
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_"}
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-WHOLE = 1 << 14  # tensors up to this size are compared as a whole; of larger ones, sums and some numbers
+WHOLE = 1 << 14  # tensors up to this size are compared as a whole; of larger ones, so many numbers,
+SUMMED = 1 << 21  # and up to this size their sum
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,8 @@ def _contents(tensor: Tensor) -> tuple[Any, ...]:
     flat = tensor.detach()
     flat = torch.view_as_real(flat.resolve_conj()) if flat.is_complex() else flat
     if flat.numel() > WHOLE:
-        total = flat.sum(dtype=torch.float64)
-        flat = torch.cat([flat.reshape(-1)[:: flat.numel() // WHOLE + 1].double(), total.reshape(1)])
+        some = flat.reshape(-1)[:: flat.numel() // WHOLE + 1]
+        flat = torch.cat([some.double(), flat.sum(dtype=torch.float64)[None]]) if flat.numel() <= SUMMED else some
     numbers = flat.cpu().contiguous().view(torch.uint8) if flat.dim() else flat.cpu().reshape(1).view(torch.uint8)
     return (tuple(tensor.shape), tensor.dtype, hashlib.blake2b(numbers.numpy().tobytes(), digest_size=16).digest())
 

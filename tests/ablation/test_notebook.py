@@ -408,7 +408,7 @@ class Augmented(Numbers):
 
 
 def test_random_augmentation_is_refused() -> None:
-    with pytest.raises(DataError, match="differ between two readings"):
+    with pytest.raises(DataError, match=r"example \d+ differs between two readings"):
         ablation.ablate(relu_mlp(), "3", {"test": Augmented(20)}, sites=2, progress=False)
 
 
