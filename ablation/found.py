@@ -1,4 +1,4 @@
-"""A caller's model is left as it was found: what its forward pass changes is put back, and one that changes itself is told.
+"""A caller's model is left as it was found: what its forward pass changes in it is put back.
 
 In: a model, for the time of a job. Out: its parameters, buffers and attributes as before, bit by bit, and the random
 states of Python, numpy and torch. A forward pass that writes to a parameter (`nn.Embedding(max_norm=...)` renormalises
@@ -23,7 +23,8 @@ from ablation.sharing import find_holders, modules_of
 
 COPIED_BYTES = 1 << 24  # models up to this size are copied at once; of larger ones, what is about to be written to
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _turn = threading.RLock()  # held by the one thread that works on a caller's model
 

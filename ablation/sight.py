@@ -162,22 +162,19 @@ def find_unseen(model: torch.nn.Module, parameters: Sequence[str], inputs: Tenso
     with tied(model), as_found(model):
         own = list({id(each): each for each in map(model.get_parameter, parameters)}.values())
         held = [holder.tensor for holder in find_holders(model) if holder.kind]
-        intact = _Watch(own, held)
-        logits = _run(model, inputs, intact)
+        try:
+            intact, logits = _run(model, inputs, own, [each.detach().contiguous().clone() for each in own], held)
+        except Exception as error:
+            return f"the model fails while its operations are watched ({type(error).__name__}: {error})"
         if intact.exit is not None:
             return intact.exit
-        other = [make_other(each.detach()).contiguous() for each in own]
-        with ExitStack() as stack:
-            for before, after in zip(own, other, strict=True):
-                stack.enter_context(replaced(model, before, after))
-            moved = _Watch(other, held)
-            try:
-                after_all = _run(model, inputs, moved)
-            except Exception:  # a model that checks its numbers: what the first run has shown has to do
-                return None
+        try:
+            moved, others = _run(model, inputs, own, [make_other(each.detach().contiguous()) for each in own], held)
+        except Exception:  # a model that checks its numbers: what the first run has shown has to do
+            return None
     if moved.exit is not None:
         return moved.exit
-    return _compare(intact, moved) or _compare_logits(intact, logits, moved, after_all)
+    return _compare(intact, moved) or _compare_logits(intact, logits, moved, others)
 
 
 def check_in_sight(model: torch.nn.Module, parameter: str, inputs: Tensor) -> None:
@@ -194,10 +191,19 @@ def check_in_sight(model: torch.nn.Module, parameter: str, inputs: Tensor) -> No
         )
 
 
-def _run(model: torch.nn.Module, inputs: Tensor, watch: _Watch) -> Any:
-    with torch.random.fork_rng([]), in_own_precision(model), _Exits(watch), watch:
+def _run(
+    model: torch.nn.Module, inputs: Tensor, own: Sequence[Tensor], numbers: Sequence[Tensor], held: Sequence[Tensor]
+) -> tuple[_Watch, Any]:
+    """Run the model with these numbers in the place of its own; returns what was seen, and the logits."""
+    watch = _Watch(numbers, held)
+    with ExitStack() as stack:
+        for before, after in zip(own, numbers, strict=True):
+            stack.enter_context(replaced(model, before, after))
+        stack.enter_context(torch.random.fork_rng([]))
         torch.manual_seed(0)
-        return run(model, inputs)
+        for mode in (in_own_precision(model), _Exits(watch), watch):
+            stack.enter_context(mode)
+        return watch, run(model, inputs)
 
 
 def _compare(intact: _Watch, moved: _Watch) -> str | None:
@@ -249,7 +255,7 @@ def _contents(tensor: Tensor) -> tuple[Any, ...]:
     if flat.numel() > WHOLE:
         some = flat.reshape(-1)[:: flat.numel() // WHOLE + 1]
         flat = torch.cat([some.double(), flat.sum(dtype=torch.float64)[None]]) if flat.numel() <= SUMMED else some
-    numbers = flat.cpu().contiguous().view(torch.uint8) if flat.dim() else flat.cpu().reshape(1).view(torch.uint8)
+    numbers = torch.cat([flat.reshape(-1)]).cpu().view(torch.uint8)
     return (tuple(tensor.shape), tensor.dtype, hashlib.blake2b(numbers.numpy().tobytes(), digest_size=16).digest())
 
 

@@ -31,7 +31,9 @@ class LayerView(BaseModel):
     shape: tuple[int, ...]
     n_weights: int
     path: str = Field(description="how sampled weights are computed: direct, finite or rerun")
-    whole_layer_path: str = Field(description="how all weights of the layer are computed: response, direct, finite or rerun")
+    whole_layer_path: str = Field(
+        description="how all weights of the layer are computed: response, direct, finite or rerun"
+    )
 
 
 class PlanView(BaseModel):

@@ -171,7 +171,12 @@ def truth_in_place(model: nn.Module, parameter: str, indices: np.ndarray) -> np.
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [*((name, engine) for name in MODELS for engine in ("auto", "reference")), ("by-data", "rerun"), ("slice", "rerun"), ("before-it", "rerun")],
+    [
+        *((name, engine) for name in MODELS for engine in ("auto", "reference")),
+        ("by-data", "rerun"),
+        ("slice", "rerun"),
+        ("before-it", "rerun"),
+    ],
 )
 def test_every_path_reaches_every_place(name: str, engine: str) -> None:
     model, parameter = make(name)
@@ -213,7 +218,9 @@ def test_other_precisions(precision: str) -> None:
 
 def test_gradients_count_every_place() -> None:
     model, parameter = make("by-data")
-    table = ablation.ablate(model, parameter, {"test": data()}, criteria=["taylor1"], value={"scale": 0.999}, progress=False)
+    table = ablation.ablate(
+        model, parameter, {"test": data()}, criteria=["taylor1"], value={"scale": 0.999}, progress=False
+    )
     np.testing.assert_allclose(table.columns["taylor1_test"], table.columns["utility_test"], rtol=2e-2, atol=1e-7)
 
 
@@ -257,7 +264,9 @@ def test_a_place_that_can_not_be_found_is_refused_for_its_layer_alone(as_numpy: 
         return
     for engine in ("auto", "rerun", "reference"):
         with pytest.raises(ModelError, match=r"first.weight is used in a way that can't be replaced from outside"):
-            ablation.ablate(model, layer, {"test": data()}, engine=engine, precision="float64", verify=0, progress=False)
+            ablation.ablate(
+                model, layer, {"test": data()}, engine=engine, precision="float64", verify=0, progress=False
+            )
 
 
 def test_interleaved_parts_of_one_storage_are_apart() -> None:
@@ -270,7 +279,6 @@ def test_interleaved_parts_of_one_storage_are_apart() -> None:
         for index in table.columns["index"]:
             twin = copy.deepcopy(model).double()
             intact = F.cross_entropy(twin(data()[0].double()), data()[1], reduction="none")
-            twin.second.weight.data.reshape(-1).shape
             twin.second.weight.data[np.unravel_index(index, flat.shape)] = 0
             truth.append((F.cross_entropy(twin(data()[0].double()), data()[1], reduction="none") - intact).numpy())
     assert utility_error(table.columns["utility_test"], np.stack(truth), "mixed") < 1e-4
