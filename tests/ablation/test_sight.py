@@ -80,7 +80,6 @@ UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "dlpack": lambda x: torch.from_numpy(np.tanh(np.from_dlpack(x))),
     "thread": by_thread,
     "pool": pool,
-    "fork": lambda x: torch.jit.wait(torch.jit.fork(torch.tanh, x)),
     "memory": by_memory,
     "in-place": in_place,
     "in-part": in_part,
