@@ -3,17 +3,18 @@
 `docs/08-words.md` has the meaning of every word. The map, in reading order (a file imports only files above it):
 
     errors      the error tree, drawn              baseline    intact loss; determinism check
-    criteria    predictions beside the truth       partial     raw sums over one shard, and all of them
-    spec        JobSpec: what was asked            cache       activations kept between jobs
-    inputs/     opens models and data              engine/     run one shard -> PartialSums
-    sites       list weights, draw sampled ones    layers      what a model's layers are, the path each takes
-    cost, machine   costs; pace and memory here    table       one frozen row per site
-    plan        spec + shapes -> shards            statistics, export   read the table only
-    views       what is told of models and plans   results     the files of a job that is done, and back from them
+    criteria    predictions beside the truth       sight       does all a model does stay in sight?
+    spec        JobSpec: what was asked            partial     raw sums over one shard, and all of them
+    inputs/     opens models and data              cache       activations kept between jobs
+    sites       list weights, draw sampled ones    engine/     run one shard -> PartialSums
+    cost, machine   costs; pace and memory here    layers      what a model's layers are, the path each takes
+    plan        spec + shapes -> shards            table       one frozen row per site
+    views       what is told of models and plans   statistics, export   read the table only
+    sharing     numbers held in several places     results     the files of a job that is done, and back from them
     precision   float64 from the target on         plots       a figure of the table
-    loss        one number from each example       compiling, devices   told of loops; what torch finds here
-    reference   zero, forward, restore: the truth  job         a job with its model and data loaded
-                                                   shard       run one shard of a job
+    found       a model is left as it was found    compiling, devices   told of loops; what torch finds here
+    loss        one number from each example       job         a job with its model and data loaded
+    reference   zero, forward, restore: the truth  shard       run one shard of a job
                                                    proof, memory   check a job; begin it again where memory runs out
                                                    run         the whole walk on one screen
                                                    notebook    `ablation.ablate` and the table it returns

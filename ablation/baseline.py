@@ -3,21 +3,29 @@
 In: a model, a batch. Out: nothing, or an error that says what is wrong with which module or example.
 """
 
-import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ablation.errors import DataError, ExampleError, ModelError, SpecError
+from ablation.found import Writes, is_same, write
 from ablation.loss import Loss, loss_values
 from ablation.precision import FromTargetOn, as_found, run_with
 from ablation.reference import intact_logits
+from ablation.sharing import holders_of, interval
 
 # Largest difference of a logit between two batch compositions, relative to 1 + the largest logit.
 # Kernels round differently at different batch sizes (seen: up to 1e-5 in float32); batch mates that matter do more.
 COMPOSITION_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+N_DRAWN = 65_521  # a prime: random numbers that are repeated over a parameter, since drawing all takes seconds
+N_OVERWRITTEN = 4  # examples on which a parameter is overwritten in place
+OVERWRITTEN_TOLERANCE = 1e-5  # of logits with a parameter replaced, beside 100 times the rounding of the intact ones
 LOSS_TOLERANCE = 1e-12  # of a loss between two batch compositions, relative to 1 + the largest: float64's own rounding
 
 
@@ -98,37 +106,98 @@ def check_loss(loss: Loss, logits: Float[Tensor, "examples classes"], labels: In
 def check_repeatable(first: Tensor, again: Tensor) -> None:
     """Refuse data that is different each time it is read, such as randomly augmented images.
 
-    `first` are the first examples of a split, `again` its first batch, read later.
+    `first` and `again` are readings of the same examples, inputs or labels; of the longer one, only its beginning.
 
     Raises:
-        DataError: they differ.
+        ExampleError: they differ; the message says at which example.
     """
-    if not torch.equal(first, again[: len(first)]):
-        raise DataError(
-            "the first examples differ between two readings; every example must be the same each time. Leave out "
-            "random augmentation (use the transform of evaluation)."
-        )
+    n = min(len(first), len(again))
+    for position in range(n):
+        if not is_same(first[position], again[position]):
+            raise ExampleError(
+                position,
+                "differs between two readings; every example must be the same each time, in whatever order it is read. "
+                "Leave out random augmentation (use the transform of evaluation), and whatever the data set keeps from "
+                "one example to the next.",
+            )
 
 
-def check_composition(model: torch.nn.Module, inputs: Tensor) -> None:
+def check_composition(
+    model: torch.nn.Module, inputs: Tensor, parameter: str | None = None, writes: Writes | None = None
+) -> None:
     """Run one batch as it is and again in another composition: reversed, in two unequal parts.
 
+    `writes` keeps what the model writes to. Reads of the `parameter` are looked at, too.
+
     Raises:
-        ModelError: the logits differ by more than `COMPOSITION_TOLERANCE`.
+        ModelError: the logits differ by more than `COMPOSITION_TOLERANCE`, or the model reads the parameter's memory
+            by another name than the model's own.
     """
     cut = max(1, len(inputs) // 3)
     turned = inputs.flip(0)
     parts = [part for part in (turned[:cut], turned[cut:]) if len(part)]
     with as_found(model):  # restores the random state, which is set to differ from run to run
-        logits = _logits(model, inputs)
+        with writes or nullcontext():
+            logits = _logits(model, inputs)
         torch.manual_seed(1)
-        again = _logits(model, inputs)
+        reads = _Reads(model, parameter) if parameter is not None else None
+        with reads or nullcontext():
+            again = _logits(model, inputs)
         torch.manual_seed(2)
         composed = torch.cat([_logits(model, part) for part in parts]).flip(0)
     advice = "Each example's loss must be a fixed function of it; look for randomness or for statistics over the batch."
     tolerance = COMPOSITION_TOLERANCE[logits.dtype]
     check_agreement(again, logits, "when run twice on the same batch", tolerance, advice)
     check_agreement(composed, logits, "when run in another batch composition", tolerance, advice)
+    if reads is not None and reads.is_foreign:
+        raise _out_of_reach(str(parameter))
+
+
+def check_reads(model: torch.nn.Module, parameter: str, inputs: Tensor) -> None:
+    """Refuse a parameter whose memory the model reads by another name than its own, in one run of the model.
+
+    Raises:
+        ModelError: it does, so that a copy of the model in float64 would have other numbers there.
+    """
+    reads = _Reads(model, parameter)
+    with reads:
+        intact_logits(model, inputs)
+    if reads.is_foreign:
+        raise _out_of_reach(parameter)
+
+
+class _Reads(TorchFunctionMode):
+    """Notices while active whether a call is given a parameter's memory in a tensor that no known place holds."""
+
+    def __init__(self, model: torch.nn.Module, parameter: str) -> None:
+        super().__init__()
+        own = model.get_parameter(parameter)
+        held = [holder.tensor for _, holder, _ in holders_of(model, own)]
+        self.known = {id(tensor): tensor for tensor in (own, *held)}  # by id, kept alive
+        self.device, self.memory = own.device, interval(own)
+        self.is_foreign = False
+
+    def __torch_function__(
+        self, call: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one call and look at its arguments; what it makes of known tensors is known."""
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        meant = [tensor for tensor in given if self._is_inside(tensor)]
+        self.is_foreign = self.is_foreign or any(id(tensor) not in self.known for tensor in meant)
+        result = call(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result) if meant else ():
+            if isinstance(leaf, Tensor) and self._is_inside(leaf):
+                self.known[id(leaf)] = leaf
+        return result
+
+    def _is_inside(self, tensor: Tensor) -> bool:
+        if tensor.layout != torch.strided or tensor.device != self.device:
+            return False
+        try:
+            address = tensor.data_ptr()
+        except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
+            return False
+        return self.memory[0] <= address < self.memory[1]
 
 
 def check_agreement(
@@ -149,16 +218,20 @@ def check_agreement(
         raise ModelError(f"the model's logits differ by {worst:.3g} {when} (allowed: {allowed:.3g}). {advice}")
 
 
-def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor) -> None:
+def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor, *, needs_sight: bool = True) -> None:
     """Refuse a parameter that the model reads in a way that replacing it from outside does not reach.
 
-    A parameter that is truly not used is fine: its utility is 0.
+    The parameter is replaced by other numbers from outside, and overwritten by them where it lies in memory: both runs
+    must give the same logits. A parameter that is truly not used is fine: its utility is 0.
+
+    `needs_sight`: the path must also see by which call the parameter is first read, as all but `reference` do.
 
     Raises:
-        ModelError: no call of the forward pass was given the parameter, and yet its numbers change the logits; or the
-            network can't be continued in float64 from the parameter on.
+        ModelError: the two runs differ; or no call of the forward pass was given the parameter, and yet its numbers
+            change the logits; or the network can't be continued in float64 from the parameter on.
     """
-    mode = FromTargetOn(model.get_parameter(parameter).detach().double())
+    own = model.get_parameter(parameter)
+    mode = FromTargetOn(own.detach().double().contiguous())
     with as_found(model):
         try:
             run_with(model, parameter, mode.target, inputs, mode=mode)
@@ -167,15 +240,41 @@ def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor) -> None:
                 f"the model can't be continued in float64 from {parameter} on ({type(error).__name__}: {error}). "
                 "Use precision='float64', which runs all of it in float64, or choose another layer."
             ) from error
-        if mode.seen:
+        few = inputs[:N_OVERWRITTEN]
+        kept, other = own.detach().clone(), make_other(own.detach())
+        intact = intact_logits(model, few), run_with(model, parameter, kept.double().contiguous(), few)
+        try:
+            write(own, other)
+            overwritten = intact_logits(model, few)
+        except Exception:  # a model that checks its weights; the proof remains
             return
-        spoiled = copy.deepcopy(model)
-        spoiled.get_parameter(parameter).fill_(float("nan"))
-        if not torch.equal(intact_logits(spoiled, inputs), intact_logits(model, inputs)):
-            raise ModelError(
-                f"{parameter} is used in a way that can't be replaced from outside (a copy of it kept by a compiled or "
-                "caching module); allowed: parameters that forward reads from the module. Choose another layer."
-            )
+        finally:
+            write(own, kept)
+        replaced = run_with(model, parameter, other.double().contiguous(), few)
+    rounding = (intact[0] - intact[1]).abs().max() / (1 + intact[0].abs().max())
+    allowed = (1 + overwritten.abs().max()) * (OVERWRITTEN_TOLERANCE + 100 * rounding)
+    is_reached = is_same(replaced.isfinite(), overwritten.isfinite()) and not bool(
+        ((replaced - overwritten).abs() > allowed).any()
+    )
+    if not is_reached or (needs_sight and not mode.seen and not is_same(overwritten, intact[0])):
+        raise _out_of_reach(parameter)
+
+
+def make_other(own: Tensor) -> Tensor:
+    """Numbers of the same size as a parameter's, and all of them far from it: what depends on it changes."""
+    n = own.numel()
+    drawn = torch.randn(min(n, N_DRAWN), generator=torch.Generator().manual_seed(0)).to(own.device, own.dtype)
+    noise = drawn.repeat(-(-n // len(drawn)))[:n].view(own.shape) if n else torch.zeros_like(own)
+    size = float(own.square().mean(dtype=torch.float32).sqrt()) if n else 0.0
+    return noise.mul_(0.5 * (size + 0.01)).sub_(own, alpha=1.25)
+
+
+def _out_of_reach(parameter: str) -> ModelError:
+    return ModelError(
+        f"{parameter} is used in a way that can't be replaced from outside (a copy of it kept by a compiled or "
+        "caching module, its memory under a name that the model doesn't hold, or another thread); allowed: parameters "
+        "that forward reads from the module. Choose another layer."
+    )
 
 
 def _logits(model: torch.nn.Module, inputs: Tensor) -> Float[Tensor, "examples classes"]:

@@ -47,6 +47,7 @@ from ablation.layers import registered_here
 from ablation.loss import CROSS_ENTROPY, Loss, make_loss
 from ablation.plan import InputsPlan, Plan, PlanOptions, describe_inputs, number_split, plan_spec
 from ablation.reference import in_float64
+from ablation.sharing import check_alone, converted, holders_of
 from ablation.sites import Sites, list_sites
 from ablation.spec import DataSpec, JobSpec, PerClass
 
@@ -121,7 +122,7 @@ def load_job(
         splits[split] = relabel(draw_split(spec, split, dataset), numberings[split].numbers)
     found = {"torch": torch.__version__, "model": hash_model(opened.module)}
     found |= {name: hash_of(tell_apart(split.dataset, split.indices)) for name, split in splits.items()}
-    job = make_job(spec, plan, opened.module.to(where), splits)
+    job = make_job(spec, plan, converted(opened.module, lambda own: own.to(where)), splits)
     return replace(
         job,
         activations=_activations_of(job, found["model"], folders),
@@ -258,7 +259,10 @@ def make_job(
         ModelError: the model can't be measured exactly, or its layer is not the one that was planned.
     """
     baseline.check_model(model)
-    shape = tuple(model.get_parameter(plan.parameter).shape)
+    own = model.get_parameter(plan.parameter)
+    check_alone(own, plan.parameter)
+    holders_of(model, own)
+    shape = tuple(own.shape)
     if shape != plan.shape:
         raise ModelError(f"{plan.parameter} has shape {shape} with these weights; the plan was made for {plan.shape}.")
     model = in_float64(model) if spec.precision == "float64" else model

@@ -16,21 +16,44 @@ from ablation.engine.calls import Call, Calls, record_calls
 from ablation.engine.paths import find_paths
 from ablation.engine.responses.way import DROPOUT, ELEMENTWISE, SAME_SHAPE
 from ablation.errors import ModelError
-from ablation.inputs.catalog import LayerFacts, ModelFacts, Registered
+from ablation.inputs.catalog import LayerFacts, ModelFacts, Registered, find_layer
 from ablation.inputs.classes import listed_classes
 from ablation.inputs.models import load_model
 from ablation.inputs.registered import DATASETS, MODELS, registered_names
+from ablation.sharing import partly_shared, tied
+from ablation.sight import find_unseen
 
 # What a registered model's transform is tried on: pictures as ImageNet, CIFAR, MNIST and digits have them.
 _PICTURES = (("RGB", 224), ("RGB", 32), ("L", 28), ("L", 8))
 
 
-def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tuple[str, ...] = ()) -> ModelFacts:
-    """The facts of `model`, found by one forward pass over `example`, a batch of at least two examples.
+def describe_model(
+    name: str, model: torch.nn.Module, example: Any, weights: tuple[str, ...] = (), *, layer: str | None = None
+) -> ModelFacts:
+    """The facts of `model`, found by a few forward passes over `example`, a batch of at least two examples.
 
-    A parameter that no call has used still is a layer: its path is `finite`, its utility 0.
+    A parameter that no call has used still is a layer: its path is `finite`, its utility 0. One whose effect gets out
+    of torch's sight takes `rerun` (`sight.py`); where a `layer` is named, it alone is looked at.
     """
+    with tied(model):
+        facts = _describe(name, model, example, weights)
+        asked = facts.layers if layer is None else (find_layer(facts, layer),)
+        general = [each.parameter for each in asked if each.path == "finite"]
+        if not general or find_unseen(model, general, example) is None:
+            return facts
+        unseen = {name for name in general if len(general) == 1 or find_unseen(model, [name], example) is not None}
+    return facts.model_copy(
+        update={"layers": tuple(_unseen(each) if each.parameter in unseen else each for each in facts.layers)}
+    )
+
+
+def _unseen(layer: LayerFacts) -> LayerFacts:
+    return layer.model_copy(update={"path": "rerun", "response": False})
+
+
+def _describe(name: str, model: torch.nn.Module, example: Any, weights: tuple[str, ...]) -> ModelFacts:
     calls = record_calls(model, example, count_flops=True)
+    mixed = partly_shared(model)
     owners = {
         f"{prefix}.{local}" if prefix else local: type(module).__name__
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -41,7 +64,7 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
             parameter=parameter,
             kind=owners[parameter],
             shape=tuple(tensor.shape),
-            **_paths(calls, parameter),
+            **_paths(calls, parameter, is_plain=id(tensor) not in mixed),
             **_costs(calls, parameter),
         )
         for parameter, tensor in model.named_parameters(remove_duplicate=False)
@@ -63,9 +86,9 @@ def describe_model(name: str, model: torch.nn.Module, example: Any, weights: tup
     )
 
 
-def _paths(calls: Calls, parameter: str) -> dict[str, Any]:
-    """The fields that tell a parameter's paths."""
-    paths = find_paths(calls, parameter)
+def _paths(calls: Calls, parameter: str, *, is_plain: bool) -> dict[str, Any]:
+    """The fields that tell a parameter's paths; one whose memory has other views (not `is_plain`) takes the general."""
+    paths = find_paths(calls, parameter) if is_plain else ()
     return {"path": "direct" if "direct" in paths else "finite", "response": "response" in paths}
 
 

@@ -3,7 +3,6 @@
 In: any PyTorch model and data. Out: a `Table`, which is an `ImportanceTable` with the verbs people reach for.
 """
 
-import copy
 import numbers
 import operator
 import os
@@ -24,7 +23,8 @@ from ablation import baseline
 from ablation.devices import find_device
 from ablation.errors import DataError, ModelError, SpecError
 from ablation.export import write_all, write_csv, write_parquet, write_whole
-from ablation.inputs.catalog import ModelFacts
+from ablation.found import Unchanged, Writes, in_turn, left_alone
+from ablation.inputs.catalog import ModelFacts, find_layer
 from ablation.inputs.checkpoints import say_some
 from ablation.inputs.classes import listed_classes
 from ablation.inputs.data import Relabelled, as_dataset, classes_of, load_batches
@@ -35,11 +35,12 @@ from ablation.machine import Machine, find_memory
 from ablation.memory import run_smaller
 from ablation.plan import Plan, PlanOptions, SplitCounts, make_plan
 from ablation.plots import make_figure
-from ablation.precision import fit, left_alone
+from ablation.precision import fit
 from ablation.reference import intact_logits
 from ablation.results import BESIDE, describe_csv, read_results
 from ablation.run import run_job
-from ablation.spec import FORMS, SPLITS, make_spec
+from ablation.sharing import converted, tied
+from ablation.spec import FORMS, SPLITS, JobSpec, make_spec
 from ablation.statistics import make_summary
 from ablation.table import ImportanceTable
 
@@ -89,6 +90,7 @@ def _writer(text: bytes) -> Callable[[BinaryIO], None]:
     return write
 
 
+@in_turn
 @torch.inference_mode(False)  # tensors made under it keep no version, which caches go by
 def ablate(
     model: torch.nn.Module,
@@ -115,7 +117,8 @@ def ablate(
         utility(w) = (1/N) sum_n [ l_n(w := r) - l_n(w) ]        positive: the weight helps
 
     The network before the layer runs once per batch; from the layer on, finite differences of the loss are computed
-    per example and summed in float64. The model is left as it was found.
+    per example and summed in float64. The model is left as it was found. One thread of a process at a time is inside
+    `ablate`; calls from other threads wait for it.
 
     Args:
         model: any module, in any mode, whose output is logits (examples, classes) or has `.logits`.
@@ -188,8 +191,8 @@ def ablate(
         machine=Machine(memory_bytes=find_memory()),
     )
     work = _on_device(model, device)
-    with left_alone(work):
-        facts = _describe(work, next(iter(read.values())))
+    with left_alone(work), tied(work):
+        facts = _describe(work, next(iter(read.values())), spec)
         counts = {name: SplitCounts(n_examples=len(split.indices)) for name, split in read.items()}
 
         def cut(n_halved: int) -> Plan:
@@ -315,7 +318,7 @@ def _on_device(model: torch.nn.Module, device: Any) -> torch.nn.Module:
     if device is None:
         return model
     where = find_device(device)
-    return model if where == parameters[0].device else copy.deepcopy(model).to(where)
+    return model if where == parameters[0].device else converted(model, lambda own: own.to(where), is_copied=True)
 
 
 def _check_size(batch_size: int | None) -> int | None:
@@ -343,10 +346,19 @@ def compare_classes(model: torch.nn.Module, splits: Mapping[str, Split], n_class
     return tuple(found)
 
 
-def _describe(model: torch.nn.Module, split: Split) -> ModelFacts:
+def _describe(model: torch.nn.Module, split: Split, spec: JobSpec) -> ModelFacts:
     """The facts of the caller's model, from a look at its first examples."""
     baseline.check_model(model)
     inputs, labels = next(load_batches(split.dataset, split.indices[:2], 2, collate=split.collate))
     inputs = fit(inputs, model)
-    baseline.check_logits(intact_logits(model, inputs), len(labels))
-    return describe_model("in memory", model, inputs)
+    unchanged, writes = Unchanged(model), Writes(model)
+    try:
+        with writes:
+            logits = intact_logits(model, inputs)
+    finally:
+        unchanged.check(writes)
+    baseline.check_logits(logits, len(labels))
+    facts = describe_model("in memory", model, inputs, layer=spec.layer)
+    if spec.precision == "float64":  # it will be copied
+        baseline.check_reads(model, find_layer(facts, spec.layer).parameter, inputs)
+    return facts

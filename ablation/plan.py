@@ -377,6 +377,8 @@ def possible_paths(layer: LayerFacts, *, is_whole: bool, is_plain: bool = True) 
     `is_whole`: all weights are asked for. `is_plain`: float32 deltas are enough, no top-1 answers are asked for, and
     the loss is cross-entropy without label smoothing and class weights.
     """
+    if layer.path == "rerun":  # what it changes gets out of torch's sight: only runs of the model itself are exact
+        return ("rerun", "reference")
     is_convolution = len(layer.shape) > 2  # its loops have float32 deltas alone, and no top-1 answers
     has_head = layer.path == "direct" and not is_convolution
     fast: tuple[Path, ...] = ()
@@ -403,7 +405,12 @@ def _choose_path(spec: JobSpec, layer: LayerFacts, n_sites: int, engine: str) ->
         f"only in 'mixed' or 'float32', without top1, {CLOSE}, and with cross-entropy without label smoothing and "
         "class weights"
     )
-    if engine == "response":
+    if layer.path == "rerun":
+        why = (
+            f"What {layer.name} changes gets out of torch's sight (by NumPy, another thread or the like), so that only "
+            "runs of the model itself are exact."
+        )
+    elif engine == "response":
         why = f"The engine 'response' takes all weights of a layer with response functions, {conditions}."
     elif layer.path != "direct":
         why = f"{layer.name} is not part of a classifier head, which the engine 'direct' is for."

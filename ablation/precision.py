@@ -6,16 +6,16 @@ calls that don't, the prefix, stay as they are. So nothing needs to be traced or
 Not here: the computations that use it (`reference.py`, `engine/`).
 """
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ablation.sharing import replaced
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _NARROWING = {"float", "to", "type", "type_as", "half", "bfloat16"}  # methods that would convert float64 back
@@ -127,11 +127,12 @@ class FromTargetOn(Float64Spreads):
     def __init__(self, target: Tensor, lifts: Lifts | None = None) -> None:
         super().__init__(lifts)
         self.target = target
+        self.views: list[Tensor] = []  # of the target, that the model holds in other places
         self.seen = False
         self.on_look: Callable[[list[Tensor]], None] | None = None
 
     def _look_at(self, tensors: list[Tensor]) -> None:
-        self.seen = self.seen or any(tensor is self.target for tensor in tensors)
+        self.seen = self.seen or any(tensor is own for own in (self.target, *self.views) for tensor in tensors)
         if self.on_look is not None:
             self.on_look(tensors)
 
@@ -170,7 +171,8 @@ def run_with(
     model: torch.nn.Module, parameter: str, tensor: Tensor, inputs: Tensor, *, mode: FromTargetOn | None = None
 ) -> Any:
     """Run `model` once with `parameter` replaced by `tensor`, in float64 from there on, and return the logits."""
-    with _replaced(model, parameter, tensor), mode or FromTargetOn(tensor):
+    mode = mode or FromTargetOn(tensor)
+    with replaced(model, model.get_parameter(parameter), tensor) as mode.views, mode:
         return run(model, inputs)
 
 
@@ -178,42 +180,3 @@ def run(model: torch.nn.Module, inputs: Tensor) -> Any:
     """Run the model on a copy of the inputs (it may write to them); returns its `.logits`, or else its output."""
     output = model(inputs.clone())
     return getattr(output, "logits", output)
-
-
-@contextmanager
-def _replaced(model: torch.nn.Module, parameter: str, tensor: Tensor) -> Iterator[None]:
-    """Context with `tensor` in every place where the model holds the parameter, under every name."""
-    own = model.get_parameter(parameter)
-    modules = dict.fromkeys(
-        module for module in model.modules() if any(held is own for held in module._parameters.values())
-    )
-    places = [(module, name) for module in modules for name, held in module._parameters.items() if held is own]
-    flat = {module: module._flat_weights for module in modules if isinstance(module, torch.nn.RNNBase)}
-    try:
-        for module, name in places:
-            module._parameters[name] = tensor  # type: ignore[assignment]
-        for module, weights in flat.items():  # recurrent modules keep lists of their weights
-            module._flat_weights = [tensor if weight is own else weight for weight in weights]
-        yield
-    finally:
-        for module, name in places:
-            module._parameters[name] = own
-        for module, weights in flat.items():
-            module._flat_weights = weights
-
-
-@contextmanager
-def left_alone(model: torch.nn.Module) -> Iterator[None]:
-    """Context that restores the model's buffers, which a forward may update, and Python's and numpy's random states."""
-    drawn = random.getstate(), np.random.get_state()
-    places = [(module, name, held) for module in model.modules() for name, held in module._buffers.items()]
-    values = [None if held is None else held.detach().clone() for _, _, held in places]
-    try:
-        yield
-    finally:
-        random.setstate(drawn[0])
-        np.random.set_state(drawn[1])
-        for (module, name, held), value in zip(places, values, strict=True):
-            module._buffers[name] = held
-            if held is not None and value is not None:
-                held.data = value

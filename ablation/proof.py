@@ -195,7 +195,7 @@ def make_proof(compared: Mapping[str, Compared], precision: str) -> dict[str, An
         "sum_bound": SUM_BOUND[precision],
     }
     _require(proof, "arithmetic", "the engine against the reference from the same layer input")
-    _require(proof, "sum", "the table's sums against the reference's")
+    _require(proof, "sum", "the table's sums against the reference's on the same examples, read once more,")
     return proof
 
 

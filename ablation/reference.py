@@ -4,7 +4,6 @@ In: a model, a parameter, sites, a batch. Out: per-example loss deltas. Every fa
 and every job checks itself against it (`proof.py`).
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from ablation.errors import ModelError
 from ablation.loss import CROSS_ENTROPY, Loss, loss_values
 from ablation.precision import FromTargetOn, Lifts, as_found, in_own_precision, run, run_with
+from ablation.sharing import converted, tied
 from ablation.sites import Sites
 
 
@@ -54,7 +54,7 @@ def run_reference(
     def run_ablated() -> Tensor:
         return run_with(model, parameter, weights, inputs, mode=FromTargetOn(weights, lifts))
 
-    with as_found(model):
+    with tied(model), as_found(model):
         logits = run_ablated()  # where they do not depend on the target they may still be float32
         intact = loss_values(loss, logits, labels)
         for row, (index, replacement) in enumerate(
@@ -85,7 +85,7 @@ def reference_deltas(
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     """A float64 copy of the model; the caller's own stays as it is."""
     try:
-        return copy.deepcopy(model).double()
+        return converted(model, torch.nn.Module.double, is_copied=True)
     except Exception as error:
         raise ModelError(
             f"the model can't be copied ({type(error).__name__}: {error}), which a float64 reference needs; allowed: "

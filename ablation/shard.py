@@ -4,6 +4,7 @@ In: a loaded `Job` and one of its plan's shards. Out: `PartialSums`. Shards with
 before the layer: it is computed once, kept in the cache, and found again by notes of which batch lies where.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,15 +20,20 @@ from ablation.engine.batches import open_statistics, run_batches
 from ablation.engine.interface import EnginePath, HasPrefix, Setup
 from ablation.engine.paths import open_path
 from ablation.errors import DataError, ExampleError
-from ablation.inputs.data import load_batches, name_example
+from ablation.found import Unchanged, Writes
+from ablation.inputs.data import is_stateless, load_batches, name_example
 from ablation.job import Job, Split, check_pictures
 from ablation.partial import PartialSums
 from ablation.plan import Plan, Shard
 from ablation.precision import fit
+from ablation.reference import intact_logits
+from ablation.sight import check_in_sight
 from ablation.sites import Sites
 
 READY_SHARE = 0.05  # of a shard's progress, once it is ready for its first batch
 FILL_SHARE = 0.5  # of the rest, where all of its activations are missing
+N_READ_TWICE = 64  # examples of a split that are read twice before it is worked on
+REREAD_EVERY = 32  # and one example in so many once more, while it is
 N_CHECKED = 32  # examples at the beginning of a split that the model is checked on
 
 
@@ -44,28 +50,39 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
         if shard == job.plan.shards[0]:
             check_pictures(job, lambda part: on_batch(0.0))
         example = next(read(job, shard.split, positions[:2]))[0]
+        unchanged, writes = Unchanged(job.model), Writes(job.model)
         if first == 0 and rows.start == 0:
             n_checked = min(N_CHECKED, max(2, job.plan.batch_size))  # with one alone, no batch mates would be seen
             inputs = torch.cat([batch for batch, _ in read(job, shard.split, positions[:n_checked])])
             baseline.check_repeatable(example, inputs)
+            check_examples(job, shard.split)
             on_batch(0.0)
-            baseline.check_composition(job.model, inputs)
+            try:
+                baseline.check_composition(job.model, inputs, job.plan.parameter, writes)
+            finally:
+                unchanged.check(writes)
             on_batch(0.0)
             if job.plan.path not in ("direct", "response"):  # these two have looked for the parameter themselves
-                baseline.check_used(job.model, job.plan.parameter, inputs)
+                needs_sight = job.plan.path != "reference"
+                baseline.check_used(job.model, job.plan.parameter, inputs, needs_sight=needs_sight)
+            if job.plan.path == "finite":
+                check_in_sight(job.model, job.plan.parameter, example)
             on_batch(0.0)
+        else:
+            with writes:
+                intact_logits(job.model, example)
         path = open_engine(job, job.sites[rows], example)
         setup = make_setup(job, job.sites[rows])
         at_once = job.plan.gradient_batch_size or job.plan.batch_size
         statistics = open_statistics(find_statistics(job.spec.criteria), setup, at_once)
         on_batch(READY_SHARE)
-        filled, batches = READY_SHARE, read(job, shard.split, positions)
+        filled, batches = READY_SHARE, reread(job, shard.split, positions)
         if isinstance(path, HasPrefix) and (notes := notes_of(job, shard)):
             filled += (1 - READY_SHARE) * FILL_SHARE * len(notes.missing()) / len(notes.batches)
             fill(job, shard, path, notes, lambda part: on_batch(READY_SHARE + (filled - READY_SHARE) * part))
             if not statistics:  # which need the inputs themselves
                 batches = read_noted(job, shard, notes)
-        return run_batches(
+        partial = run_batches(
             path,
             job.model,
             batches,
@@ -84,6 +101,74 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
             top1=job.spec.top1,
             statistics=statistics,
         )
+        unchanged.check(writes)
+        return partial
+
+
+def check_examples(job: Job, split: str) -> None:
+    """Read some examples from all over a split twice, in two orders, with different random states.
+
+    Raises:
+        DataError: one of them differs; the message names it.
+    """
+    part = job.splits[split]
+    if is_stateless(part.dataset, part.collate):
+        return
+    draw, n = np.random.default_rng(0), len(part.indices)
+    chosen = draw.choice(n, size=min(n, N_READ_TWICE), replace=False)
+    order = draw.permutation(len(chosen))
+    with shaken(1):
+        first = _read_all(job, part, chosen)
+    with shaken(2):
+        again = _read_all(job, part, chosen[order])
+    back = np.argsort(order)
+    with example_of(part, chosen):
+        for before, after in zip(first, again, strict=True):
+            baseline.check_repeatable(before, after[torch.from_numpy(back)])
+
+
+def _read_all(job: Job, part: Split, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    batches = [*load_batches(part.dataset, part.indices[positions], job.plan.batch_size, collate=part.collate)]
+    inputs, labels = zip(*batches, strict=True)
+    return torch.cat(inputs), torch.cat(labels)
+
+
+@contextmanager
+def shaken(seed: int) -> Iterator[None]:
+    """Context in which the random states of Python, numpy and torch are others; they are restored."""
+    drawn = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([]):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+
+
+def reread(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches that `read` gives; once each has been worked on, an example in `REREAD_EVERY` is read once more.
+
+    Raises:
+        DataError: an example is not what it was.
+    """
+    part = job.splits[split]
+    is_known = is_stateless(part.dataset, part.collate)
+    draw, done, left = np.random.default_rng(1), 0, 1.0
+    for inputs, labels in read(job, split, positions):
+        yield inputs, labels
+        left += len(labels) / REREAD_EVERY
+        n = 0 if is_known else min(int(left), len(labels))
+        left -= n
+        for place in draw.choice(len(labels), size=n, replace=False):
+            where = positions[done + place : done + place + 1]
+            again, label = next(read(job, split, where))
+            with example_of(part, where):
+                baseline.check_repeatable(inputs[place : place + 1], again)
+                baseline.check_repeatable(labels[place : place + 1], label)
+        done += len(labels)
 
 
 def notes_of(job: Job, shard: Shard) -> Notes | None:

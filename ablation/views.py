@@ -30,8 +30,10 @@ class LayerView(BaseModel):
     kind: str
     shape: tuple[int, ...]
     n_weights: int
-    path: str = Field(description="how sampled weights are computed: direct or finite")
-    whole_layer_path: str = Field(description="how all weights of the layer are computed: response, direct or finite")
+    path: str = Field(description="how sampled weights are computed: direct, finite or rerun")
+    whole_layer_path: str = Field(
+        description="how all weights of the layer are computed: response, direct, finite or rerun"
+    )
 
 
 class PlanView(BaseModel):

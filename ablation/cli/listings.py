@@ -47,6 +47,7 @@ def layers(model: str, as_json: bool) -> None:
     direct     one number per example reaches the classes: thousands of sampled weights a second
     response   one function per unit and example for all of its weights: millions of weights a second
     finite     finite differences carried forward: one run of the rest of the model for hundreds of weights
+    rerun      the rest of the model runs once for each weight, since torch doesn't see all that the layer changes
     """  # \b is click's sign for: don't rewrap
     views = [layer_view(layer) for layer in model_facts(model, own_registered()).layers]
     rows = (

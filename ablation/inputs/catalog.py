@@ -43,7 +43,7 @@ class LayerFacts(Record):
     parameter: str = Field(description="full name, e.g. classifier.4.weight")
     kind: str = Field(description="class of the module that owns it, e.g. Linear")
     shape: tuple[int, ...] = Field(strict=False)
-    path: str = Field(description="how the engine computes it: direct or finite")
+    path: str = Field(description="how the engine computes it: direct, finite or rerun")
     response: bool = Field(default=False, description="whether all its weights at once go by response functions")
     flops_after: float = Field(description="flops per example of everything that depends on this parameter")
     flops_spread: float = Field(default=0, description="the same, from where one weight moves more than one unit on")

@@ -413,15 +413,68 @@ def say_pictures(dataset: Dataset, indices: Int64[np.ndarray, " examples"]) -> l
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
+# Preprocessing that neither draws random numbers nor keeps a state, by the module and name of its type.
+_STATELESS = {"Compose", "Resize", "CenterCrop", "ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype",
+              "Normalize", "Grayscale", "Pad", "ImageClassification", "AsRGB", "Identity"}  # fmt: skip
+_LOADERS = {"default_loader", "pil_loader", "accimage_loader"}  # of torchvision's folders
+
+
 def choose_readers(dataset: Dataset) -> int:
     """Number of threads that read examples: as many as torch computes with if pictures are decoded, else none.
 
-    Threads are used only for this package's data sets: a user's may not be safe to read from several threads.
+    Threads are used only where all of the code that reads an example is known to keep no state (`is_stateless`).
     """
-    while isinstance(dataset, Subset | Transformed | Relabelled):
+    pictures = _innermost(dataset)
+    is_decoded = type(pictures) is ImageFiles or _is_folder(pictures)
+    return torch.get_num_threads() if is_decoded and is_stateless(dataset) else 0
+
+
+def is_stateless(dataset: Dataset, collate: Collate | None = None) -> bool:
+    """Whether reading is known to give the same examples each time, in any order and from several threads.
+
+    It is where the data set and its preprocessing are of this package, of torch or of torchvision, and draw no random
+    numbers. A subclass, or a function of a user's, may do anything.
+    """
+    if collate is not None:
+        return False
+    if type(dataset) is TensorDataset:
+        return True
+    if type(dataset) in (Subset, Relabelled):
+        return is_stateless(dataset.dataset)  # type: ignore[attr-defined]
+    if type(dataset) is Transformed:
+        return is_stateless(dataset.dataset) and _keeps_no_state(dataset.transform)
+    if type(dataset) in (ImageFiles, Pictures):
+        return _keeps_no_state(dataset.transform)  # type: ignore[attr-defined]
+    return _is_folder(dataset) and _keeps_no_state(dataset.transform)  # type: ignore[attr-defined]
+
+
+def _innermost(dataset: Any) -> Any:
+    while type(dataset) in (Subset, Transformed, Relabelled):
         dataset = dataset.dataset
-    folders = getattr(sys.modules.get("torchvision.datasets"), "DatasetFolder", ImageFiles)
-    return torch.get_num_threads() if isinstance(dataset, ImageFiles | folders) else 0
+    return dataset
+
+
+def _is_folder(dataset: Any) -> bool:
+    """Whether it is torchvision's own class for pictures in folders, with a loader and labels of its own."""
+    folders = sys.modules.get("torchvision.datasets")
+    own = tuple(getattr(folders, name, ImageFiles) for name in ("ImageFolder", "DatasetFolder"))
+    if type(dataset) not in own or type(dataset) is ImageFiles:
+        return False
+    loader = dataset.loader
+    is_known = getattr(loader, "__module__", "") == "torchvision.datasets.folder"
+    return is_known and getattr(loader, "__name__", "") in _LOADERS and dataset.target_transform is None
+
+
+def _keeps_no_state(transform: Any) -> bool:
+    if transform is None:
+        return True
+    module, name = type(transform).__module__, type(transform).__name__
+    if module == "builtins":  # a function
+        return getattr(transform, "__module__", "") == "ablation.inputs.demo"
+    if name not in _STATELESS or not module.startswith(("torchvision.transforms", "ablation.", "torch.nn.modules")):
+        return False
+    parts = getattr(transform, "transforms", ()) if name == "Compose" else (getattr(transform, "then", None),)
+    return all(_keeps_no_state(part) for part in parts)
 
 
 def load_batches(

@@ -23,11 +23,22 @@ from torch.utils.data import (
     TensorDataset,
     default_collate,
 )
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import Compose, Lambda, RandomHorizontalFlip, Resize, ToTensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from ablation.errors import DataError, SpecError
 from ablation.inputs.catalog import dataset_facts
-from ablation.inputs.data import as_dataset, choose_readers, draw_examples, labels_of, load_batches, load_data
+from ablation.inputs.data import (
+    ImageFiles,
+    as_dataset,
+    choose_readers,
+    draw_examples,
+    labels_of,
+    load_batches,
+    load_data,
+)
+from ablation.inputs.models import default_transform
 from ablation.spec import CountOfExamples, PerClass
 
 
@@ -311,6 +322,26 @@ def test_only_pictures_are_read_in_threads(tmp_path: Path) -> None:
     pictures = load_data("imagefolder", tmp_path)
     assert choose_readers(pictures) == choose_readers(Subset(pictures, [0])) == torch.get_num_threads()
     assert choose_readers(load_data("digits")) == choose_readers(Squares(3)) == 0
+
+
+class Mine(ImageFiles):
+    """Does what nobody knows."""
+
+
+def test_only_code_that_is_known_to_keep_no_state_is_run_in_threads(tmp_path: Path) -> None:
+    write_images(tmp_path, "test/a/1.png")
+    known = Compose([Resize(8), ToTensor()])
+    preset = default_transform("alexnet")
+    n = torch.get_num_threads()
+    for transform, n_readers in (
+        (None, n), (known, n), (preset, n), (Compose([Lambda(lambda x: x), ToTensor()]), 0), (lambda x: x, 0),
+        (Compose([RandomHorizontalFlip(), ToTensor()]), 0),
+    ):  # fmt: skip
+        assert choose_readers(load_data("imagefolder", tmp_path, transform=transform)) == n_readers
+        assert choose_readers(Subset(ImageFolder(tmp_path / "test", transform), [0])) == n_readers
+    assert choose_readers(ImageFolder(tmp_path / "test", known, loader=lambda path: Image.open(path))) == 0
+    assert choose_readers(ImageFolder(tmp_path / "test", known, target_transform=int)) == 0
+    assert choose_readers(Mine({"a": [str(tmp_path / "test" / "a" / "1.png")]})) == 0
 
 
 @pytest.mark.parametrize("progressive", [False, True])
