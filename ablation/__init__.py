@@ -2,8 +2,9 @@
 
 `docs/08-words.md` has the meaning of every word. The map, in reading order (a file imports only files above it):
 
-    errors      the error tree, drawn              baseline    intact loss; determinism check
-    criteria    predictions beside the truth       partial     raw sums over one shard, and all of them
+    errors      the error tree, drawn              intake      models as callers give them; torch's errors in one line
+    criteria    predictions beside the truth       baseline    intact loss; determinism check
+                                                   partial     raw sums over one shard, and all of them
     spec        JobSpec: what was asked            cache       activations kept between jobs
     inputs/     opens models and data              engine/     run one shard -> PartialSums
     sites       list weights, draw sampled ones    layers      what a model's layers are, the path each takes

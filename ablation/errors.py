@@ -109,13 +109,22 @@ def shorten(given: object) -> object:
     return given if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
+def say_cause(error: BaseException) -> str:
+    """Describe another library's error in one short line: its type, and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0].rstrip(".:") if lines else ""
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[: LONGEST_SHOWN - 3]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _as_json(given: object) -> str:
     if isinstance(given, str):
         return given
     try:
         return json.dumps(given)
     except (TypeError, ValueError):
-        return repr(given)
+        return " ".join(repr(given).split())
 
 
 def nearest(given: str, allowed: Iterable[str], n: int = 3) -> str:

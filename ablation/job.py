@@ -28,7 +28,7 @@ from ablation.loss import CROSS_ENTROPY, Loss, make_loss
 from ablation.plan import Plan, PlanOptions, plan_spec
 from ablation.reference import in_float64
 from ablation.sites import Sites, list_sites
-from ablation.spec import JobSpec, PerClass
+from ablation.spec import JobSpec, LossObject, PerClass
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,11 @@ def make_job(
         ModelError: the model can't be measured exactly, or its layer is not the one that was planned.
     """
     baseline.check_model(model)
+    if plan.n_classes < 2 and not isinstance(spec.loss, LossObject):
+        raise ModelError(
+            "the model returns one logit per example, whose cross-entropy is always 0; allowed: two or more classes. "
+            "Wrap a classifier with one logit z in a module that returns torch.cat([-z / 2, z / 2], 1)."
+        )
     shape = tuple(model.get_parameter(plan.parameter).shape)
     if shape != plan.shape:
         raise ModelError(f"{plan.parameter} has shape {shape} with these weights; the plan was made for {plan.shape}.")

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ablation import baseline
 from ablation.engine.calls import Call, Calls, record_calls
 from ablation.engine.paths import find_paths
 from ablation.engine.responses.way import DROPOUT, ELEMENTWISE, SAME_SHAPE
-from ablation.errors import ModelError
+from ablation.errors import ModelError, say_cause
 from ablation.inputs.catalog import LayerFacts, ModelFacts, Registered
 from ablation.inputs.models import load_model
 from ablation.inputs.registered import DATASETS, MODELS, registered_names
+from ablation.intake import run_plainly
 
 # What a registered model's transform is tried on: pictures as ImageNet, CIFAR, MNIST and digits have them.
 _PICTURES = (("RGB", 224), ("RGB", 32), ("L", 28), ("L", 8))
@@ -112,13 +114,15 @@ def describe_registered(name: str) -> ModelFacts:
         ModelError: it can't be made, or takes none of the pictures; the message says what happened with each.
     """
     module, transform = load_model(name)
+    baseline.check_model(module)
     wrong = []
     for what, example in _examples(module, transform):
         try:
             inputs = example() if callable(example) else example
-            return describe_model(name, module, torch.cat([inputs[:1], inputs[:1]]))
+            with run_plainly():
+                return describe_model(name, module, torch.cat([inputs[:1], inputs[:1]]))
         except Exception as error:
-            wrong.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            wrong.append(f"{what}: {say_cause(error)}")
     raise ModelError(
         f"the registered model {name!r} can't be described: {'; '.join(wrong)}. Let its transform take a PIL picture, "
         "or give the module an attribute `example_input_array`: a batch with one example."

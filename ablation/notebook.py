@@ -3,13 +3,12 @@
 In: any PyTorch model and data. Out: a `Table`, which is an `ImportanceTable` with the verbs people reach for.
 """
 
-import copy
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,21 +19,21 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ablation import baseline
 from ablation.devices import find_device
-from ablation.errors import DataError, ModelError, SpecError
+from ablation.errors import DataError, SpecError
 from ablation.export import write_csv, write_parquet, write_whole
 from ablation.inputs.catalog import ModelFacts
 from ablation.inputs.data import as_dataset, load_batches
+from ablation.intake import copied, failures_told, find_name, look_at, run_plainly, take_model, unexpected_told
 from ablation.job import Split, make_job
 from ablation.layers import describe_model
 from ablation.loss import Loss, read_loss
 from ablation.machine import Machine, find_memory
 from ablation.memory import run_smaller
-from ablation.plan import Plan, PlanOptions, SplitCounts, make_plan
+from ablation.plan import Engine, Plan, PlanOptions, SplitCounts, make_plan
 from ablation.plots import make_figure
 from ablation.precision import fit, left_alone
-from ablation.reference import intact_logits
 from ablation.run import run_job
-from ablation.spec import FORMS, SPLITS, make_spec
+from ablation.spec import FORMS, SPLITS, Precision, make_spec
 from ablation.statistics import make_summary
 from ablation.table import ImportanceTable
 
@@ -64,22 +63,24 @@ class Table(ImportanceTable):
 
 
 @torch.inference_mode(False)  # tensors made under it keep no version, which caches go by
+@unexpected_told()
+@run_plainly()
 def ablate(
     model: torch.nn.Module,
     layer: str,
     splits: Mapping[str, Any],
-    sites: int | str | Sequence[int] | np.ndarray | torch.Tensor = "all",
+    sites: int | Literal["all"] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | torch.Tensor = "all",
     *,
     seed: int = 0,
-    value: str | float | Mapping[str, float] = "zero",
-    device: str | torch.device | None = None,
-    precision: str = "mixed",
-    engine: str = "auto",
+    value: Literal["zero", "flip_sign"] | float | Mapping[str, float] = "zero",
+    device: str | int | torch.device | None = None,
+    precision: Precision = "mixed",
+    engine: Engine = "auto",
     batch_size: int | None = None,
     verify: int = 8,
     top1: bool = False,
-    criteria: Sequence[str] = (),
-    loss: str | Mapping[str, Any] | torch.nn.CrossEntropyLoss | Loss = "cross_entropy",
+    criteria: str | Sequence[str] = (),
+    loss: Literal["cross_entropy"] | Mapping[str, Any] | torch.nn.CrossEntropyLoss | Loss = "cross_entropy",
     progress: bool = True,
 ) -> Table:
     """The exact change of the mean loss when single weights of a layer are replaced, one at a time.
@@ -92,11 +93,16 @@ def ablate(
     per example and summed in float64. The model is left as it was found.
 
     Args:
-        model: any module, in any mode, whose output is logits (examples, classes) or has `.logits`.
-        layer: a module's name (its `weight`) or a parameter's full name.
-        splits: `train` and/or `test`, each a map-style Dataset, a DataLoader, or a pair of tensors (inputs, labels).
-        sites: how many to draw uniformly without replacement from `seed`; `"all"`; or flat indices into the parameter.
-        seed: of the draw.
+        model: any module, in any mode, whose output is logits (examples, classes) or has `.logits`. What
+            `torch.compile` or DataParallel have wrapped is measured as it is written.
+        layer: a module's name (its `weight`) or a parameter's full name, with or without what wrappers put into it
+            (`_orig_mod.`, `module.`).
+        splits: `train` and/or `test`, each a map-style Dataset, a DataLoader, or a pair (inputs, labels) of tensors or
+            arrays. Inputs of whole numbers stay whole; real ones get the model's precision.
+        sites: how many to draw uniformly without replacement from `seed`; `"all"`; flat indices into the parameter;
+            coordinates, as a list of tuples, an array (n, axes) or what `np.nonzero` gives; or a boolean mask of the
+            parameter's shape, which is taken in the order of the flat indices.
+        seed: of the draw, where `sites` is a count.
         value: what replaces each weight w: `"zero"`; `"flip_sign"` (-w); a number, which is the same for all; or
             `{"scale": s}` (s w). A site whose replacement is not a finite number is not run: its utility and stderr are
             NaN, and `touched` counts all examples.
@@ -106,8 +112,8 @@ def ablate(
         batch_size: examples per batch; default: by the plan.
         verify: how many sites to prove against the reference; 0: no proof.
         top1: also count `broken` and `fixed` examples.
-        criteria: names of cheap criteria to compute beside, a column of each split: `"taylor1"`, the utility that the
-            gradient g of the mean loss predicts to first order, g (r - w). A prediction is not exact.
+        criteria: one or more names of cheap criteria to compute beside, a column of each split: `"taylor1"`, the
+            utility that the gradient g of the mean loss predicts to first order, g (r - w). A prediction is not exact.
         loss: `"cross_entropy"`; that with options, as a dict (`{"name": "cross_entropy", "label_smoothing": 0.1,
             "class_weights": [...]}`) or as a `torch.nn.CrossEntropyLoss`; or an object with `values(logits, labels)`
             that gives each example's loss (`ablation.loss.Loss`). Utilities are plain means over the examples, also
@@ -134,21 +140,20 @@ def ablate(
         >>> bool(abs(table.columns["utility_test"] - truth.columns["utility_test"]).max() < 1e-6)
         True
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module.")
+    own = take_model(model)
     read = {name: _make_split(name, splits[name]) for name in _check_names(splits)}
     of_loss, loss_object = read_loss(loss)
     spec = make_spec(
         {
             "model": {"name": "in memory"},
-            "layer": layer,
+            "layer": (name := find_name(model, own, layer)),
             "data": {"name": "in memory", **dict.fromkeys(read, "all")},
-            "sites": _ask_sites(sites, _whole(seed)),
+            "sites": _ask_sites(sites, _whole(seed), _shape_of(own, name)),
             "value": _ask_value(value),
             "precision": precision,
             "verify": _whole(verify),
             "top1": top1,
-            "criteria": tuple(criteria),
+            "criteria": _listed(criteria),
             "loss": of_loss,
         }
     )
@@ -159,7 +164,7 @@ def ablate(
         is_shared=False,
         machine=Machine(memory_bytes=find_memory()),
     )
-    work = _on_device(model, device)
+    work = _on_device(own, device)
     with left_alone(work):
         facts = _describe(work, next(iter(read.values())))
         counts = {name: SplitCounts(n_examples=len(split.indices)) for name, split in read.items()}
@@ -199,17 +204,85 @@ def _make_split(name: str, given: Any) -> Split:
     return Split(dataset, indices, collate)
 
 
-def _ask_sites(sites: Any, seed: Any) -> Any:
-    """The form of the job spec for what was given: a count, a word, or flat indices."""
+def _listed(criteria: Any) -> Any:
+    """A single name as a list of one, and none as an empty list."""
+    if criteria is None:
+        return ()
+    return (criteria,) if isinstance(criteria, str) else tuple(criteria) if isinstance(criteria, Iterable) else criteria
+
+
+def _shape_of(model: torch.nn.Module, layer: Any) -> tuple[int, ...] | None:
+    """The shape of a layer's parameter; None where there is no such layer, which is refused later."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = parameters.get(f"{layer}.weight", parameters.get(layer)) if isinstance(layer, str) else None
+    return None if found is None else tuple(found.shape)
+
+
+def _ask_sites(sites: Any, seed: Any, shape: tuple[int, ...] | None) -> Any:
+    """The form of the job spec for what was given: a count, a word, flat indices, coordinates or a mask.
+
+    `shape` is that of the layer's parameter, where the layer is known.
+    """
     if isinstance(_whole(sites), int):
         return {"count": _whole(sites), "seed": seed}
     if isinstance(sites, str):
         return sites
-    listed = np.asarray(sites.cpu() if isinstance(sites, torch.Tensor) else sites)
-    if listed.ndim != 1 or not np.issubdtype(listed.dtype, np.integer):
-        given = f"{type(sites).__name__} of type {listed.dtype} and shape {listed.shape}" if listed.ndim else sites
-        raise SpecError("sites", given, "a count, 'all', or a sequence of distinct flat indices (whole numbers)")
-    return {"indices": listed.tolist()}
+    listed = _as_array(sites)
+    if listed is not None and shape is not None and listed.dtype == bool:
+        return {"indices": _from_mask(listed, shape)}
+    if listed is not None and np.issubdtype(listed.dtype, np.integer) and listed.ndim == 1:
+        return {"indices": listed.tolist()}
+    if listed is not None and np.issubdtype(listed.dtype, np.integer) and listed.ndim == 2 and shape is not None:
+        return {"indices": _from_coordinates(listed, shape)}
+    if listed is None or not listed.ndim:
+        raise SpecError("sites", sites, _SITES)
+    raise SpecError("sites", f"{type(sites).__name__} of type {listed.dtype} and shape {listed.shape}", _SITES)
+
+
+_SITES = (
+    "a count, 'all', distinct flat indices (whole numbers), a list of coordinates, or a boolean mask of the "
+    "parameter's shape"
+)
+
+
+def _as_array(sites: Any) -> np.ndarray | None:
+    """The sites as an array: what `np.nonzero` gives with one row per site; None where they are no array."""
+    try:
+        if isinstance(sites, tuple) and sites and all(isinstance(axis, np.ndarray | torch.Tensor) for axis in sites):
+            return np.stack([_on_host(axis) for axis in sites], axis=1)
+        return np.asarray(_on_host(sites))
+    except (TypeError, ValueError, RuntimeError):  # rows of different lengths; a tensor without numbers
+        return None
+
+
+def _on_host(sites: Any) -> Any:
+    return sites.detach().cpu().numpy() if isinstance(sites, torch.Tensor) else sites
+
+
+def _from_mask(mask: np.ndarray, shape: tuple[int, ...]) -> list[int]:
+    """The flat indices at which a mask is true."""
+    if mask.shape != shape:
+        raise SpecError("sites", f"a boolean mask of shape {mask.shape}", f"one of the parameter's shape {shape}")
+    if not mask.any():
+        raise SpecError("sites", "a boolean mask without a true entry", "one that is true for at least one weight")
+    indices: list[int] = np.flatnonzero(mask).tolist()
+    return indices
+
+
+def _from_coordinates(coordinates: np.ndarray, shape: tuple[int, ...]) -> list[int]:
+    """The flat indices of weights at these coordinates, one row each."""
+    allowed = f"coordinates in a parameter of shape {shape}: {len(shape)} whole numbers from 0 on for each weight"
+    if not len(coordinates) or coordinates.shape[1] != len(shape):
+        raise SpecError("sites", f"coordinates of shape {coordinates.shape}", allowed)
+    outside = ((coordinates < 0) | (coordinates >= np.asarray(shape))).any(axis=1)
+    if outside.any():
+        raise SpecError("sites", coordinates[outside][0].tolist(), allowed)
+    indices = np.ravel_multi_index(tuple(coordinates.astype(np.int64).T), shape)
+    flat: list[int] = indices.tolist()
+    if len(set(flat)) != len(flat):
+        twice = next(place for place, index in enumerate(flat) if index in flat[:place])
+        raise SpecError("sites", coordinates[twice].tolist(), f"distinct {allowed}", "It is given twice.")
+    return flat
 
 
 def _ask_value(value: Any) -> Any:
@@ -244,13 +317,10 @@ def _is_number(value: Any) -> bool:
 
 def _on_device(model: torch.nn.Module, device: Any) -> torch.nn.Module:
     """The model itself where it is on the device already (or none is asked for), else a copy there."""
-    parameters = list(model.parameters())
-    if not parameters:
-        raise ModelError("the model has no parameters, so there is no weight to ablate.")
     if device is None:
         return model
     where = find_device(device)
-    return model if where == parameters[0].device else copy.deepcopy(model).to(where)
+    return model if where == next(model.parameters()).device else copied(model).to(where)
 
 
 def _check_size(batch_size: int | None) -> int | None:
@@ -264,5 +334,6 @@ def _describe(model: torch.nn.Module, split: Split) -> ModelFacts:
     baseline.check_model(model)
     inputs, labels = next(load_batches(split.dataset, split.indices[:2], 2, collate=split.collate))
     inputs = fit(inputs, model)
-    baseline.check_logits(intact_logits(model, inputs), len(labels))
-    return describe_model("in memory", model, inputs)
+    baseline.check_logits(look_at(model, inputs), len(labels))
+    with failures_told(model, lambda: f"the first {len(inputs)} examples", inputs, everything=True):
+        return describe_model("in memory", model, inputs)

@@ -20,6 +20,7 @@ from ablation.engine.interface import EnginePath, HasPrefix, Setup
 from ablation.engine.paths import open_path
 from ablation.errors import DataError, ExampleError
 from ablation.inputs.data import load_batches, name_example
+from ablation.intake import failures_told, run_plainly
 from ablation.job import Job, Split
 from ablation.partial import PartialSums
 from ablation.plan import Plan, Shard
@@ -39,7 +40,14 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     rows = slice(*shard.sites)
     n_sites = rows.stop - rows.start
     positions = np.arange(first, last)
-    with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
+    told = failures_told(job.model, lambda: f"examples {first} to {last - 1} of {shard.split}")
+    with (
+        told,
+        run_plainly(),
+        threads_of(job.plan),
+        freed_memory_kept(),
+        example_of(job.splits[shard.split], np.arange(last)),
+    ):
         example = next(read(job, shard.split, positions[:2]))[0]
         if first == 0 and rows.start == 0:
             n_checked = min(N_CHECKED, max(2, job.plan.batch_size))  # with one alone, no batch mates would be seen
