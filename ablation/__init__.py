@@ -18,29 +18,41 @@
                                                    run         the whole walk on one screen
                                                    notebook    `ablation.ablate` and the table it returns
                                                    cli/        an edge: reads the environment, starts services
+                                                   __main__    `python -m ablation`, which is the command line
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ablation import errors
     from ablation.inputs.data import load_data
     from ablation.inputs.models import load_model
-    from ablation.notebook import ablate
+    from ablation.notebook import Table, ablate
 
-__all__ = ["ablate", "load_data", "load_model"]
+    __version__: str
+
+__all__ = ["Table", "__version__", "ablate", "errors", "load_data", "load_model"]
+
+_HOMES = {
+    "Table": "ablation.notebook",
+    "ablate": "ablation.notebook",
+    "load_data": "ablation.inputs.data",
+    "load_model": "ablation.inputs.models",
+}
 
 
 def __getattr__(name: str) -> Any:  # torch is loaded when it is first needed, so that `import ablation` is quick
-    if name == "ablate":
-        from ablation.notebook import ablate
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name == "errors":
+        return import_module("ablation.errors")
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return ablate
-    if name == "load_model":
-        from ablation.inputs.models import load_model
+        return version("weight-ablation")
+    raise AttributeError(f"module 'ablation' has no attribute {name!r}; it has {', '.join(__all__)}")
 
-        return load_model
-    if name == "load_data":
-        from ablation.inputs.data import load_data
 
-        return load_data
-    raise AttributeError(f"module 'ablation' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

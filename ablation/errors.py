@@ -2,6 +2,7 @@
 
 AblationError
 ├── SpecError         the spec is not possible; `.field` names the part of it that is wrong
+│   └── NoColumn      a table has no such column, or no such row; a KeyError too
 ├── ModelError        the model can't be measured exactly (or at all); the message says why
 ├── DataError         a data set or an example can't be used; the message says which
 │   └── ExampleError  one example can't be used; `.position` says which
@@ -40,6 +41,12 @@ class SpecError(AblationError, ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
         return (type(self), (self.field, self.given, self.allowed, self.next_step))
+
+
+class NoColumn(SpecError, KeyError):
+    """A table has no such column, or no such row."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message in quotes
 
 
 @contextmanager

@@ -3,24 +3,28 @@
 In: any PyTorch model and data. Out: a `Table`, which is an `ImportanceTable` with the verbs people reach for.
 """
 
+import copy
+import html
 import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ablation import baseline
 from ablation.devices import find_device
-from ablation.errors import DataError, SpecError
-from ablation.export import write_csv, write_parquet, write_whole
+from ablation.errors import DataError, NoColumn, SpecError, nearest
+from ablation.export import ROWS_AT_A_TIME, write_csv, write_parquet, write_whole
 from ablation.inputs.catalog import ModelFacts
 from ablation.inputs.data import as_dataset, load_batches
 from ablation.intake import copied, failures_told, find_name, look_at, run_plainly, take_model, unexpected_told
@@ -34,12 +38,108 @@ from ablation.plots import make_figure
 from ablation.precision import fit, left_alone
 from ablation.run import run_job
 from ablation.spec import FORMS, SPLITS, Precision, make_spec
-from ablation.statistics import make_summary
-from ablation.table import ImportanceTable
+from ablation.statistics import Summary, make_summary
+from ablation.table import ImportanceTable, cut_rows
+
+ROWS_SHOWN = 5  # of a printed table
 
 
 class Table(ImportanceTable):
-    """One row per site, in the order of the sites; `columns` and `about` as in `ImportanceTable`."""
+    """One row per site, in the order of the sites; `columns` and `about` as in `ImportanceTable`.
+
+    `table["utility_test"]` is a column as an array, `table[k]` row k as a dict; `len(table)` counts the rows and
+    iterating gives them; `name in table` asks for a column. It prints as the summary and the first rows.
+    """
+
+    def __getitem__(self, which: str | int) -> Any:
+        """A column by its name, or a row by its number (from the end where that is negative).
+
+        Raises:
+            NoColumn: there is no such column or row; this is a KeyError, too.
+        """
+        if isinstance(which, str):
+            if which not in self.columns:
+                raise NoColumn(
+                    "table", which, f"one of the columns {', '.join(self.columns)}", nearest(which, self.columns)
+                )
+            return self.columns[which]
+        number, n_rows = _whole(which), len(self)
+        if isinstance(number, bool) or not isinstance(number, int) or not -n_rows <= number < n_rows:
+            raise NoColumn("table", which, f"the name of a column, or a row's number from 0 to {n_rows - 1}")
+        first = number % n_rows
+        return {name: values[0].item() for name, values in cut_rows(self.columns, slice(first, first + 1)).items()}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Rows from the first to the last, each as a dict."""
+        for first in range(0, len(self), ROWS_AT_A_TIME):
+            block = cut_rows(self.columns, slice(first, first + ROWS_AT_A_TIME))
+            for row in zip(*(values.tolist() for values in block.values()), strict=True):
+                yield dict(zip(block, row, strict=True))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a column of this name."""
+        return name in self.columns
+
+    def __repr__(self) -> str:
+        """The summary as the command line prints it, and the first rows."""
+        return f"{self.summary()}\n\n{self._first_rows().to_string(index=False)}\n{self._say_rest()}"
+
+    def _repr_html_(self) -> str:
+        """The summary and the first rows as a notebook shows them."""
+        rows = self._first_rows().to_html(index=False, border=0)
+        return f"<pre>{html.escape(str(self.summary()))}</pre>\n{rows}\n<p>{self._say_rest()}</p>"
+
+    def _first_rows(self) -> pd.DataFrame:
+        return pd.DataFrame(cut_rows(self.columns, slice(0, ROWS_SHOWN)))
+
+    def _say_rest(self) -> str:
+        shown = min(ROWS_SHOWN, len(self))
+        return f"[{shown:,} of {len(self):,} rows x {len(self.columns)} columns]"
+
+    def mask(
+        self,
+        *,
+        k: int | None = None,
+        share: float | None = None,
+        by: str | None = None,
+        largest: bool = True,
+    ) -> Bool[torch.Tensor, "*shape"]:
+        """A boolean mask of the parameter's shape: true at the weights with the largest (or smallest) numbers.
+
+        Args:
+            k: how many weights to choose.
+            share: which part of the table's rows to choose, from 0 to 1, instead of a number.
+            by: the column to choose by; default: `utility_test`, or `utility_train` where there is no test split.
+            largest: whether to choose the largest numbers of that column, or the smallest.
+
+        Returns:
+            A tensor on the CPU. It is false at weights that have no row, and at those that were not run. Rows with
+            equal numbers are chosen in their order.
+
+        Raises:
+            SpecError: neither or both of `k` and `share` are given, or there are not so many rows that were run.
+
+        In torch a mask of 1 keeps a weight and a mask of 0 prunes it (`torch.nn.utils.prune.custom_from_mask`). So
+        `mask(share=0.1)` keeps the tenth that helps the most, and `~mask(share=0.9, largest=False)` prunes the nine
+        tenths that help the least. These differ where the table has not all weights: the second keeps the others.
+
+        Example:
+            >>> import torch, ablation
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+            >>> data = torch.randn(50, 4), torch.randint(3, (50,))
+            >>> table = ablation.ablate(model, "0", {"test": data}, progress=False)
+            >>> least = table.mask(k=5, by="utility_test", largest=False)
+            >>> least.shape, int(least.sum())
+            (torch.Size([8, 4]), 5)
+        """
+        name = by or next(f"utility_{split}" for split in reversed(SPLITS) if f"utility_{split}" in self.columns)
+        numbers = np.asarray(self[name], dtype=np.float64)
+        run = np.flatnonzero(~np.isnan(numbers))
+        chosen = run[np.argsort(-numbers[run] if largest else numbers[run], kind="stable")]
+        mask = torch.zeros(tuple(self.about["plan"]["shape"]), dtype=torch.bool)
+        rows = chosen[: _count_chosen(k, share, len(self), len(run))]
+        mask.view(-1)[torch.from_numpy(self.columns["index"][rows])] = True
+        return mask
 
     def to_csv(self, path: str | Path) -> None:
         """Write the CSV, whole or not at all."""
@@ -53,9 +153,16 @@ class Table(ImportanceTable):
         """The columns of the CSV as a data frame."""
         return pd.DataFrame(dict(self.columns))
 
-    def summary(self) -> dict[str, Any]:
-        """Baselines, correlations, counts and the proof's errors, as plain JSON."""
-        return make_summary(self)
+    def summary(self) -> Summary:
+        """Baselines, correlations, counts and the proof's errors: a dict, plain JSON, that prints as the command line.
+
+        It is computed once, which takes some seconds for a whole layer of millions of weights.
+        """
+        return copy.deepcopy(self._summary)
+
+    @cached_property
+    def _summary(self) -> Summary:
+        return Summary(make_summary(self))
 
     def plot(self) -> Figure:
         """Importance against magnitude, and train against test."""
@@ -183,6 +290,22 @@ def ablate(
                     may_halve=batch_size is None,
                 )
             )
+
+
+def _count_chosen(k: Any, share: Any, n_rows: int, n_run: int) -> int:
+    """How many rows `k` or `share` asks for."""
+    if (k is None) == (share is None):
+        given = {"k": k, "share": share}
+        raise SpecError("mask", given, "k, a number of weights, or share, a part of the rows; one of the two")
+    if share is not None:
+        if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= float(share) <= 1:
+            raise SpecError("mask.share", share, "a number from 0 to 1")
+        k = round(float(share) * n_rows)
+    count = _whole(k)
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= n_run:
+        allowed = f"0 to {n_run}, the rows of the table" + (" that were run" if n_run < n_rows else "")
+        raise SpecError("mask.k" if share is None else "mask.share", k if share is None else share, allowed)
+    return count
 
 
 def _as_table(table: ImportanceTable) -> Table:

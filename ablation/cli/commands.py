@@ -1,5 +1,6 @@
 """Every command of `ablation`. Errors end a command with one line on stderr and an exit code."""
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -7,7 +8,7 @@ import click
 
 from ablation.cli import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, demo, listings, run, server, submit
 from ablation.cli.display import say_error
-from ablation.errors import AblationError, SpecError
+from ablation.errors import AblationError, SpecError, say_cause
 
 # What to do next, for messages that have no better advice: where the allowed names are listed.
 HINTS = {
@@ -18,7 +19,7 @@ HINTS = {
 
 
 class Commands(click.Group):
-    """A command group that shows errors as one line; only an unexpected error shows a traceback."""
+    """A command group that shows errors as one line; of an unexpected one, `ABLATION_TRACEBACK` shows the traceback."""
 
     def main(self, *arguments: Any, **options: Any) -> NoReturn:
         """Run the command given, and exit."""
@@ -39,6 +40,13 @@ class Commands(click.Group):
             code = EXIT_FAULT
         except click.Abort:
             code = EXIT_INTERRUPTED
+        except Exception as error:
+            if os.environ.get("ABLATION_TRACEBACK"):
+                raise
+            say_error(
+                f"{say_cause(error)}. Nobody foresaw this; please report it, with what ABLATION_TRACEBACK=1 shows."
+            )
+            code = EXIT_FAULT
         sys.exit(code)
 
 
