@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import ablation
@@ -225,14 +226,16 @@ def test_columns_and_rows_of_a_table() -> None:
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_mask_is_true_at_the_weights_chosen(largest: bool) -> None:
     table = small_table()
-    order = np.argsort(table["utility_test"])
-    chosen = table["index"][order[-7:] if largest else order[:7]]
+    order = np.argsort(table["utility_test"], kind="stable")
+    chosen = sorted(table["utility_test"][order[-7:] if largest else order[:7]])
+    row_of = {index: row for row, index in enumerate(table["index"].tolist())}
     for mask in (table.mask(k=7, largest=largest), table.mask(share=7 / 20, by="utility_test", largest=largest)):
         assert mask.shape == (5, 13)
         assert mask.dtype == torch.bool
-        assert sorted(mask.flatten().nonzero().flatten().tolist()) == sorted(chosen.tolist())
+        indices = mask.flatten().nonzero().flatten().tolist()
+        assert sorted(table["utility_test"][row_of[index]] for index in indices) == chosen
     again = ablation.ablate(relu_mlp(), "5", {"test": (X, Y)}, sites=table.mask(k=7, largest=largest), progress=False)
-    assert again["index"].tolist() == sorted(chosen.tolist())
+    assert again["index"].tolist() == indices
 
 
 def test_a_mask_by_other_columns_and_in_torch() -> None:
@@ -241,7 +244,7 @@ def test_a_mask_by_other_columns_and_in_torch() -> None:
     by_size = table.mask(share=0.5, by="magnitude")
     assert torch.equal(by_size, model[5].weight.abs() >= model[5].weight.abs().flatten().sort().values[-32])
     assert torch.equal(table.mask(k=3), table.mask(k=3, by="utility_train"))
-    torch.nn.utils.prune.custom_from_mask(model[5], "weight", table.mask(k=10))
+    prune.custom_from_mask(model[5], "weight", table.mask(k=10))
     assert int((model[5].weight != 0).sum()) == 10
 
 
