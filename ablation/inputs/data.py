@@ -427,10 +427,10 @@ def load_batches(
     n_threads = choose_readers(dataset) if n_workers is None else n_workers
     for block, batch in zip(blocks, _batches(dataset, blocks, n_threads, collate), strict=True):
         inputs, labels = _pair(batch, f"the batch from example {block[0]} on")
-        inputs = _check_inputs(inputs, f"the batch from example {block[0]} on", len(block))
         labels = torch.as_tensor(_whole_numbers(labels))
         if len(labels) != len(block):
             raise DataError(f"the batch from example {block[0]} on has {len(labels)} labels for {len(block)} examples.")
+        inputs = _check_inputs(inputs, f"the batch from example {block[0]} on", len(block))
         yield (inputs.pin_memory(), labels.pin_memory()) if pin_memory else (inputs, labels)
 
 
