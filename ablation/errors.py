@@ -2,6 +2,7 @@
 
 AblationError
 ├── SpecError         the spec is not possible; `.field` names the part of it that is wrong
+│   └── NoColumn      a table has no such column, or no such row; a KeyError too
 ├── ModelError        the model can't be measured exactly (or at all); the message says why
 ├── DataError         a data set or an example can't be used; the message says which
 │   └── ExampleError  one example can't be used; `.position` says which
@@ -41,6 +42,12 @@ class SpecError(AblationError, ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
         return (type(self), (self.field, self.given, self.allowed, self.next_step))
+
+
+class NoColumn(SpecError, KeyError):
+    """A table has no such column, or no such row."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message in quotes
 
 
 @contextmanager
@@ -123,13 +130,22 @@ def shorten(given: object) -> object:
     return given if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
+def say_cause(error: BaseException) -> str:
+    """Describe another library's error in one short line: its type, and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0].rstrip(".:") if lines else ""
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[: LONGEST_SHOWN - 3]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _as_json(given: object) -> str:
     if isinstance(given, str):
         return given
     try:
         return json.dumps(given)
     except (TypeError, ValueError):
-        return repr(given)
+        return " ".join(repr(given).split())
 
 
 def nearest(given: str, allowed: Iterable[str], n: int = 3) -> str:

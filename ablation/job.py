@@ -49,7 +49,7 @@ from ablation.plan import InputsPlan, Plan, PlanOptions, describe_inputs, number
 from ablation.reference import in_float64
 from ablation.sharing import check_alone, converted, holders_of
 from ablation.sites import Sites, list_sites
-from ablation.spec import DataSpec, JobSpec, PerClass
+from ablation.spec import DataSpec, JobSpec, LossObject, PerClass
 
 PACKAGES = ("weight-ablation", "torch", "torchvision", "numpy", "numba", "pillow")  # whose versions can change bits
 MOST_LISTED = 1000  # examples that were skipped, of one split
@@ -259,6 +259,11 @@ def make_job(
         ModelError: the model can't be measured exactly, or its layer is not the one that was planned.
     """
     baseline.check_model(model)
+    if plan.n_classes < 2 and not isinstance(spec.loss, LossObject):
+        raise ModelError(
+            "the model returns one logit per example, whose cross-entropy is always 0; allowed: two or more classes. "
+            "Wrap a classifier with one logit z in a module that returns torch.cat([-z / 2, z / 2], 1)."
+        )
     own = model.get_parameter(plan.parameter)
     check_alone(own, plan.parameter)
     holders_of(model, own)

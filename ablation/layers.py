@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ablation import baseline
 from ablation.engine.calls import Call, Calls, record_calls
 from ablation.engine.paths import find_paths
 from ablation.engine.responses.way import DROPOUT, ELEMENTWISE, SAME_SHAPE
-from ablation.errors import ModelError
+from ablation.errors import ModelError, say_cause
 from ablation.inputs.catalog import LayerFacts, ModelFacts, Registered, find_layer
 from ablation.inputs.classes import listed_classes
 from ablation.inputs.models import load_model
 from ablation.inputs.registered import DATASETS, MODELS, registered_names
+from ablation.intake import run_plainly
 from ablation.sharing import partly_shared, tied
 from ablation.sight import find_unseen
 
@@ -136,15 +138,17 @@ def describe_registered(name: str) -> ModelFacts:
         ModelError: it can't be made, or takes none of the pictures; the message says what happened with each.
     """
     module, transform = load_model(name)
+    baseline.check_model(module)
     wrong = []
     for what, example in _examples(module, transform):
         try:
             inputs = example() if callable(example) else example
-            facts = describe_model(name, module, torch.cat([inputs[:1], inputs[:1]]))
+            with run_plainly():
+                facts = describe_model(name, module, torch.cat([inputs[:1], inputs[:1]]))
             names = listed_classes(module) or listed_classes(transform) or ()
             return facts.model_copy(update={"classes": names if len(names) == facts.n_classes else ()})
         except Exception as error:
-            wrong.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            wrong.append(f"{what}: {say_cause(error)}")
     raise ModelError(
         f"the registered model {name!r} can't be described: {'; '.join(wrong)}. Let its transform take a PIL picture, "
         "or give the module an attribute `example_input_array`: a batch with one example."

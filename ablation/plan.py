@@ -8,7 +8,7 @@ Torch-free: the API plans.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import assert_never, get_args
+from typing import Literal, assert_never, get_args
 
 import numpy as np
 from pydantic import Field
@@ -49,7 +49,8 @@ from ablation.spec import (
     ValueSpec,
 )
 
-ENGINES = ("auto", *get_args(Path))
+Engine = Literal["auto", Path]
+ENGINES: tuple[str, ...] = get_args(Engine)
 
 DENSE = 40  # a row's response functions cost as much as this part of its weights one by one
 

@@ -17,6 +17,7 @@ import torch
 
 from ablation.compiling import COMPILING, compiling_told
 from ablation.inputs.folders import Folders
+from ablation.intake import failures_told, run_plainly
 from ablation.job import Begin, Job, describe_job, load_job, plan_here, say_inputs
 from ablation.machine import measure_machine
 from ablation.memory import run_smaller
@@ -143,7 +144,8 @@ def make_result(job: Job, totals: dict[str, PartialSums], *, seconds: float) -> 
     not_finite = find_not_finite(sites)
     rows = None if not_finite is None else np.flatnonzero(~not_finite)
     measured = totals if rows is None else {name: take_rows(total, rows) for name, total in totals.items()}
-    with threads_of(job.plan):
+    told = failures_told(job.model, lambda: "the examples of the proof")
+    with told, run_plainly(), threads_of(job.plan):
         proof = run_proof(job, measured, rows)
     drop_notes(job)
     about = {

@@ -22,6 +22,7 @@ from ablation.engine.paths import open_path
 from ablation.errors import DataError, ExampleError
 from ablation.found import Unchanged, Writes
 from ablation.inputs.data import is_stateless, load_batches, name_example
+from ablation.intake import failures_told, run_plainly
 from ablation.job import Job, Split, check_pictures
 from ablation.partial import PartialSums
 from ablation.plan import Plan, Shard
@@ -46,7 +47,14 @@ def run_shard(job: Job, shard: Shard, *, on_batch: Callable[[float], None] = lam
     rows = slice(*shard.sites)
     n_sites = rows.stop - rows.start
     positions = np.arange(first, last)
-    with threads_of(job.plan), freed_memory_kept(), example_of(job.splits[shard.split], np.arange(last)):
+    told = failures_told(job.model, lambda: f"examples {first} to {last - 1} of {shard.split}")
+    with (
+        told,
+        run_plainly(),
+        threads_of(job.plan),
+        freed_memory_kept(),
+        example_of(job.splits[shard.split], np.arange(last)),
+    ):
         if shard == job.plan.shards[0]:
             check_pictures(job, lambda part: on_batch(0.0))
         example = next(read(job, shard.split, positions[:2]))[0]

@@ -303,6 +303,22 @@ def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*lines, ("largest error", _say_proof(summary)), ("time", f"{summary['seconds']:.3g} s")]
 
 
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """The summary as lines of text, labels and values in two columns."""
+    lines = summary_lines(summary)
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label:{width}}  {text}" for label, text in lines)
+
+
+class Summary(dict[str, Any]):
+    """A summary that prints as the command line prints it; it is a dict, and `json.dumps` takes it."""
+
+    def __str__(self) -> str:
+        return summary_text(self)
+
+    __repr__ = __str__
+
+
 def _say_agreement(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("utility, train with test", _say_correlations(found))]
     if found["ceiling"] is not None:

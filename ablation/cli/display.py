@@ -121,13 +121,10 @@ def print_results(summary: Mapping[str, Any], folder: Path, as_json: bool) -> No
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print the summary as text."""
-    from ablation.statistics import summary_lines  # loads SciPy, which most commands do without
+    from ablation.statistics import summary_text  # loads SciPy, which most commands do without
 
-    lines = summary_lines(summary)
-    width = max(len(label) for label, _ in lines)
     click.echo()
-    for label, text in lines:
-        click.echo(f"{label:{width}}  {text}")
+    click.echo(summary_text(summary))
 
 
 def print_files(folder: Path) -> None:

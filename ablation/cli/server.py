@@ -9,7 +9,7 @@ import time
 import click
 
 from ablation.cli.options import WholeNumber, home_option
-from ablation.cli.services import Services, child_environment, python_command
+from ablation.cli.services import Services, check_installed, child_environment, python_command
 from worker.settings import Settings, count_cpus, hide_password, warn_of_unknown_variables
 
 TEND_S = 0.2  # interval at which the supervisor checks its processes
@@ -72,6 +72,7 @@ def worker() -> None:
 
 def become(module: str, environment: dict[str, str]) -> None:
     """Replace this process by a module of this package, so that signals reach it directly."""
+    check_installed()
     sys.stdout.flush()
     os.execve(sys.executable, python_command(module), {**child_environment(), **environment})
 

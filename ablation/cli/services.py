@@ -17,15 +17,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ablation
 from ablation.cli.client import Client
 from ablation.errors import ServiceError
 from worker.parent_death import tether
-from worker.redis_server import RedisServer, start_redis
 from worker.server_socket import listen, url_of
 from worker.settings import Settings, make_writable
+
+if TYPE_CHECKING:
+    from worker.redis_server import RedisServer
 
 READY_S = 120.0  # mostly a cold import of torch on a slow disk
 STOP_S = 5.0  # then a process is killed; with the 5 s that Redis may take, all ends within 10 s
@@ -33,6 +37,8 @@ SAME_SIGNAL_S = 0.5  # `timeout` and others send a signal to a process and to it
 STEADY_S = 60.0  # a process that ran this long is restarted at once when it dies
 MAX_BACK_OFF_S = 4.0  # a shard must not wait more than 15 s for a worker, even one that is killed repeatedly
 MAX_LOG_BYTES = 10_000_000
+# Packages of the extra `service`; the embedded Redis server is looked for when it is started.
+SERVICE_PACKAGES = ("celery", "fastapi", "fastapi_offline", "prometheus_client", "redis", "uvicorn")
 # Idle OpenMP threads sleep, since spinning ones take the processors from other workers.
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
@@ -111,7 +117,7 @@ class Services:
     n_workers: int
     say: Callable[[str], None]
     listener: socket.socket | None = None
-    redis: RedisServer | None = None
+    redis: "RedisServer | None" = None
     children: list[Child] = field(default_factory=list)
     stopping_at: float = 0.0
 
@@ -128,6 +134,7 @@ class Services:
 
     def start(self) -> None:
         """Bind the address, start Redis, then the API and the workers in parallel."""
+        check_installed()
         settings = self.settings
         make_writable(self.home, "--home")
         make_writable(self.home / "logs", "--home")
@@ -215,6 +222,8 @@ class Services:
 
     def _start_redis(self) -> str:
         """Start the embedded Redis and return its URL, which stays the same after a restart."""
+        from worker.redis_server import start_redis
+
         before, data_dir = self.redis, self.home / "redis"
         self.redis = start_redis(before.socket.parent if before else data_dir, data_dir)
         if before:
@@ -237,6 +246,27 @@ class Services:
     def _ends_of_logs(self) -> str:
         ends = (f"{child.log}:\n{child.log.read_text(errors='replace')[-1000:]}" for child in self.children)
         return "\n".join(ends)
+
+
+def check_installed() -> None:
+    """Refuse to start a service where its packages are not installed: they come with an extra of the distribution.
+
+    Raises:
+        ServiceError: one is missing; the message names it and says how to install all of them.
+    """
+    if missing := [name for name in SERVICE_PACKAGES if not _is_installed(name)]:
+        raise ServiceError(
+            f"the service needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            "allowed: `ablation run`, which needs no service. To have it, `pip install 'weight-ablation[service]'`, or "
+            "`pip install '.[service]'` in a checkout."
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 def bound_log(log: Path) -> None:

@@ -34,7 +34,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ablation.errors import AblationError, DataError, SpecError
+from ablation.errors import AblationError, DataError, SpecError, say_cause
 from ablation.inputs.catalog import DatasetFacts, Registered, check_exif, dataset_facts, dataset_names
 from ablation.inputs.checkpoints import say_some
 from ablation.inputs.classes import listed_classes
@@ -230,8 +230,8 @@ def as_dataset(split: Any) -> tuple[Dataset, Int64[np.ndarray, " examples"] | No
     Raises:
         DataError: the data can't be indexed; the message says what to give instead.
     """
-    if isinstance(split, tuple | list) and len(split) == 2 and all(isinstance(part, Tensor) for part in split):
-        inputs, labels = split
+    if _is_pair(split):
+        inputs, labels = (_as_tensor(part, name) for part, name in zip(split, ("inputs", "labels"), strict=True))
         if len(inputs) != len(labels):
             raise DataError(f"{len(inputs)} inputs but {len(labels)} labels; give one label per input.")
         return _checked(TensorDataset(inputs, labels)), None, None
@@ -243,6 +243,44 @@ def as_dataset(split: Any) -> tuple[Dataset, Int64[np.ndarray, " examples"] | No
     return _checked(split), None, None
 
 
+def _is_pair(split: Any) -> bool:
+    """Whether a split is (inputs, labels) as a whole, and no list of examples: tensors, arrays, lists in a tuple."""
+    kinds = Tensor | np.ndarray | list if isinstance(split, tuple) else Tensor | np.ndarray
+    return isinstance(split, tuple | list) and len(split) == 2 and all(isinstance(part, kinds) for part in split)
+
+
+def _as_tensor(part: Any, name: str) -> Tensor:
+    """Inputs or labels as a tensor that can be indexed.
+
+    Raises:
+        DataError: they are not numbers, one row per example.
+    """
+    given = f"an array of {part.dtype}" if isinstance(part, np.ndarray) else f"a {type(part).__name__}"
+    allowed = "allowed: dense numbers, one row per example, as a tensor or an array"
+    try:
+        if isinstance(part, np.ndarray):  # torch takes native byte order, and warns of memory that can't be written
+            part = np.array(part, dtype=part.dtype.newbyteorder("="), copy=None if part.flags.writeable else True)
+        tensor = torch.as_tensor(part)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DataError(f"{name} are {given} that torch can't read ({say_cause(error)}); {allowed}.") from error
+    if reason := _why_not_rows(tensor):
+        raise DataError(f"{name} are a tensor {reason}; {allowed}.")
+    return tensor
+
+
+def _why_not_rows(tensor: Tensor) -> str:
+    """Why a tensor is no rows of dense numbers; empty if it is."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return (
+            "of rows of different lengths" if tensor.is_nested else f"that is sparse ({tensor.layout}); use to_dense()"
+        )
+    if tensor.is_meta:
+        return "without numbers (device meta)"
+    if tensor.is_quantized:
+        return "of quantized numbers; use dequantize()"
+    return "" if tensor.dim() else "of a single number"
+
+
 def _checked(
     dataset: Any,
     what: str = "a split",
@@ -251,7 +289,11 @@ def _checked(
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if isinstance(dataset, IterableDataset | str | bytes | dict | tuple | Tensor | np.ndarray) or not indexed:
         raise DataError(f"{what} is {_article(type(dataset).__name__)}, which has no examples by index; {next_step}.")
-    if len(dataset) == 0:
+    try:
+        n_examples = len(dataset)
+    except Exception as error:
+        raise DataError(f"{what} does not know its length ({say_cause(error)}); {next_step}.") from error
+    if n_examples == 0:
         raise DataError(f"{what} has no examples; give at least one.")
     return dataset
 
@@ -274,7 +316,13 @@ def _sampled(loader: DataLoader) -> Int64[np.ndarray, " examples"] | None:
     states = [generator.get_state() for generator in generators]
     with torch.random.fork_rng(devices=[]):
         chosen = sampler if type(batches) is BatchSampler else (index for batch in batches or () for index in batch)
-        indices = np.fromiter(chosen, np.int64)
+        try:
+            indices = np.fromiter(chosen, np.int64)
+        except Exception as error:
+            raise DataError(
+                f"the DataLoader's sampler gives no list of examples ({say_cause(error)}); allowed: a sampler of whole "
+                "numbers. Give the data set itself."
+            ) from error
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
     return indices
@@ -328,7 +376,7 @@ def _label(dataset: Dataset, index: int) -> Any:
 def _whole_numbers(labels: Any) -> Int64[np.ndarray, " examples"]:
     try:
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError):  # of different lengths; sparse; without numbers
         array = np.empty(0, dtype=object)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(
@@ -505,6 +553,7 @@ def load_batches(
         labels = torch.as_tensor(_whole_numbers(labels))
         if len(labels) != len(block):
             raise DataError(f"the batch from example {block[0]} on has {len(labels)} labels for {len(block)} examples.")
+        inputs = _check_inputs(inputs, f"the batch from example {block[0]} on", len(block))
         yield (inputs.pin_memory(), labels.pin_memory()) if pin_memory else (inputs, labels)
 
 
@@ -544,13 +593,41 @@ def _read(dataset: Dataset, index: int) -> Any:
         ) from error
 
 
+def _check_inputs(inputs: Any, what: str, n_examples: int) -> Tensor:
+    """The inputs of a batch as one dense tensor.
+
+    Raises:
+        DataError: they are several tensors, or none; the message says what they are.
+    """
+    if isinstance(inputs, np.ndarray):
+        inputs = _as_tensor(inputs, f"the inputs of {what}")
+    if not isinstance(inputs, Tensor):
+        raise DataError(
+            f"the inputs of {what} are {_describe(inputs)}; allowed: one tensor. Give the data set a transform that "
+            "makes tensors; where the model takes several, wrap it in a module that takes one and makes the rest."
+        )
+    if reason := _why_not_rows(inputs):
+        raise DataError(f"the inputs of {what} are a tensor {reason}; allowed: dense numbers, one row per example.")
+    if len(inputs) != n_examples:
+        raise DataError(f"{what} has {len(inputs)} inputs for {n_examples} examples; allowed: one row per example.")
+    return inputs
+
+
 def _pair(pair: Any, what: str) -> Any:
     if isinstance(pair, tuple | list) and len(pair) == 2:
         return pair
     raise DataError(
-        f"{what} is {_article(type(pair).__name__)}" + (f" of {len(pair)}" if hasattr(pair, "__len__") else "") + "; "
+        f"{what} is {_describe(pair)}; "
         "allowed: a pair (input, label). Wrap the data set, or give a DataLoader whose collate_fn makes the pair."
     )
+
+
+def _describe(given: Any) -> str:
+    """Describe what is no pair or no tensor: its type, and the names or the number of its parts."""
+    text = _article(type(given).__name__)
+    if isinstance(given, Mapping):
+        return f"{text} with {', '.join(repr(key) for key in [*given][:5])}{', ...' * (len(given) > 5)}"
+    return f"{text} of {len(given)}" if hasattr(given, "__len__") and not hasattr(given, "shape") else text
 
 
 def name_example(dataset: Dataset, index: int) -> str:
@@ -573,10 +650,12 @@ def _name_of(dataset: Dataset, index: int) -> tuple[str, str]:
 def _stack(examples: list[Any], collate: Collate | None, block: Int64[np.ndarray, " batch"]) -> Any:
     try:
         return (collate or default_collate)(examples)
-    except (TypeError, RuntimeError) as error:
+    except (AblationError, MemoryError):
+        raise
+    except Exception as error:
         raise DataError(
-            f"the examples from {block[0]} on can't be stacked into a batch: {error}. Every input must be a tensor of "
-            "one shape: give the data set a transform (`load_model` returns its model's own)."
+            f"the examples from {block[0]} on can't be stacked into a batch ({say_cause(error)}). Every input must be "
+            "a tensor of one shape: give the data set a transform (`load_model` returns its model's own)."
         ) from error
 
 

@@ -2,17 +2,23 @@
 
 import copy
 import json
+import re
+import typing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import ablation
-from ablation.errors import AblationError, DataError, ModelError, OutOfMemory, SpecError
+from ablation.cli.display import print_summary
+from ablation.errors import AblationError, DataError, ModelError, NoColumn, OutOfMemory, SpecError
 from ablation.statistics import summary_lines
 from tests.cases import Case, make_cases
 from tests.compare import BOUND, brute_force, utility_error
@@ -158,8 +164,6 @@ def test_all_sites_and_listed_ones() -> None:
 
 
 def test_files(tmp_path) -> None:
-    import pandas as pd
-
     case = case_of("relu-mlp", "5.weight")
     table = ablation.ablate(case.model, "5", {"test": (case.inputs, case.labels)}, sites=9, progress=False)
     table.to_csv(tmp_path / "utility.csv")
@@ -170,6 +174,158 @@ def test_files(tmp_path) -> None:
     assert table.summary()["sites"] == 9
     table.plot().savefig(tmp_path / "figure.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "utility.csv", "utility.parquet"]
+
+
+@cache
+def small_table() -> ablation.Table:
+    data = torch.cat([X] * 3), torch.cat([Y] * 3)
+    return ablation.ablate(relu_mlp(), "5", {"train": data, "test": data}, sites=20, progress=False)
+
+
+def test_a_table_prints_its_summary_and_first_rows() -> None:
+    table = small_table()
+    text, page = repr(table), table._repr_html_()
+    for label, value in summary_lines(table.summary()):
+        assert re.search(rf"^{re.escape(label)} +{re.escape(value)}$", text, re.MULTILINE)
+    assert str(table) == text
+    assert text.splitlines()[-1] == "[5 of 20 rows x 11 columns]"
+    assert text.splitlines()[-7].split() == list(table.columns)
+    assert page.count("<tr") == 6
+    assert "|utility| with |w|" in page
+    assert "5 of 20 rows" in page
+
+
+def test_a_summary_prints_as_the_command_line_and_is_a_mapping(capsys) -> None:
+    summary = small_table().summary()
+    print_summary(summary)
+    assert capsys.readouterr().out == f"\n{summary}\n"
+    assert isinstance(summary, dict)
+    assert json.loads(json.dumps(summary, allow_nan=False))["sites"] == 20
+    summary["sites"] = 0
+    assert small_table().summary()["sites"] == 20
+
+
+def test_columns_and_rows_of_a_table() -> None:
+    table = small_table()
+    np.testing.assert_array_equal(table["utility_test"], table.columns["utility_test"])
+    rows = [*table]
+    assert len(rows) == len(table) == 20
+    assert table[3] == rows[3]
+    assert table[-1] == rows[19]
+    assert table[np.int64(3)]["utility_test"] == float(table["utility_test"][3])
+    assert ("utility_test" in table, "utility" in table) == (True, False)
+    assert pd.DataFrame([*table]).equals(table.to_pandas())
+    for wrong in ("utility_tset", 20, -21, 1.5, True, slice(3)):
+        with pytest.raises(NoColumn, match="table: got") as caught:
+            table[wrong]
+        assert isinstance(caught.value, KeyError)
+    with pytest.raises(NoColumn, match="Did you mean 'utility_test'"):
+        table["utility_tset"]
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_mask_is_true_at_the_weights_chosen(largest: bool) -> None:
+    table = small_table()
+    order = np.argsort(table["utility_test"], kind="stable")
+    chosen = sorted(table["utility_test"][order[-7:] if largest else order[:7]])
+    row_of = {index: row for row, index in enumerate(table["index"].tolist())}
+    for mask in (table.mask(k=7, largest=largest), table.mask(share=7 / 20, by="utility_test", largest=largest)):
+        assert mask.shape == (5, 13)
+        assert mask.dtype == torch.bool
+        indices = mask.flatten().nonzero().flatten().tolist()
+        assert sorted(table["utility_test"][row_of[index]] for index in indices) == chosen
+    again = ablation.ablate(relu_mlp(), "5", {"test": (X, Y)}, sites=table.mask(k=7, largest=largest), progress=False)
+    assert again["index"].tolist() == indices
+
+
+def test_a_mask_by_other_columns_and_in_torch() -> None:
+    model, data = copy.deepcopy(relu_mlp()), {"train": (X, Y)}
+    table = ablation.ablate(model, "5", data, progress=False)
+    by_size = table.mask(share=0.5, by="magnitude")
+    assert torch.equal(by_size, model[5].weight.abs() >= model[5].weight.abs().flatten().sort().values[-32])
+    assert torch.equal(table.mask(k=3), table.mask(k=3, by="utility_train"))
+    prune.custom_from_mask(model[5], "weight", table.mask(k=10))
+    assert int((model[5].weight != 0).sum()) == 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"k": 3, "share": 0.1}, {"k": 21}, {"k": -1}, {"k": 1.5}, {"k": True}, {"share": 1.1}, {"share": "a"},
+        {"share": float("nan")}, {"k": 3, "by": "utility"},
+    ],
+)  # fmt: skip
+def test_masks_that_are_not_possible(options: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"(mask|table).*: got .*; allowed: "):
+        small_table().mask(**options)
+
+
+PLACES = [(0, 2), (12, 16), (3, 0)]  # in a parameter of 13 x 17
+
+
+@pytest.mark.parametrize(
+    "sites",
+    [
+        PLACES, [list(place) for place in PLACES], np.array(PLACES), torch.tensor(PLACES), np.array(PLACES, np.uint8),
+        tuple(np.array(PLACES).T), tuple(torch.tensor(PLACES).T),
+    ],
+)  # fmt: skip
+def test_sites_by_their_coordinates(sites: Any) -> None:
+    table = ablation.ablate(relu_mlp(), "3", {"test": (X, Y)}, sites=sites, progress=False)
+    assert list(zip(table["out"].tolist(), table["in"].tolist(), strict=True)) == PLACES
+
+
+def test_sites_by_a_mask() -> None:
+    mask = torch.zeros(13, 17, dtype=torch.bool)
+    for place in PLACES:
+        mask[place] = True
+    for given in (mask, mask.numpy(), mask.tolist(), mask.nonzero()):
+        table = ablation.ablate(relu_mlp(), "3", {"test": (X, Y)}, sites=given, progress=False)
+        assert list(zip(table["out"].tolist(), table["in"].tolist(), strict=True)) == sorted(PLACES)
+    bias = ablation.ablate(relu_mlp(), "3.bias", {"test": (X, Y)}, sites=np.arange(13) % 2 == 0, progress=False)
+    assert bias["out"].tolist() == list(range(0, 13, 2))
+
+
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [
+        (torch.ones(17, 13, dtype=torch.bool), r"a boolean mask of shape \(17, 13\)'; allowed: one of .* \(13, 17\)"),
+        (np.zeros((13, 17), bool), "without a true entry"),
+        (np.ones(221, bool), r"of shape \(221,\)"),
+        ([(0, 1, 2)], r"coordinates of shape \(1, 3\)'; allowed: coordinates in a parameter of shape \(13, 17\)"),
+        ([(0, 17)], r"\[0, 17\]; allowed: coordinates"),
+        ([(0, -1)], r"\[0, -1\]; allowed: coordinates"),
+        ([(0, 1), (2, 3), (0, 1)], "given twice"),
+        ([(0, 1), (2,)], "allowed: a count"),
+        ([(0.5, 1.0)], "allowed: a count"),
+        ([], "sites"),
+        (np.zeros((0, 2), int), "coordinates of shape"),
+        (torch.ones(13, 17), "allowed: a count"),
+        (np.ones((2, 2, 2), int), "allowed: a count"),
+    ],
+)
+def test_masks_and_coordinates_that_fit_no_weight(sites: Any, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        ablation.ablate(relu_mlp(), "3", {"test": (X, Y)}, sites=sites, progress=False)
+
+
+def test_the_names_of_the_package() -> None:
+    assert {"ablate", "load_data", "load_model", "Table", "errors", "__version__"} <= set(dir(ablation))
+    assert all(getattr(ablation, name) is not None for name in ablation.__all__)
+    with pytest.raises(AttributeError, match=r"'ablatte'; it has .*ablate"):
+        ablation.ablatte  # noqa: B018
+
+
+def test_what_an_argument_may_be_is_in_its_type() -> None:
+    types = typing.get_type_hints(ablation.ablate)
+    assert typing.get_args(types["precision"]) == ("mixed", "float32", "float64")
+    assert typing.get_args(types["engine"]) == ("auto", "direct", "response", "finite", "rerun", "reference")
+
+
+@pytest.mark.parametrize("criteria", ["taylor1", ["taylor1"], None])
+def test_one_criterion_or_none(criteria: Any) -> None:
+    table = ablation.ablate(relu_mlp(), "5", {"test": (X, Y)}, sites=5, criteria=criteria, progress=False)
+    assert ("taylor1_test" in table) == (criteria is not None)
 
 
 class Stream(IterableDataset):

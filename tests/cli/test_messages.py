@@ -48,3 +48,17 @@ def test_the_same_mistake_is_told_in_the_same_words(api: httpx.Client, settings:
         assert told[name] == [expected, expected], name
         assert (planned.exit_code, submitted.exit_code) == (2, 2), name
     assert len({str(lines) for lines in told.values()}) == len(MISTAKES)
+
+
+def test_an_error_that_nobody_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr("ablation.cli.listings.own_registered", fail)
+    told = CliRunner().invoke(commands, ["datasets"])
+    assert told.output == (
+        "Error: RuntimeError: first. Nobody foresaw this; please report it, with what ABLATION_TRACEBACK=1 shows.\n"
+    )
+    assert told.exit_code == 1
+    shown = CliRunner().invoke(commands, ["datasets"], env={"ABLATION_TRACEBACK": "1"})
+    assert isinstance(shown.exception, RuntimeError)

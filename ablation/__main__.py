@@ -1,0 +1,5 @@
+"""`python -m ablation` runs the command line, `ablation`."""
+
+from ablation.cli import main
+
+main()
