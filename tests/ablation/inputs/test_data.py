@@ -477,7 +477,7 @@ NO_SPLITS = {
     "loader of batches": (DataLoader(Squares(4), batch_size=None), "batch_size=None"),
     "tensor": (torch.zeros(4, 2), "a Tensor"),
     "three tensors": ((torch.zeros(4), torch.zeros(4), torch.zeros(4)), "a tuple"),
-    "arrays": ((np.zeros(4), np.zeros(4)), "a tuple"),
+    "three arrays": ((np.zeros(4), np.zeros(4), np.zeros(4)), "a tuple"),
     "generator": ((pair for pair in [(1, 2)]), "a generator"),
     "text": ("digits", "a str"),
     "nothing": (None, "a NoneType"),
