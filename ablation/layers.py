@@ -138,7 +138,6 @@ def describe_registered(name: str) -> ModelFacts:
         ModelError: it can't be made, or takes none of the pictures; the message says what happened with each.
     """
     module, transform = load_model(name)
-    baseline.check_model(module)
     wrong = []
     for what, example in _examples(module, transform):
         try:
@@ -149,6 +148,7 @@ def describe_registered(name: str) -> ModelFacts:
             return facts.model_copy(update={"classes": names if len(names) == facts.n_classes else ()})
         except Exception as error:
             wrong.append(f"{what}: {say_cause(error)}")
+    baseline.check_model(module)  # a reason of its own says more
     raise ModelError(
         f"the registered model {name!r} can't be described: {'; '.join(wrong)}. Let its transform take a PIL picture, "
         "or give the module an attribute `example_input_array`: a batch with one example."

@@ -6,6 +6,7 @@ Not here: what a shard computes (`ablation/`), when lost shards are recovered (`
 
 import json
 import math
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +20,8 @@ import numpy as np
 from pydantic import Field
 from redis import Redis
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
+from redis.connection import DefaultParser
+from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
 from redis.retry import Retry
 
 from ablation.errors import ServiceError, SpecError
@@ -100,6 +102,12 @@ def connect(settings: Settings, n_retries: int = 5) -> Redis:
     )
 
 
+def _cause_in_script(error: ResponseError) -> Exception:
+    """The error of the command that failed in a script, which Redis before version 7 quotes behind its place."""
+    found = re.match(r"Error running script .*: -([A-Z]+ .*)", str(error))
+    return DefaultParser.parse_error(found[1]) if found else error
+
+
 class JobStore:
     """Jobs in Redis. `client` must return bytes (`decode_responses=False`, the default)."""
 
@@ -108,7 +116,10 @@ class JobStore:
         self._scripts: dict[str, Any] = {}
 
     def _run(self, script: str, job_id: str, *arguments: str | bytes | float) -> Any:
-        return self._registered(script)(keys=scripts.keys_of(job_id), args=[job_id, *arguments])
+        try:
+            return self._registered(script)(keys=scripts.keys_of(job_id), args=[job_id, *arguments])
+        except ResponseError as error:
+            raise _cause_in_script(error) from error
 
     def _registered(self, script: str) -> Any:
         if script not in self._scripts:

@@ -19,7 +19,7 @@ from ablation.job import Job, load_job
 from ablation.partial import held
 from ablation.plan import PlanOptions, ProofPlan, make_plan
 from ablation.run import finish_job, run_job
-from ablation.shard import run_shard
+from ablation.shard import N_READ_TWICE, check_examples, run_shard
 from ablation.spec import make_spec
 from ablation.table import ImportanceTable
 
@@ -117,10 +117,15 @@ def test_an_example_is_read_once_and_not_once_a_shard(
     job = read_indices.watch(whole_job(home, tmp_path, path, layer=layer))
     n_shards = len([shard for shard in job.plan.shards if shard.split == "train"])
     assert n_shards >= 4
+    check_examples(job, "train")
+    checked = {index for _, index in read_indices}  # these are read twice more, to see that they don't change
+    assert len(checked) == N_READ_TWICE
+    read_indices.clear()
     for shard in job.plan.shards:
         run_shard(job, shard)
     split = job.splits["train"]
-    first, others = split.indices[:15], split.indices[32:]  # the model is looked at on the first 32, too
+    first = split.indices[:15]
+    others = [index for index in split.indices[32:] if index not in checked]  # the model is checked on the first 32
     assert {read_indices["train", int(index)] for index in others} == {1}
     assert max(read_indices["train", int(index)] for index in first) <= 2 * n_shards + 3
     read_indices.clear()
