@@ -167,6 +167,7 @@ _BASELINE = ("n_examples", "loss", "accuracy", "series_bound")
 _ABOUT: dict[str, Any] = {
     "spec": _FULL_SPEC,
     "plan": {name: value for name, value in _PLAN.items() if name != "n_shards"},
+    "inputs": {**_PLAN["inputs"], "warnings": []},
     "baseline": {
         "train": {name: _SPLIT_SUMMARY[name] for name in _BASELINE},
         "test": {**{name: _SPLIT_SUMMARY[name] for name in _BASELINE}, "n_examples": 100},

@@ -105,11 +105,22 @@ class DeviceOf(_Exactly):
     hardware: str
 
 
+class InputsOf(_Exactly):
+    """What was measured on what, in words, and what was noticed in its files."""
+
+    weights: str | None = Field(description="which weights were measured; null: not known")
+    preprocessing: str | None = Field(description="how pictures became the model's inputs; null: not known")
+    classes: dict[str, str] = Field(description="how classes of the data became those of the model, by split")
+    notes: list[str] = Field(description="what was left out of files or converted, one sentence each")
+    warnings: list[str] = Field(description="what makes the numbers doubtful, one sentence each; best empty")
+
+
 class About(_Exactly):
     """All that it takes to do a job again: the same object as `about` in the metadata of the Parquet file."""
 
     spec: dict[str, Any] = Field(description="as it was asked for")
     plan: dict[str, Any] = Field(description="how it was cut, without the shards")
+    inputs: InputsOf
     baseline: dict[str, dict[str, int | float | None]] = Field(description="the intact model on each split")
     proof: Proof | None
     n_not_finite: int

@@ -210,8 +210,11 @@ def read_spec(
         SpecError: an option has a wrong format, or the spec is not possible.
     """
     splits = {"train": read_split("train", train, data_seed), "test": read_split("test", test, data_seed)}
-    of_pictures = {"exif": exif, "bad_images": bad_images, "check_images": check_images}
-    of_data = {"name": data, "root": root, "classes": read_classes(classes), **splits, **of_pictures}
+    of_data = {
+        "name": data, "root": root, "classes": read_classes(classes), **splits, "exif": exif,
+        "bad_images": None if bad_images == "refuse" else bad_images,  # an error shows what was asked for, no defaults
+        "check_images": None if check_images == "headers" else check_images,
+    }  # fmt: skip
     return make_spec(
         {
             "model": {"name": model, "weights": weights, "seed": model_seed},

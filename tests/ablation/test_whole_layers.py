@@ -127,11 +127,11 @@ def test_an_example_is_read_once_and_not_once_a_shard(
     first = split.indices[:15]
     others = [index for index in split.indices[32:] if index not in checked]  # the model is checked on the first 32
     assert {read_indices["train", int(index)] for index in others} == {1}
-    assert max(read_indices["train", int(index)] for index in first) <= 2 * n_shards + 3
+    assert max(read_indices["train", int(index)] for index in first) <= 2 * n_shards + 5  # with 2 of `check_examples`
     read_indices.clear()
     for shard in job.plan.shards:  # the control: without a cache
         run_shard(replace(job, activations=None), shard)
-    assert {read_indices["train", int(index)] for index in others} == {n_shards}
+    assert min(read_indices["train", int(index)] for index in others) == n_shards
 
 
 def test_two_at_once_compute_half_each(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

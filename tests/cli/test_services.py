@@ -44,7 +44,6 @@ def said() -> list[str]:
 
 @pytest.fixture
 def services(tmp_path: Path, said: list[str]) -> Iterator[Services]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     services = Services(Settings(home=tmp_path, redis_url="", threads=1), "127.0.0.1", 0, 1, say=said.append)
     try:
         services.start()
@@ -52,8 +51,6 @@ def services(tmp_path: Path, said: list[str]) -> Iterator[Services]:
         yield services
     finally:
         services.stop()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_what_dies_is_started_again_and_stop_leaves_nothing(services: Services, said: list[str]) -> None:
