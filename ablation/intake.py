@@ -5,7 +5,6 @@ for the layer, and `ModelError` or `SpecError` for anything else. What PyTorch i
 here too (`failures_told`), so that a caller is told which layer failed on which examples, and what to do.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ablation.errors import AblationError, ModelError, SpecError, say_cause
 from ablation.precision import as_found, run
+from ablation.sharing import converted
 
 _COMPILED = torch._dynamo.eval_frame.OptimizedModule
 _WRAPPERS: dict[type[nn.Module], str] = {  # modules that only call another, by the attribute that holds it
@@ -47,8 +47,8 @@ def take_model(model: Any) -> nn.Module:
     module = unwrap(model)
     check_module(module)
     if any(tensor.is_inference() for tensor in _tensors(module).values()):
-        with torch.inference_mode(False):
-            return copied(module)
+        with torch.inference_mode(False), copying_told():
+            return converted(module, lambda twin: twin, is_copied=True)
     return module
 
 
@@ -68,16 +68,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     while (attribute := _WRAPPERS.get(type(model))) and not (model._forward_hooks or model._forward_pre_hooks):
         model = getattr(model, attribute)
     return model
-
-
-def copied(module: nn.Module) -> nn.Module:
-    """A copy of the module.
-
-    Raises:
-        ModelError: `copy.deepcopy` does not take it.
-    """
-    with copying_told():
-        return copy.deepcopy(module)
 
 
 @contextmanager

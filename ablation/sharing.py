@@ -87,17 +87,15 @@ def find_holders(model: nn.Module, modules: list[nn.Module] | None = None) -> li
     """Every place of a model that holds numbers in memory, parameters first."""
     modules = modules or modules_of(model)
     names = {module: name for name, module in model.named_modules()}
-    holders: list[Holder] = []
-    for kind in ("_parameters", "_buffers", ""):
-        for number, module in enumerate(modules):
-            entries = [*getattr(module, kind).items()] if kind else _plain(module)
-            prefix = names.get(module, type(module).__name__)
-            for key, value in entries:
-                for leaf, tensor in enumerate(tree_leaves(value)):
-                    if isinstance(tensor, Tensor) and _lies_in_memory(tensor):
-                        name = f"{prefix}.{key}" if prefix else key
-                        holders.append(Holder(number, kind, key, leaf, name, tensor))
-    return holders
+    prefixes = [names.get(module, type(module).__name__) for module in modules]
+    return [
+        Holder(number, kind, key, leaf, f"{prefixes[number]}.{key}" if prefixes[number] else key, tensor)
+        for kind in ("_parameters", "_buffers", "")
+        for number, module in enumerate(modules)
+        for key, value in (getattr(module, kind).items() if kind else _plain(module))
+        for leaf, tensor in enumerate(tree_leaves(value))
+        if isinstance(tensor, Tensor) and _lies_in_memory(tensor)
+    ]
 
 
 def _lies_in_memory(tensor: Tensor) -> bool:

@@ -370,6 +370,26 @@ def test_models_of_inference_tensors_stay_as_they_are() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_a_model_of_inference_tensors_that_share_memory_shares_it_while_it_is_measured() -> None:
+    def sharing() -> nn.Sequential:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(4)
+            model = nn.Sequential(nn.Linear(11, 11), nn.ReLU(), nn.Linear(11, 11), nn.ReLU(), nn.Linear(11, 5))
+        model[2].weight = nn.Parameter(model[0].weight.detach())
+        return model
+
+    expected = ablation.ablate(sharing(), "0", {"test": ROWS}, sites=20, progress=False)
+    found = ablation.ablate(in_inference_mode(sharing), "0", {"test": ROWS}, sites=20, progress=False)
+    np.testing.assert_array_equal(found.columns["utility_test"], expected.columns["utility_test"])
+
+
+def test_a_pruned_layer_keeps_its_own_tensors() -> None:
+    model = changed(pruned)
+    held = {name: getattr(model[0], name) for name in ("weight", "weight_orig", "weight_mask", "bias")}
+    ablation.ablate(model, "0.weight_orig", {"test": ROWS}, sites=9, progress=False)
+    assert all(getattr(model[0], name) is tensor for name, tensor in held.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_on_a_cpu(dtype: torch.dtype) -> None:
     model = convnet().to(dtype)
