@@ -305,7 +305,7 @@ def failures_told(
         yield
     except (AblationError, MemoryError, OSError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = _find_failed(error, model)
         if "can't allocate memory" in str(error) or (where is None and not everything):
             raise

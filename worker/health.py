@@ -12,14 +12,15 @@ from redis.exceptions import RedisError
 from ablation.errors import ServiceError
 from worker import keys
 from worker.settings import load_settings
-from worker.store import JobStore, connect
+from worker.store import AHEAD_S, JobStore, connect
 
 SILENT_S = 30.0  # long enough for Redis to restart: a worker that waits for it is healthy
 
 
 def has_worker(store: JobStore, host: str) -> bool:
     """Whether a worker on `host` has reported lately."""
-    seen = store.client.zrangebyscore(keys.WORKERS, store.now() - SILENT_S, "+inf")
+    now = store.now()
+    seen = store.client.zrangebyscore(keys.WORKERS, now - SILENT_S, now + AHEAD_S)
     return any(worker.decode().startswith(f"{host}:") for worker in seen)
 
 

@@ -9,7 +9,8 @@ FINALIZE_QUEUE = "ablation:queue:finalize"
 
 SEQUENCE = "ablation:sequence"  # counter: one number a job, in the order of creation
 JOBS = "ablation:jobs"  # zset: job id by sequence number, expired ones left out
-FINISHED = "ablation:finished"  # zset: job id by the time it came to an end (of expired ones: expired)
+FINISHED = "ablation:finished"  # zset: job id by the time it came to an end, expired ones left out
+TOMBSTONES = "ablation:tombstones"  # zset: id of each expired job by the time it expired
 TURNS = "ablation:turns"  # zset: jobs with waiting shards, by the time they joined; the first has its turn
 REFUSED = "ablation:refused"  # zset: jobs that a worker has refused, by the time of the first refusal
 WORKERS = "ablation:workers"  # zset: worker by the time it was last seen

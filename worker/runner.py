@@ -11,14 +11,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
 from celery import Celery
 from redis.exceptions import OutOfMemoryError, RedisError
 
-from ablation.errors import AblationError, Cancelled, Unfit
+from ablation.errors import AblationError, Cancelled, ModelError, Unfit, say_cause
 from ablation.inputs.catalog import Registered, dataset_names, model_names
 from ablation.plan import Plan
 from ablation.spec import JobSpec
@@ -27,6 +27,7 @@ from worker.queue import enqueue, enqueue_finalize, enqueue_shards
 from worker.settings import Settings
 from worker.states import State
 from worker.store import PACKAGE, JobRecord, JobStore
+from worker.watchdog import Progress
 
 if TYPE_CHECKING:
     from ablation.job import Job
@@ -42,25 +43,31 @@ FULL = {
     "over (DELETE /v1/jobs/ID), ask for fewer sites, or let the operator give Redis more memory; then post it again.",
 }
 
+ENDS = (
+    "the model, or the code that makes it or the data, raised {}, which would end the worker; allowed: code that "
+    "returns, or raises an Exception. Take the call of sys.exit, exit or quit out of it."
+)
+
 _loaded: dict[tuple[str, int], "Job"] = {}  # the last job's model and data, by its id and cut: at most one
 _unfit: set[str] = set()  # jobs that this worker must not work on
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker: its job store, the queue for messages, its settings, and its name on leases."""
+    """A worker: its job store, the queue for messages, its settings, its name on leases, what its parent watches."""
 
     store: JobStore
     celery: Celery
     settings: Settings
     owner: str
+    progress: Progress = field(default_factory=Progress)
 
 
 class Heartbeat:
     """Keeps one lease alive while a shard runs, from a thread and after every batch, and notices a cancel."""
 
-    def __init__(self, store: JobStore, job_id: str, shard_id: str, owner: str) -> None:
-        self.store, self.lease = store, (job_id, shard_id, owner)
+    def __init__(self, store: JobStore, job_id: str, shard_id: str, owner: str, progress: Progress) -> None:
+        self.store, self.lease, self.progress = store, (job_id, shard_id, owner), progress
         self.fraction = 0.0
         self.wanted = True
         self.stopping = threading.Event()
@@ -81,6 +88,7 @@ class Heartbeat:
             Cancelled: the job is cancelled or has ended, or the lease was taken away.
         """
         self.fraction = fraction
+        self.progress.note()
         self.beat()
         if not self.wanted:
             raise Cancelled(f"job {self.lease[0]} does not want shard {self.lease[1]} any more")
@@ -94,12 +102,14 @@ class Heartbeat:
 @contextmanager
 def beating(worker: Worker, job_id: str, shard_id: str) -> Iterator[Heartbeat]:
     """Run a heartbeat in a thread; torch and the compiled loops release the interpreter lock while they compute."""
-    heart = Heartbeat(worker.store, job_id, shard_id, worker.owner)
+    heart = Heartbeat(worker.store, job_id, shard_id, worker.owner, worker.progress)
+    worker.progress.begin(job_id, worker.settings.hang_s)
     thread = threading.Thread(target=heart.run, args=(worker.settings.beat_s,), name="heartbeat", daemon=True)
     thread.start()
     try:
         yield heart
     finally:
+        worker.progress.end()
         heart.stopping.set()
         thread.join()
 
@@ -157,6 +167,7 @@ def run_shard(worker: Worker, job_id: str, shard_id: str) -> bool:
         if shard is None:
             raise Cancelled(f"job {job_id} has been planned again")
         job = load(worker, record)
+        worker.progress.allow(find_patience(worker.settings, job.plan, len(job.plan.shards)))
         heart.on_batch(0.0)
         try:
             with compiling_told(lambda: say_once(f"job {job_id}: {COMPILING}")):
@@ -169,6 +180,11 @@ def run_shard(worker: Worker, job_id: str, shard_id: str) -> bool:
         if worker.store.complete(job_id, shard_id, worker.owner, codec.encode_partial(partial)):
             enqueue_finalize(worker.celery, job_id)
     return True
+
+
+def find_patience(settings: Settings, plan: Plan, n_parts: int) -> float:
+    """How many seconds may pass without progress in one of so many parts of a job."""
+    return max(settings.hang_s, settings.hang_factor * plan.estimate.seconds / n_parts)
 
 
 @cache
@@ -269,6 +285,7 @@ def finalize(worker: Worker, job_id: str) -> None:
         from ablation.statistics import make_summary
 
         record = get_record(worker.store, job_id)
+        worker.progress.allow(find_patience(worker.settings, stored_plan(record), 1))
         partials = map(read_partial, worker.store.partials(job_id, stored_plan(record)))
         seconds = worker.store.now() - (record.started_at or record.created_at).timestamp()
         table = finish_job(load(worker, record), partials, seconds=seconds)
@@ -293,6 +310,9 @@ def settled(worker: Worker, job_id: str, shard_id: str) -> Iterator[Heartbeat]:
     except OutOfMemoryError as error:
         log.error("job %s, shard %s: %s", job_id, shard_id, error)
         fail(worker, job_id, shard_id, FULL)
+    except (SystemExit, KeyboardInterrupt) as error:  # raised by code of the job: signals don't raise in this process
+        log.exception("job %s, shard %s: told to end", job_id, shard_id)
+        fail(worker, job_id, shard_id, make_error(ModelError(ENDS.format(say_cause(error))), worker.settings))
     except Exception as error:
         log.exception("job %s, shard %s: unexpected", job_id, shard_id)
         if worker.store.retry(

@@ -15,14 +15,14 @@ def keys_of(job_id: str) -> list[str]:
     per_job = (
         keys.job, keys.waiting, keys.leases, keys.owners, keys.fractions, keys.attempts, keys.done, keys.refusals
     )  # fmt: skip
-    shared = [keys.JOBS, keys.FINISHED, keys.SEQUENCE, keys.TURNS, keys.REFUSED, keys.WORKERS]
+    shared = [keys.JOBS, keys.FINISHED, keys.SEQUENCE, keys.TURNS, keys.REFUSED, keys.WORKERS, keys.TOMBSTONES]
     results = [keys.result(job_id), keys.table(job_id)]
     return [key(job_id) for key in per_job] + results + shared + [keys.partial(job_id, ""), keys.in_state("")]
 
 
 _NAMES = (
     "job waiting leases owners fractions attempts done refusals result tbl jobs finished sequence turns refused"
-    " workers partial_of in_state"
+    " workers tombstones partial_of in_state"
 )
 
 
@@ -65,6 +65,14 @@ local function wait_first(shard)
   redis.call('ZADD', waiting, before(waiting), shard)
   if status == 'finalizing' then return end
   redis.call('ZADD', turns, before(turns), id)
+  redis.call('HDEL', job, 'turn_began')
+end
+
+-- A shard that has failed before goes last, and so does its job: others go first between its attempts.
+local function wait_last(shard)
+  redis.call('ZADD', waiting, now, shard)
+  if status == 'finalizing' then return end
+  redis.call('ZADD', turns, now, id)
   redis.call('HDEL', job, 'turn_began')
 end
 
@@ -225,16 +233,17 @@ if not beat then return 0 end
 if owner == '' and tonumber(beat) > now - lease_s then return 0 end
 if owner ~= '' and holder ~= owner then return 0 end
 local seen = tonumber(redis.call('ZSCORE', workers, holder or '') or 0)
-local is_gone = owner == '' and seen < now - lease_s / 2
+local is_gone = owner == '' and (seen < now - lease_s / 2 or seen > now + lease_s / 2)
 local count, most = is_gone and 'lost ' .. shard or shard, tonumber(is_gone and ARGV[6] or ARGV[5])
 let_go(shard)
 if not wants(shard) then return 0 end
-if redis.call('HINCRBY', attempts, count, 1) >= most then
+local tries = redis.call('HINCRBY', attempts, count, 1)
+if tries >= most then
   redis.call('HSET', job, 'error', problem)
   move('failed')
   return 0
 end
-wait_first(shard)
+if is_gone or tries == 1 then wait_first(shard) else wait_last(shard) end
 return 1
 """)
 
@@ -299,6 +308,11 @@ if move('expired') then
   redis.call('UNLINK', result, tbl)
   redis.call('ZREM', jobs, id)
 end
+if status == 'expired' and redis.call('ZREM', finished, id) == 1 then
+  redis.call('HSET', job, 'plan', '')
+  redis.call('HDEL', job, 'first_plan', 'error', 'found')
+  redis.call('ZADD', tombstones, now, id)
+end
 return status
 """)
 
@@ -307,6 +321,7 @@ FORGET = _script("""
 if status ~= 'expired' and status ~= 'unknown' then return end
 redis.call('UNLINK', job)
 redis.call('ZREM', finished, id)
+redis.call('ZREM', tombstones, id)
 redis.call('ZREM', in_state .. 'expired', id)
 """)
 
@@ -314,6 +329,9 @@ redis.call('ZREM', in_state .. 'expired', id)
 RESEND = _script("""
 if status == 'cancelling' then return {} end
 local lost = redis.call('ZRANGEBYSCORE', waiting, '-inf', now - tonumber(ARGV[2]))
+for _, shard in ipairs(redis.call('ZRANGEBYSCORE', waiting, now + tonumber(ARGV[2]), '+inf')) do
+  lost[#lost + 1] = shard -- sent before the clock was set back
+end
 if #lost > 0 then wait(lost) end
 return lost
 """)
@@ -343,7 +361,7 @@ while true do
     place = place + 1
   elseif not shard then
     redis.call('ZREM', turns, id)
-  elseif now - began > tonumber(ARGV[1]) then
+  elseif now - began > tonumber(ARGV[1]) or began > now + 1 then -- the clock may have been set back
     redis.call('HDEL', job, 'turn_began')
     redis.call('ZADD', turns, now, id)
   else

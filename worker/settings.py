@@ -92,6 +92,12 @@ class Settings(BaseSettings):
     max_losses: int = Field(
         default=12, ge=1, le=1000, description="a shard whose whole worker is gone this often fails its job"
     )
+    hang_s: float = Field(
+        default=300, gt=0, le=DAY_S, description="a shard without progress for this long has its process killed"
+    )
+    hang_factor: float = Field(
+        default=10, ge=1, le=1e6, description="but not before this many times its planned seconds have passed"
+    )
     result_days: float = Field(default=7, gt=0, le=CENTURY_DAYS, description="results are kept this long")
     tombstone_days: float = Field(
         default=30, gt=0, le=CENTURY_DAYS, description="the record of an expired job is kept this much longer"

@@ -37,6 +37,8 @@ from worker.states import TERMINAL, State
 PACKAGE = version("weight-ablation")
 DRAFT_S = 3600  # an unfinished draft of a dead worker expires after this
 SEEN_S = 10.0  # a worker that hasn't reported for this long counts as gone
+AHEAD_S = 1.0  # a time that is further ahead was noted before the clock of Redis' host was set back
+AT_ONCE = 500  # jobs that a sweep expires or forgets at the most, so that it ends in time
 IDEMPOTENCY_S = 24 * 3600  # how long a repeated request with the same key gets the first answer
 
 
@@ -364,10 +366,16 @@ class JobStore:
             yield from (job_id.decode() for job_id in self.client.zrange(keys.in_state(state), 0, -1))
 
     def stale_leases(self, lease_s: float) -> Iterator[tuple[str, str]]:
-        """(job, shard) of every lease that has had no beat for `lease_s`."""
+        """(job, shard) of every lease that has had no beat for `lease_s`.
+
+        A beat that is still to come was sent before the clock was set back: it counts as one that has come just now.
+        """
         for job_id in self.jobs_in(State.RUNNING, State.FINALIZING, State.CANCELLING):
-            stale = self.client.zrangebyscore(keys.leases(job_id), "-inf", self.now() - lease_s)
+            leases, now = keys.leases(job_id), self.now()
+            stale = self.client.zrangebyscore(leases, "-inf", now - lease_s)
             yield from ((job_id, shard_id.decode()) for shard_id in stale)
+            for shard_id in self.client.zrangebyscore(leases, now + AHEAD_S, "+inf"):
+                self.client.zadd(leases, {shard_id: now}, xx=True)
 
     def leases_of(self, owner: str) -> Iterator[tuple[str, str]]:
         """(job, shard) of every lease that `owner` holds."""
@@ -377,8 +385,10 @@ class JobStore:
 
     def refused_by_all(self, within_s: float, waited_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
         """Jobs that every worker seen `within_s` has refused, first `waited_s` ago or earlier, each with one reason."""
-        alive = set(self.client.zrangebyscore(keys.WORKERS, self.now() - within_s, "+inf"))
-        for job_id in map(bytes.decode, self.client.zrangebyscore(keys.REFUSED, "-inf", self.now() - waited_s)):
+        now = self.now()
+        alive = set(self.client.zrangebyscore(keys.WORKERS, now - within_s, now + AHEAD_S))
+        waited = self.client.zrangebyscore(keys.REFUSED, "-inf", now - waited_s)
+        for job_id in map(bytes.decode, [*waited, *self.client.zrangebyscore(keys.REFUSED, now + waited_s, "+inf")]):
             refusals = self.client.hgetall(keys.refusals(job_id))
             if alive and alive <= refusals.keys() and not self.client.zcard(keys.leases(job_id)):
                 yield job_id, json.loads(next(iter(refusals.values())))
@@ -388,12 +398,16 @@ class JobStore:
         return [shard_id.decode() for shard_id in self._run(scripts.RESEND, job_id, lost_s)]
 
     def expire_due(self, result_s: float, tombstone_s: float) -> None:
-        """Make tombstones of jobs that ended more than `result_s` ago, and drop those older than `tombstone_s`."""
-        for job_id in self._finished_before(self.now() - min(result_s, tombstone_s)):
-            ended = self.client.zscore(keys.FINISHED, job_id) or 0.0
-            is_tombstone = self.client.hget(keys.job(job_id), "status") == State.EXPIRED.encode()
-            if ended < self.now() - (tombstone_s if is_tombstone else result_s):
-                self._run(scripts.FORGET if is_tombstone else scripts.EXPIRE, job_id)
+        """Make tombstones of jobs that ended more than `result_s` ago, and drop those older than `tombstone_s`.
+
+        At most `AT_ONCE` of each; the next sweep goes on.
+        """
+        for key, age_s, script in (
+            (keys.FINISHED, result_s, scripts.EXPIRE),
+            (keys.TOMBSTONES, tombstone_s, scripts.FORGET),
+        ):
+            for job_id in self.client.zrangebyscore(key, "-inf", self.now() - age_s, start=0, num=AT_ONCE):
+                self._run(script, job_id.decode())
 
     def note_worker(self, worker: str) -> None:
         """Record that this worker is alive."""
@@ -407,12 +421,10 @@ class JobStore:
 
     def n_workers(self, within_s: float = SEEN_S) -> int:
         """Number of workers seen within the last seconds."""
-        return self.client.zcount(keys.WORKERS, self.now() - within_s, "+inf")
+        now = self.now()
+        return self.client.zcount(keys.WORKERS, now - within_s, now + AHEAD_S)
 
     # Private
-
-    def _finished_before(self, time: float) -> Iterator[str]:
-        yield from (job_id.decode() for job_id in self.client.zrangebyscore(keys.FINISHED, "-inf", time))
 
     def _load(self, job_ids: Iterable[str]) -> Sequence[JobRecord | None]:
         job_ids = [*job_ids]

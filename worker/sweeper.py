@@ -112,6 +112,8 @@ class Sweeper(threading.Thread):
             self.store.note_worker(self.worker)
         lock = self.store.client.lock(keys.SWEEP_LOCK, timeout=LOCK_S, blocking=False)
         if not lock.acquire():
+            if self.store.client.pttl(keys.SWEEP_LOCK) > LOCK_S * 1000:  # its end moved with the clock
+                self.store.client.delete(keys.SWEEP_LOCK)
             return
         if time.monotonic() - started > self.settings.lease_s / 2:
             self.note_outage()

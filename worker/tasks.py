@@ -31,6 +31,7 @@ from worker.runner import Worker
 from worker.settings import load_settings
 from worker.store import JobStore, connect
 from worker.sweeper import Sweeper, make_lost_error
+from worker.watchdog import Progress, Watchdog
 
 PATIENCE = 600  # tries, a second apart, to hand in a shard while Redis is away, before its work is dropped
 GRACE_S = 4.0  # time for a running shard to notice a stop; then the process ends anyway
@@ -42,13 +43,14 @@ PARENT_PID = os.getpid()  # this and the next are made before the fork: parent a
 OWNER = f"{socket.gethostname()}:{PARENT_PID}:{secrets.token_hex(4)}"
 stopping = threading.Event()
 loaded = multiprocessing.Event()  # set by the child: the worker could begin a shard at once
+progress = Progress()  # of the child; the parent watches it
 refused = multiprocessing.Event()  # set by the child: a setting is wrong, so this worker can't work on any job
 
 
 @cache
 def child() -> Worker:
     """Make the worker that the child is; its store is its own, since a connection must not be shared across a fork."""
-    return Worker(JobStore(connect(settings, n_retries=PATIENCE)), app, settings, OWNER)
+    return Worker(JobStore(connect(settings, n_retries=PATIENCE)), app, settings, OWNER, progress)
 
 
 class Request(celery.worker.request.Request):
@@ -79,6 +81,7 @@ def finalize(job_id: str) -> None:
 def start_child(**_: Any) -> None:
     """Let the child die with its parent, and load torch now rather than in the first job."""
     tether(signal.SIGKILL, PARENT_PID)
+    progress.of_this_process()
     # A supervisor signals the whole group. The parent puts the shard back and lets the child finish its batch; a child
     # that died of the signal would count as crashed, with two tracebacks in the log. (Celery does so for SIGINT.)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -117,18 +120,20 @@ def begin(offered: Registered, machine: Machine) -> bool:
     return True
 
 
-def give_up_orphans(store: JobStore) -> None:
-    """Put back the shards of a former child that died, each as a failed attempt."""
+def give_up_orphans(store: JobStore, error: dict[str, str] | None = None) -> None:
+    """Put back the shards of a former child that died, each as a failed attempt; `error` says why, if it is known."""
     for job_id, shard_id in [*store.leases_of(OWNER)]:
-        if store.retry(job_id, shard_id, OWNER, settings.max_attempts, make_lost_error(shard_id)):
+        if store.retry(job_id, shard_id, OWNER, settings.max_attempts, error or make_lost_error(shard_id)):
             log.warning("job %s, shard %s: its process died; sent again", job_id, shard_id)
             enqueue(app, job_id, shard_id)
 
 
 @worker_ready.connect
 def start_parent(**_: Any) -> None:
-    """Start the sweeper."""
+    """Start the sweeper and the watchdog."""
     Sweeper(JobStore(connect(settings)), app, settings, OWNER, stopping, loaded.is_set).start()
+    store = JobStore(connect(settings))
+    Watchdog(store, progress, lambda error: give_up_orphans(store, error), stopping).start()
 
 
 @worker_shutting_down.connect

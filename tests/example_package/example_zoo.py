@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor, Resize, ToDtype
 
 FEW = 32  # examples
+ENDING: BaseException = SystemExit(3)  # what `leaving_net` raises
 
 prepare = Compose([Grayscale(), Resize((9, 9)), PILToTensor(), ToDtype(torch.float32, scale=True)])
 
@@ -89,6 +91,38 @@ def hungry_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
     """A net that runs out of memory on large batches."""
     net, transform = stripe_net()
     net.insert(4, Hungry())
+    return net, transform
+
+
+class Endless(nn.Module):
+    """Never returns, if it is given more than a few examples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while len(x) > FEW:
+            time.sleep(0.1)
+        return x
+
+
+def endless_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
+    """A net that hangs on large batches."""
+    net, transform = stripe_net()
+    net.insert(4, Endless())
+    return net, transform
+
+
+class Leaving(nn.Module):
+    """Asks Python to end, if it is given more than a few examples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > FEW:
+            raise ENDING
+        return x
+
+
+def leaving_net() -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
+    """A net that ends Python on large batches."""
+    net, transform = stripe_net()
+    net.insert(4, Leaving())
     return net, transform
 
 

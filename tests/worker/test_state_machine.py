@@ -125,6 +125,12 @@ class Job:
         lease = self.lease(shard)
         return lease.owner if lease else "a"
 
+    def as_posted(self) -> JobRecord:
+        """What the request that made it is answered again: a tombstone keeps no plan."""
+        if self.status is not State.EXPIRED or self.first.plan is None:
+            return self.first
+        return self.first.model_copy(update={"plan": None, "progress": Progress(done=0, total=1)})
+
     def leave_line(self) -> None:
         if self in self.world.line:
             self.world.line.remove(self)
@@ -156,6 +162,11 @@ class Job:
             self.leave_line()
             self.world.line.insert(0, self)
             self.turn_hours = None
+
+    def wait_last(self, shard: str) -> None:
+        self.leave_line()
+        self.turn_hours = self.turn_hours if self.status is State.FINALIZING else None
+        self.wait([shard])
 
     def put_back(self, shard: str, *, is_first: bool = True) -> bool:
         del self.places[shard]
@@ -227,10 +238,15 @@ class Job:
         return self.lose(shard, f"lost {shard}", max_losses, error)
 
     def lose(self, shard: str, counted: str, most: int, error: Mapping[str, Any]) -> bool:
+        is_first = not self.attempts[counted] or counted.startswith("lost ")
         if not self.put_back(shard):
             return False
         self.attempts[counted] += 1
-        return self.attempts[counted] < most or not self.fail(error)
+        if self.attempts[counted] >= most:
+            return not self.fail(error)
+        if not is_first:
+            self.wait_last(shard)
+        return True
 
     def takes(self, shard: str) -> bool:
         """Whether a partial of this shard counts, whoever brings it."""
@@ -610,7 +626,7 @@ class Service(RuleBasedStateMachine):
             if client.hexists(keys.job(job.id), "turn_began"):
                 client.hincrbyfloat(keys.job(job.id), "turn_began", -seconds)
         zsets = [key(job.id) for job in self.made for key in (keys.waiting, keys.leases)]
-        for zset in (*zsets, keys.FINISHED, keys.TURNS, keys.REFUSED, keys.WORKERS):
+        for zset in (*zsets, keys.FINISHED, keys.TOMBSTONES, keys.TURNS, keys.REFUSED, keys.WORKERS):
             for member in client.zrange(zset, 0, -1):
                 client.zincrby(zset, -seconds, member)
         self.world.workers = {worker: ago + hours for worker, ago in self.world.workers.items()}
@@ -637,7 +653,7 @@ class Service(RuleBasedStateMachine):
         check_records(self.store, [job for job in self.made if job.status])
         for key in self.posted:
             known = self.known(key)
-            assert self.store.posted(key) == (known.first if known else None)
+            assert self.store.posted(key) == (known.as_posted() if known else None)
         self.last = states
 
 
@@ -703,7 +719,8 @@ def check_indexes(seen: Seen, states: Mapping[str, State]) -> None:
         there = {job_id: number for job_id, number in numbers.items() if states[job_id] is state}
         assert seen.get(keys.in_state(state), {}) == there, state
     assert seen.get(keys.JOBS, {}) == {one: number for one, number in numbers.items() if states[one] != State.EXPIRED}
-    assert set(seen.get(keys.FINISHED, ())) == {job_id for job_id in states if states[job_id] in TERMINAL}
+    assert set(seen.get(keys.FINISHED, ())) == {job_id for job_id in states if states[job_id] in ENDED}
+    assert set(seen.get(keys.TOMBSTONES, ())) == {job_id for job_id in states if states[job_id] is State.EXPIRED}
     assert set(seen.get(keys.REFUSED, ())) == {job_id for job_id in states if keys.refusals(job_id) in seen}
     taking_turns = {job_id for job_id in states if states[job_id] in (State.QUEUED, State.RUNNING)}
     in_line = set(seen.get(keys.TURNS, ()))
@@ -755,8 +772,9 @@ def check_records(store: JobStore, jobs: Sequence[Job]) -> None:
     assert len(records) == len(jobs)
     for job in jobs:
         record = records[job.id]
-        assert (record.status, record.error, record.progress) == (job.status, job.error, job.progress())
-        assert (record.plan, record.n_cut) == (job.plan if job.is_planned else None, job.n_cut)
+        error, plan = (None, None) if job.status is State.EXPIRED else (job.error, job.plan)
+        assert (record.status, record.error, record.progress) == (job.status, error, job.progress())
+        assert (record.plan, record.n_cut) == (plan if job.is_planned else None, job.n_cut)
         assert (record.started_at is not None) == job.is_started
         assert (record.finished_at is not None) == (job.status in TERMINAL)
 
