@@ -29,6 +29,7 @@ def make_celery(settings: Settings) -> Celery:
     celery = Celery("ablation", broker=broker_url(settings.redis_url), set_as_current=False)
     celery.conf.update(
         accept_content=["json"],
+        broker_channel_error_retry=True,  # what Redis refuses for a while (READONLY, OOM, UNBLOCKED) ends no worker
         broker_connection_max_retries=None,  # wait for Redis without limit
         broker_connection_retry_on_startup=True,
         broker_transport_options={

@@ -5,10 +5,12 @@ Not here: what a shard computes (`ablation/`), when lost shards are recovered (`
 """
 
 import json
+import logging
 import math
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -21,7 +23,7 @@ from pydantic import Field
 from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.connection import DefaultParser
-from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
+from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, ResponseError, TimeoutError
 from redis.retry import Retry
 
 from ablation.errors import ServiceError, SpecError
@@ -33,6 +35,8 @@ from ablation.table import count_rows, cut_rows
 from worker import codec, keys, scripts
 from worker.settings import Settings
 from worker.states import TERMINAL, State
+
+log = logging.getLogger(__name__)
 
 PACKAGE = version("weight-ablation")
 DRAFT_S = 3600  # an unfinished draft of a dead worker expires after this
@@ -110,11 +114,20 @@ def _cause_in_script(error: ResponseError) -> Exception:
     return DefaultParser.parse_error(found[1]) if found else error
 
 
-class JobStore:
-    """Jobs in Redis. `client` must return bytes (`decode_responses=False`, the default)."""
+def takes_no_writes(error: Exception) -> bool:
+    """Whether Redis takes no writes for now: it has become a replica, or can't write to its disk."""
+    return isinstance(error, ReadOnlyError) or str(error).startswith("MISCONF")
 
-    def __init__(self, client: Redis) -> None:
+
+class JobStore:
+    """Jobs in Redis. `client` must return bytes (`decode_responses=False`, the default).
+
+    `patience`: how many seconds to wait with a change that a worker has to make while Redis takes no writes.
+    """
+
+    def __init__(self, client: Redis, patience: int = 0) -> None:
         self.client: Any = client  # redis-py types every answer as sync or async
+        self.patience = patience
         self._scripts: dict[str, Any] = {}
 
     def _run(self, script: str, job_id: str, *arguments: str | bytes | float) -> Any:
@@ -122,6 +135,21 @@ class JobStore:
             return self._registered(script)(keys=scripts.keys_of(job_id), args=[job_id, *arguments])
         except ResponseError as error:
             raise _cause_in_script(error) from error
+
+    def _run_patiently(self, script: str, job_id: str, *arguments: str | bytes | float) -> Any:
+        return self._patiently(lambda: self._run(script, job_id, *arguments))
+
+    def _patiently(self, change: Callable[[], Any]) -> Any:
+        """Make a change, once Redis takes writes again."""
+        for _ in range(self.patience):
+            try:
+                return change()
+            except ResponseError as error:
+                if not takes_no_writes(error):
+                    raise
+                log.warning("waiting: Redis takes no writes (%s)", error)
+                time.sleep(1)
+        return change()
 
     def _registered(self, script: str) -> Any:
         if script not in self._scripts:
@@ -273,11 +301,11 @@ class JobStore:
 
     def agree(self, job_id: str, found: Mapping[str, str]) -> dict[str, str]:
         """What the first worker that opened the job found; `found` itself where this worker is the first."""
-        return json.loads(self._run(scripts.AGREE, job_id, json.dumps(dict(found))))
+        return json.loads(self._run_patiently(scripts.AGREE, job_id, json.dumps(dict(found))))
 
     def refuse(self, job_id: str, shard_id: str, owner: str, error: Mapping[str, Any]) -> bool:
         """Note that `owner` must not work on the job; True where the shard, if it had one, waits again."""
-        return bool(self._run(scripts.REFUSE, job_id, owner, json.dumps(error), shard_id))
+        return bool(self._run_patiently(scripts.REFUSE, job_id, owner, json.dumps(error), shard_id))
 
     def is_over(self, job_id: str) -> bool:
         """Whether the job has ended, or is gone."""
@@ -292,7 +320,7 @@ class JobStore:
     def set_plan(self, job_id: str, owner: str, plan: Plan) -> bool:
         """Set the plan that `owner` has made; True where the job's shards are to be sent to the queue."""
         shards = [shard.id for shard in plan.shards]
-        return bool(self._run(scripts.SET_PLAN, job_id, keys.PLAN, owner, plan.model_dump_json(), *shards))
+        return bool(self._run_patiently(scripts.SET_PLAN, job_id, keys.PLAN, owner, plan.model_dump_json(), *shards))
 
     def cut_again(self, job_id: str, n_cut: int, plan: Plan) -> bool:
         """Drop what is done of a job that was planned `n_cut` times, and set this plan; True to send its shards.
@@ -300,7 +328,7 @@ class JobStore:
         The new shards must have new ids, so that workers that still hold old shards can't complete them.
         """
         shards = [shard.id for shard in plan.shards]
-        return bool(self._run(scripts.CUT_AGAIN, job_id, n_cut, plan.model_dump_json(), *shards))
+        return bool(self._run_patiently(scripts.CUT_AGAIN, job_id, n_cut, plan.model_dump_json(), *shards))
 
     def beat(self, job_id: str, shard_id: str, owner: str, fraction: float) -> State | None:
         """Renew the lease; returns the job's state, or None where the lease has been taken away."""
@@ -308,12 +336,12 @@ class JobStore:
 
     def release(self, job_id: str, shard_id: str, owner: str) -> bool:
         """Give the lease back unused; True where the shard waits again and must be sent to the queue."""
-        return bool(self._run(scripts.RELEASE, job_id, shard_id, owner))
+        return bool(self._run_patiently(scripts.RELEASE, job_id, shard_id, owner))
 
     def retry(self, job_id: str, shard_id: str, owner: str, max_attempts: int, error: Mapping[str, Any]) -> bool:
         """Count a failed attempt of `owner`; True where the shard waits again, else the job has failed with `error`."""
         text = json.dumps(error)
-        return bool(self._run(scripts.RETRY, job_id, shard_id, owner, 0, max_attempts, max_attempts, text))
+        return bool(self._run_patiently(scripts.RETRY, job_id, shard_id, owner, 0, max_attempts, max_attempts, text))
 
     def retry_stale(
         self, job_id: str, shard_id: str, lease_s: float, max_attempts: int, max_losses: int, error: Mapping[str, Any]
@@ -328,7 +356,7 @@ class JobStore:
     def complete(self, job_id: str, shard_id: str, owner: str, payload: bytes) -> bool:
         """Store a partial and mark its shard done; True where it was the last, and the merge is to be sent."""
         draft, n_chunks = self._write_draft(job_id, shard_id, codec.split_chunks(payload))
-        return bool(self._run(scripts.COMPLETE, job_id, shard_id, draft, n_chunks, owner))
+        return bool(self._run_patiently(scripts.COMPLETE, job_id, shard_id, draft, n_chunks, owner))
 
     def partials(self, job_id: str, plan: Plan) -> Iterator[bytes]:
         """The partials of every shard, in plan order; empty where one has been dropped, since the job has ended."""
@@ -347,11 +375,11 @@ class JobStore:
         texts = [codec.encode_json(about), codec.encode_json(summary)]
         n_rows: list[int] = []
         draft, n_blocks = self._write_draft(job_id, keys.FINALIZE, _counted(blocks, n_rows))
-        return bool(self._run(scripts.SAVE_TABLE, job_id, draft, n_blocks, *texts, json.dumps(n_rows), owner))
+        return bool(self._run_patiently(scripts.SAVE_TABLE, job_id, draft, n_blocks, *texts, json.dumps(n_rows), owner))
 
     def fail(self, job_id: str, error: Mapping[str, Any]) -> bool:
         """Mark the job as failed; True if this call did so (a job that has ended stays as it is)."""
-        return bool(self._run(scripts.FAIL, job_id, json.dumps(error)))
+        return bool(self._run_patiently(scripts.FAIL, job_id, json.dumps(error)))
 
     # For the sweeper
 
@@ -439,7 +467,7 @@ class JobStore:
         draft, n_chunks = keys.draft(job_id, shard_id, secrets.token_hex(4)), 0
         for n_chunks, chunk in enumerate(chunks, 1):  # noqa: B007  # counts
             with self.client.pipeline() as pipeline:  # both or none: an unfinished draft expires
-                pipeline.rpush(draft, chunk).expire(draft, DRAFT_S).execute()
+                self._patiently(pipeline.rpush(draft, chunk).expire(draft, DRAFT_S).execute)
         return draft, n_chunks
 
     def _result(self, job_id: str, field: str) -> bytes:

@@ -50,7 +50,7 @@ refused = multiprocessing.Event()  # set by the child: a setting is wrong, so th
 @cache
 def child() -> Worker:
     """Make the worker that the child is; its store is its own, since a connection must not be shared across a fork."""
-    return Worker(JobStore(connect(settings, n_retries=PATIENCE)), app, settings, OWNER, progress)
+    return Worker(JobStore(connect(settings, n_retries=PATIENCE), PATIENCE), app, settings, OWNER, progress)
 
 
 class Request(celery.worker.request.Request):
@@ -146,8 +146,8 @@ def stop_parent(**_: Any) -> None:
 
 
 def exit_code() -> int:
-    """Exit code of the worker when it is told to stop by a signal, or by its own child."""
-    return int(refused.is_set())
+    """Exit code of the worker: 1 where a setting is wrong, or where it ends although no signal told it to."""
+    return int(refused.is_set() or not stopping.is_set())
 
 
 def leave() -> None:
