@@ -272,12 +272,16 @@ def _is_installed(name: str) -> bool:
 def bound_log(log: Path) -> None:
     """Move a log that has grown too long to `NAME.log.1`, replacing the one before, and empty it.
 
-    The log is copied and truncated rather than renamed, because its writer keeps the file open.All writers append;
-    only a line written between copy and truncation is lost.
+    The log is copied and truncated rather than renamed, because its writer keeps the file open. All writers append;
+    only a line written between copy and truncation is lost. Where the disk has no room for a copy, none is kept.
     """
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         if log.stat().st_size > MAX_LOG_BYTES:
-            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            older = log.with_name(f"{log.name}.1")
+            try:
+                shutil.copyfile(log, older)
+            except OSError:
+                older.unlink(missing_ok=True)
             os.truncate(log, 0)
 
 

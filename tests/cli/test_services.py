@@ -1,6 +1,8 @@
 """The supervisor: what dies is started again at the same address, and nothing outlives it."""
 
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -137,6 +139,25 @@ def test_a_log_is_bounded_while_its_writer_goes_on(tmp_path: Path, monkeypatch: 
     assert old.stat().st_size <= 120
     assert (old.read_text() + child.log.read_text()).endswith("line 48 of ten\nline 49 of ten\n")
     assert old.read_text().startswith("line ")  # cut between lines, and no hole of zeros before what came after
+
+
+def test_a_log_on_a_full_disk_is_bounded_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system of its own can't be mounted here: that takes root on Linux")
+    try:
+        monkeypatch.setattr(services_module, "MAX_LOG_BYTES", 100)
+        log = disk / "a.log"
+        with log.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        services_module.bound_log(log)
+        assert [path.name for path in disk.iterdir()] == ["a.log"]
+        assert log.stat().st_size == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize(
