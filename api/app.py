@@ -1,6 +1,8 @@
 """The HTTP application: routes, errors, limits and metrics. `python -m api` runs it."""
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -31,8 +33,16 @@ def make_app(settings: Settings) -> FastAPI:
         "redirect_slashes": False,  # one address per resource
         "separate_input_output_schemas": False,  # a spec in an answer has the schema of a request
     }
-    app = FastAPIOffline("/docs", None, **options)  # Swagger UI from a package; no ReDoc
-    app.state.desk = make_desk(settings)
+    desk = make_desk(settings)
+
+    @asynccontextmanager
+    async def live(_: FastAPI) -> AsyncIterator[None]:
+        desk.watch.start()
+        yield
+        desk.watch.stop()
+
+    app = FastAPIOffline("/docs", None, lifespan=live, **options)  # Swagger UI from a package; no ReDoc
+    app.state.desk = desk
     app.state.registry = registry = CollectorRegistry()
     app.include_router(routes)
     add_error_handlers(app)

@@ -15,7 +15,7 @@ from fastapi import Header, HTTPException
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import ServerSentEvent
 
-from api.errors import AWAY
+from api.redis_errors import AWAY
 from api.schemas import news
 from worker.states import TERMINAL, State
 from worker.store import JobRecord, JobStore

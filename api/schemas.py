@@ -142,6 +142,14 @@ class Health(BaseModel):
     checks: dict[str, str] = {}
 
 
+class Readiness(Health):
+    """The service is ready."""
+
+    warnings: list[str] | None = Field(
+        default=None, description="settings of Redis by which jobs may be lost; absent where there are none"
+    )
+
+
 class Problem(BaseModel):
     """A problem document (RFC 9457).
 

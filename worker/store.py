@@ -36,6 +36,7 @@ from worker.states import TERMINAL, State
 
 PACKAGE = version("weight-ablation")
 DRAFT_S = 3600  # an unfinished draft of a dead worker expires after this
+ANSWER_S = 10.0  # longest wait for one answer of Redis
 SEEN_S = 10.0  # a worker that hasn't reported for this long counts as gone
 IDEMPOTENCY_S = 24 * 3600  # how long a repeated request with the same key gets the first answer
 
@@ -81,8 +82,10 @@ class Cancellation(NamedTuple):
 Page = tuple[list[JobRecord], str | None]  # jobs, and the cursor of the next page
 
 
-def connect(settings: Settings, n_retries: int = 5) -> Redis:
+def connect(settings: Settings, n_retries: int = 5, *, retry: Retry | None = None, answer_s: float = ANSWER_S) -> Redis:
     """Make a Redis client; its retries outlast a restart of Redis that takes a second or two.
+
+    `retry` replaces these retries, and `answer_s` is how long one answer may take.
 
     Raises:
         ServiceError: no Redis is configured.
@@ -95,10 +98,10 @@ def connect(settings: Settings, n_retries: int = 5) -> Redis:
     return Redis.from_url(
         settings.redis_url,
         # Not the default errors: they include the timeout of connecting, which is retried on its own.
-        retry=Retry(ExponentialBackoff(cap=1, base=0.05), n_retries, (ConnectionError, TimeoutError)),
+        retry=retry or Retry(ExponentialBackoff(cap=1, base=0.05), n_retries, (ConnectionError, TimeoutError)),
         retry_on_error=[BusyLoadingError, ConnectionError, TimeoutError],
-        socket_connect_timeout=2,
-        socket_timeout=10,
+        socket_connect_timeout=min(2.0, answer_s),
+        socket_timeout=answer_s,
     )
 
 
@@ -239,6 +242,42 @@ class JobStore:
         """The machine of the worker that started last; the cost table's machine where none has started."""
         known = self.client.hgetall(keys.MACHINE)
         return Machine(**{name.decode(): float(number) for name, number in known.items()})
+
+    def check_reads(self) -> None:
+        """Make sure that Redis can be read.
+
+        Raises:
+            RedisError: it can't.
+        """
+        self.client.exists(keys.JOBS)  # and no PING, which a server with a full disk refuses
+
+    def doubts(self) -> Sequence[str]:
+        """Sentences on settings of Redis by which jobs may be lost; none where it does not tell its settings."""
+        try:
+            info = self.client.info()
+        except ResponseError:  # this user may not ask
+            return []
+        found = []
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            found.append(
+                f"Redis drops data when its memory is full (maxmemory-policy {policy}): jobs and results may vanish. "
+                "Set it to noeviction."
+            )
+        if not info.get("aof_enabled", 1):
+            kept = "only snapshots of its data" if self._saves() else "nothing of its data"
+            found.append(
+                f"Redis keeps {kept} on its disk (appendonly no): accepted jobs are lost when it ends. "
+                "Set appendonly to yes."
+            )
+        return found
+
+    def _saves(self) -> bool:
+        """Whether Redis writes snapshots; also where it does not tell."""
+        try:
+            return bool(self.client.config_get("save").get("save", "unknown"))
+        except ResponseError:
+            return True
 
     # For the workers
 
