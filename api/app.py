@@ -47,7 +47,7 @@ def make_app(settings: Settings) -> FastAPI:
     app.include_router(routes)
     add_error_handlers(app)
     finish_document(app)
-    app.add_middleware(LimitBody)
+    app.add_middleware(LimitBody, room=desk.body_room, seconds=settings.client_s)
     app.add_middleware(CountRequests, registry=registry)
     app.add_middleware(AnswerHead)  # the last one added is the outermost
     return app

@@ -1,7 +1,7 @@
 """What route handlers share: the settings, the job store, the queue. Made once per process."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -12,10 +12,12 @@ from redis.exceptions import RedisError
 from ablation.errors import SpecError, nearest
 from ablation.inputs.catalog import NOTHING, Registered, dataset_names, model_names
 from ablation.plan import Plan
-from api.body import SpecDep
+from api.body import CROWDED, SpecDep
 from api.errors import gone, not_found
+from api.events import Feed
 from api.redis_errors import reason_of
 from api.redis_watch import RedisWatch
+from api.slots import Slots
 from api.threads import asks_redis, in_redis_thread
 from worker.planner import plan_job
 from worker.queue import Patience, make_celery
@@ -42,18 +44,29 @@ class Desk:
     hasty_store: JobStore
     file_store: JobStore
     celery: Celery
+    feed: Feed
+    streams: Slots
+    downloads: Slots
+    body_room: Slots
 
 
 def make_desk(settings: Settings) -> Desk:
     """Make the desk of one process; it connects at the first request."""
     watch = RedisWatch(settings)
+    store = JobStore(watch.client(settings))
     return Desk(
         settings,
         watch,
-        store=JobStore(watch.client(settings)),
+        store,
         hasty_store=JobStore(watch.client(settings, HASTE)),
         file_store=JobStore(connect(settings)),
         celery=make_celery(settings, Patience(answer_s=settings.redis_answer_s / 2, n_retries=1)),
+        feed=Feed(watch, store),
+        streams=Slots(
+            settings.max_streams, "There are as many streams of events as are allowed. Poll the job instead."
+        ),
+        downloads=Slots(settings.max_downloads, "As many files are being sent as are allowed at once."),
+        body_room=Slots(settings.max_body_bytes, CROWDED),
     )
 
 
@@ -107,6 +120,15 @@ async def _ask_hastily(desk: Desk, ask: Callable[[], Answer]) -> Answer | None:
         return None
 
 
+async def take_stream(desk: Annotated[Desk, Depends(get_desk)]) -> AsyncIterator[None]:
+    """Take the place of one stream of events, until it ends."""
+    desk.streams.take()
+    try:
+        yield
+    finally:
+        desk.streams.give_back()
+
+
 async def refuse_unknown_parameters(request: Request) -> None:
     """Refuse query parameters that the address does not have; a misspelt one would be ignored.
 
@@ -123,6 +145,7 @@ async def refuse_unknown_parameters(request: Request) -> None:
 
 DeskDep = Annotated[Desk, Depends(get_desk)]
 StoreDep = Annotated[JobStore, Depends(get_store)]
+StreamDep = Annotated[None, Depends(take_stream)]
 JobDep = Annotated[JobRecord, Depends(get_job)]
 RegisteredDep = Annotated[Registered | None, Depends(get_registered)]
 PlannerDep = Annotated[Callable[[], Plan | None], Depends(get_planner)]

@@ -7,6 +7,7 @@ asynchronous, so that it never waits for it. What OpenAPI says of each address i
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from api.dependencies import (
     PlannerDep,
     RegisteredDep,
     StoreDep,
+    StreamDep,
     refuse_unknown_parameters,
 )
 from api.errors import conflict, gone, not_found, unavailable
@@ -53,6 +55,7 @@ from api.schemas import (
     pending,
     retry_after_s,
 )
+from api.slots import Slots
 from api.threads import asks_redis, each_in_thread, in_redis_thread
 from worker.codec import decode_block
 from worker.queue import enqueue_shards
@@ -189,11 +192,12 @@ def get_parquet(job: JobDep, desk: DeskDep) -> Response:
     "/v1/jobs/{job_id}/events", tags=["jobs"], response_class=EventSourceResponse, responses=document.GET_EVENTS
 )
 async def get_events(
-    job: JobDep, store: StoreDep, told: Annotated[Told, Depends(read_last_event)]
+    job: JobDep, desk: DeskDep, told: Annotated[Told, Depends(read_last_event)], _: StreamDep
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events of a job: `status`, `progress`, and finally `done`."""
-    async for event in watch_job(store, job.id, told):
-        yield event
+    async with aclosing(watch_job(desk.feed, job, told)) as events:
+        async for event in events:
+            yield event
 
 
 @routes.post("/v1/plans", tags=["catalog"], responses=document.POST_PLAN, openapi_extra=document.SPEC_BODY)
@@ -319,7 +323,8 @@ def _stream(
     blocks = (decode_block(block) for block in desk.file_store.table_blocks(job.id))
     name = name_file(job.spec, job.id, suffix)
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return _File(encode(blocks), media_type=media_type, headers=headers)
+    desk.downloads.take()
+    return _File(encode(blocks), desk.downloads, media_type=media_type, headers=headers)
 
 
 class _File(StreamingResponse):
@@ -328,15 +333,16 @@ class _File(StreamingResponse):
     Otherwise they stay until the next garbage collection, because the response is part of a cycle.
     """
 
-    def __init__(self, pieces: Iterator[bytes], **options: Any) -> None:
+    def __init__(self, pieces: Iterator[bytes], slots: Slots, **options: Any) -> None:
         super().__init__(each_in_thread(pieces), **options)
-        self.pieces = pieces
+        self.pieces, self.slots = pieces, slots
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send it."""
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self.slots.give_back()
             self.pieces.close()  # type: ignore[attr-defined]
 
 

@@ -110,8 +110,11 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=64 << 20, ge=8 << 20, description="bodies that the API reads or works on take at most this much at once"
     )
-    body_s: float = Field(
-        default=10, gt=0, le=HOUR_S, description="a client that sends or takes nothing for this long is given up"
+    client_s: float = Field(
+        default=10,
+        gt=0,
+        le=HOUR_S,
+        description="a client is given up that sends nothing for so long, or takes nothing for six times as long",
     )
     device: str | None = Field(
         default=None, description="torch device of the worker: cpu, cuda, cuda:1; default: CUDA if there, else CPU"

@@ -41,6 +41,13 @@ SEEN_S = 10.0  # a worker that hasn't reported for this long counts as gone
 IDEMPOTENCY_S = 24 * 3600  # how long a repeated request with the same key gets the first answer
 
 
+# A job's hash without spec and plan, and its progress, for who looks often.
+_MARK = """
+return {redis.call('HMGET', KEYS[1], 'status', 'n_cut', 'n_shards', 'first_done', 'last_done_at', 'error'),
+  redis.call('SCARD', KEYS[2]), redis.call('HGETALL', KEYS[3])}
+"""
+
+
 class TooManyJobs(ServiceError):
     """The limit of jobs that are queued or running is reached."""
 
@@ -174,6 +181,18 @@ class JobStore:
     def get(self, job_id: str) -> JobRecord | None:
         """The job in whatever state; None if there is none (any more)."""
         return self._load([job_id])[0]
+
+    def get_all(self, job_ids: Sequence[str]) -> Sequence[JobRecord | None]:
+        """Several jobs, as `get` gives each."""
+        return self._load(job_ids)
+
+    def marks(self, job_ids: Sequence[str]) -> Sequence[object]:
+        """What changes of these jobs, without spec and plan: equal as long as a job is as it was."""
+        with self.client.pipeline(transaction=False) as pipeline:  # a transaction is refused at maxmemory
+            for job_id in job_ids:
+                names = [keys.job(job_id), keys.done(job_id), keys.fractions(job_id)]
+                self._registered(_MARK)(keys=names, client=pipeline)
+            return pipeline.execute()
 
     def list(self, status: State | None = None, limit: int = 20, cursor: str | None = None) -> Page:
         """At most `limit` jobs, newest first, and the cursor of the next page (None after the last).

@@ -30,22 +30,22 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 def test_every_address_and_every_status(document: dict[str, Any]) -> None:
     found = {name: " ".join(sorted(operation["responses"])) for name, operation in operations(document)}
     assert found == {
-        "POST /v1/jobs": "202 400 405 413 415 422 429 500 503",
-        "GET /v1/jobs": "200 405 413 422 500 503",
-        "GET /v1/jobs/{job_id}": "200 304 404 405 410 413 422 500 503",
-        "DELETE /v1/jobs/{job_id}": "204 404 405 409 410 413 422 500 503",
-        "POST /v1/jobs/{job_id}/cancel": "200 202 404 405 409 410 413 422 500 503",
-        "GET /v1/jobs/{job_id}/results": "200 202 404 405 409 410 413 422 500 503",
-        "GET /v1/jobs/{job_id}/results.csv": "200 202 404 405 409 410 413 422 500 503",
-        "GET /v1/jobs/{job_id}/results.parquet": "200 202 404 405 409 410 413 422 500 503",
-        "GET /v1/jobs/{job_id}/events": "200 204 404 405 410 413 422 500 503",
-        "POST /v1/plans": "200 400 405 413 415 422 500 503",
-        "GET /v1/models": "200 405 413 422 500",
-        "GET /v1/models/{name}/layers": "200 404 405 413 422 500 503",
-        "GET /v1/datasets": "200 405 413 422 500",
-        "GET /healthz": "200 405 413 422 500",
-        "GET /readyz": "200 405 413 422 500 503",
-        "GET /metrics": "200 405 413 422 500",
+        "POST /v1/jobs": "202 400 405 408 413 415 422 429 500 503",
+        "GET /v1/jobs": "200 405 408 413 422 500 503",
+        "GET /v1/jobs/{job_id}": "200 304 404 405 408 410 413 422 500 503",
+        "DELETE /v1/jobs/{job_id}": "204 404 405 408 409 410 413 422 500 503",
+        "POST /v1/jobs/{job_id}/cancel": "200 202 404 405 408 409 410 413 422 500 503",
+        "GET /v1/jobs/{job_id}/results": "200 202 404 405 408 409 410 413 422 500 503",
+        "GET /v1/jobs/{job_id}/results.csv": "200 202 404 405 408 409 410 413 422 500 503",
+        "GET /v1/jobs/{job_id}/results.parquet": "200 202 404 405 408 409 410 413 422 500 503",
+        "GET /v1/jobs/{job_id}/events": "200 204 404 405 408 410 413 422 500 503",
+        "POST /v1/plans": "200 400 405 408 413 415 422 500 503",
+        "GET /v1/models": "200 405 408 413 422 500 503",
+        "GET /v1/models/{name}/layers": "200 404 405 408 413 422 500 503",
+        "GET /v1/datasets": "200 405 408 413 422 500 503",
+        "GET /healthz": "200 405 408 413 422 500 503",
+        "GET /readyz": "200 405 408 413 422 500 503",
+        "GET /metrics": "200 405 408 413 422 500 503",
     }
 
 
