@@ -66,6 +66,11 @@ GET_JOB: Responses = {
     304: {"description": "the client has it already", **_headers(ETAG, RETRY_AFTER)},
     **problems(404, 410, 503),
 }
+_WHOLE_SPEC = {"$ref": "#/components/schemas/JobSpec"}
+GET_SPEC: Responses = {
+    200: {"description": "as it was sent", **_content("application/json", "spec flip-sign", schema=_WHOLE_SPEC)},
+    **problems(404, 410, 503),
+}
 CANCEL_JOB: Responses = {
     200: says("cancelled", description="it was cancelled already"),
     202: says("cancelling", description="it is being cancelled", model=JobView),

@@ -55,6 +55,7 @@ from api.schemas import (
     pending,
     retry_after_s,
 )
+from api.short_spec import shorten_fields
 from api.slots import Slots
 from api.threads import asks_redis, each_in_thread, in_redis_thread
 from worker.codec import decode_block
@@ -119,6 +120,13 @@ def get_job(
     if job.status not in TERMINAL:
         response.headers["Retry-After"] = str(retry_after_s(job))
     return Response(status_code=304, headers=response.headers) if is_known(etag, if_none_match) else view
+
+
+@routes.get("/v1/jobs/{job_id}/spec", tags=["jobs"], responses=document.GET_SPEC)
+@asks_redis
+def get_spec(job: JobDep) -> Response:
+    """The whole spec of a job; elsewhere, lists of more than 1,000 entries are cut."""
+    return Response(job.spec.model_dump_json(), media_type="application/json")
 
 
 @routes.post("/v1/jobs/{job_id}/cancel", tags=["jobs"], responses=document.CANCEL_JOB)
@@ -306,9 +314,17 @@ def _rows(job: JobRecord, store: JobStore, offset: int, limit: int) -> Response:
         "columns": list(columns),
         "rows": [list(row) for row in zip(*(_plain(column) for column in columns.values()), strict=True)],
         "total_rows": store.n_rows(job.id),
-        "summary": store.summary(job.id),
+        "summary": _summary(job, store),
     }
     return JSONResponse(body)
+
+
+def _summary(job: JobRecord, store: JobStore) -> dict[str, Any]:
+    """The summary, with the spec as other answers show it."""
+    summary = store.summary(job.id)
+    if about := summary.get("about"):
+        about["spec"] = shorten_fields(about["spec"], f"/v1/jobs/{job.id}/spec")
+    return summary
 
 
 def _stream_csv(job: JobRecord, desk: Desk) -> Response:

@@ -529,7 +529,7 @@ def _make_record(job_id: str, raw: list[bytes], n_done: int, fractions: list[byt
         created_at=_time(fields["created_at"]),
         started_at=_time(fields["started_at"]) if "started_at" in fields else None,
         finished_at=_time(fields["finished_at"]) if "finished_at" in fields else None,
-        spec=JobSpec.model_validate_json(fields["spec"]),
+        spec=_read_spec(fields["spec"]),
         plan=_read_plan(fields["plan"]) if fields["plan"] else None,
         error=json.loads(fields["error"]) if "error" in fields else None,
     )
@@ -538,6 +538,11 @@ def _make_record(job_id: str, raw: list[bytes], n_done: int, fractions: list[byt
 @lru_cache(maxsize=16)  # polls of a job of thousands of shards parse the same plan
 def _read_plan(text: bytes) -> Plan:
     return Plan.model_validate_json(text)
+
+
+@lru_cache(maxsize=8)  # polls of a job of a million indices would take 200 ms each
+def _read_spec(text: bytes) -> JobSpec:
+    return JobSpec.model_validate_json(text)
 
 
 def _pace(fields: Mapping[str, bytes], done: float) -> float | None:

@@ -33,6 +33,7 @@ def test_every_address_and_every_status(document: dict[str, Any]) -> None:
         "POST /v1/jobs": "202 400 405 408 413 415 422 429 500 503",
         "GET /v1/jobs": "200 405 408 413 422 500 503",
         "GET /v1/jobs/{job_id}": "200 304 404 405 408 410 413 422 500 503",
+        "GET /v1/jobs/{job_id}/spec": "200 404 405 408 410 413 422 500 503",
         "DELETE /v1/jobs/{job_id}": "204 404 405 408 409 410 413 422 500 503",
         "POST /v1/jobs/{job_id}/cancel": "200 202 404 405 408 409 410 413 422 500 503",
         "GET /v1/jobs/{job_id}/results": "200 202 404 405 408 409 410 413 422 500 503",
