@@ -1,5 +1,6 @@
 """The HTTP application: routes, errors, limits and metrics. `python -m api` runs it."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -49,8 +50,25 @@ def make_app(settings: Settings) -> FastAPI:
     finish_document(app)
     app.add_middleware(LimitBody, room=desk.body_room, seconds=settings.client_s)
     app.add_middleware(CountRequests, registry=registry)
-    app.add_middleware(AnswerHead)  # the last one added is the outermost
+    app.add_middleware(AnswerHead)
+    app.add_middleware(Turnstile)  # the last one added is the outermost
     return app
+
+
+class Turnstile:
+    """Let requests in one after the other, so that thousands that come at once leave room for those on health."""
+
+    AT_ONCE = ("/healthz", "/metrics")
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self.turn = app, asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and scope["path"] not in self.AT_ONCE:
+            async with self.turn:
+                await asyncio.sleep(0)  # whatever else is ready goes first
+        await self.app(scope, receive, send)
 
 
 class AnswerHead:

@@ -113,7 +113,7 @@ async def _ask_hastily(desk: Desk, ask: Callable[[], Answer]) -> Answer | None:
     """What Redis answers in a moment; None where it doesn't."""
     try:
         desk.watch.refuse()
-        return await in_redis_thread(ask, HASTE * desk.settings.redis_answer_s)
+        return await in_redis_thread(ask, HASTE * desk.settings.redis_answer_s / 2)
     except RedisError as error:
         if reason_of(error) is None:
             raise

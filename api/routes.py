@@ -200,7 +200,7 @@ def get_parquet(job: JobDep, desk: DeskDep) -> Response:
     "/v1/jobs/{job_id}/events", tags=["jobs"], response_class=EventSourceResponse, responses=document.GET_EVENTS
 )
 async def get_events(
-    job: JobDep, desk: DeskDep, told: Annotated[Told, Depends(read_last_event)], _: StreamDep
+    _: StreamDep, job: JobDep, desk: DeskDep, told: Annotated[Told, Depends(read_last_event)]
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events of a job: `status`, `progress`, and finally `done`."""
     async with aclosing(watch_job(desk.feed, job, told)) as events:

@@ -83,7 +83,7 @@ class Gate:
         for one in [*connections]:
             if one.is_stalled(now, LONG * self.client_s):
                 one.transport.abort()
-            elif one in self.waiting and now > self.waiting[one] + self.client_s * (LONG if one.is_dropping() else 1):
+            elif one in self.waiting and now > one.deadline(self.waiting[one], self.client_s):
                 one.close()
 
 
@@ -93,7 +93,7 @@ class GuardedProtocol(H11Protocol):
     def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.gate = gate
-        self._n_unsent, self._unsent_since = 0, 0.0
+        self._n_unsent, self._unsent_since, self._heard_at = 0, 0.0, 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Keep the connection, answer it 503, or close it."""
@@ -122,9 +122,16 @@ class GuardedProtocol(H11Protocol):
         if self.cycle.response_complete and self in self.connections:
             self.gate.waiting[self] = time.monotonic()
 
-    def is_dropping(self) -> bool:
-        """Whether it reads the rest of a body that was refused."""
-        return self.conn.their_state is h11.SEND_BODY
+    def data_received(self, data: bytes) -> None:
+        """Take what has come."""
+        self._heard_at = time.monotonic()
+        super().data_received(data)
+
+    def deadline(self, since: float, client_s: float) -> float:
+        """When it has been without a request for too long; later while it drops the rest of a refused body."""
+        if self.conn.their_state is h11.SEND_BODY:
+            return min(since + LONG * client_s, self._heard_at + client_s)
+        return since + client_s
 
     def is_stalled(self, now: float, stall_s: float) -> bool:
         """Whether its client has taken none of what it is sent for so long."""
