@@ -28,7 +28,7 @@ from worker.settings import Settings
 log = logging.getLogger(__name__)
 
 LONG = 6  # a client may take so many times as long to take its answer, or to send a body that was refused
-YOUNG_S = 1.0  # a connection that is that new is not closed for another
+YOUNG_S = 0.25  # a connection that is that new is not closed for another, unless that could not even be refused
 SPARE = 32  # connections beyond the limit, which get 503
 BURST = 64  # connections that are accepted at once, before any of them is looked at
 OWN_FILES = 100  # that this process has open beside connections: for Redis, above all
@@ -69,10 +69,10 @@ class Gate:
         self.limit, self.client_s = max(1, limit), client_s
         self.waiting: dict[GuardedProtocol, float] = {}  # those without a request, since when, the oldest first
 
-    def make_room(self) -> bool:
-        """Close the connection that has been without a request for the longest; False if there is none."""
+    def make_room(self, young_s: float) -> bool:
+        """Close the connection that has been without a request for the longest; False if there is none so old."""
         oldest = next(iter(self.waiting), None)
-        if oldest is None or time.monotonic() - self.waiting[oldest] < YOUNG_S:
+        if oldest is None or time.monotonic() - self.waiting[oldest] < young_s:
             return False
         oldest.close()
         return True
@@ -98,9 +98,9 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Keep the connection, answer it 503, or close it."""
         super().connection_made(transport)
-        if len(self.connections) > self.gate.limit and not self.gate.make_room():
+        if len(self.connections) > self.gate.limit and not self.gate.make_room(YOUNG_S):
             self.app = functools.partial(refuse, self.app)
-            if len(self.connections) > self.gate.limit + SPARE:
+            if len(self.connections) > self.gate.limit + SPARE and not self.gate.make_room(0):
                 self.connections.discard(self)
                 return transport.abort()
         self.gate.waiting[self] = time.monotonic()

@@ -3,6 +3,8 @@
 In: how many there may be. Out: one of them, or the refusal of the request (503 with `Retry-After`).
 """
 
+import threading
+
 from fastapi import HTTPException
 
 from api.errors import RETRY_S
@@ -13,6 +15,7 @@ class Slots:
 
     def __init__(self, n: int, refusal: str) -> None:
         self._n_free, self._refusal = n, refusal
+        self._lock = threading.Lock()  # some are taken in threads
 
     def take(self, n: int = 1) -> None:
         """Take some slots.
@@ -20,11 +23,15 @@ class Slots:
         Raises:
             HTTPException: 503, there are not so many.
         """
-        if n > self._n_free:
+        with self._lock:
+            is_free = n <= self._n_free
+            if is_free:
+                self._n_free -= n
+        if not is_free:
             detail = f"{self._refusal} Ask again in {RETRY_S} seconds."
             raise HTTPException(503, detail, headers={"Retry-After": str(RETRY_S)})
-        self._n_free -= n
 
     def give_back(self, n: int = 1) -> None:
         """Give back what was taken."""
-        self._n_free += n
+        with self._lock:
+            self._n_free += n
