@@ -41,7 +41,7 @@ def shorten_spec(spec: JobSpec, full: str) -> JobSpec | ShortSpec:
 
 
 def shorten_fields(fields: Mapping[str, Any], full: str) -> dict[str, Any]:
-    """The same for a spec of plain fields, as a result holds it; it may be of an earlier version."""
+    """Cut the long lists in a spec of plain fields, as a result holds it; it may be of an earlier version."""
     parts, lengths = dict(fields), {}
     for name in LISTS:
         record, field = name.split(".")
