@@ -21,25 +21,19 @@ def main() -> None:
     signal.signal(
         signal.SIGINT, lambda *_: os._exit(130)
     )  # while uvicorn has no handler: before its start and after its end
-    import uvicorn
-
     from ablation.errors import ServiceError
     from api.app import make_app
+    from api.server import make_server
     from worker.settings import Address, load_settings, read_environment, warn_of_unknown_variables
 
     warn_of_unknown_variables(os.environ)
     try:
-        address = read_environment(Address)
-        app = make_app(load_settings())
+        address, settings = read_environment(Address), load_settings()
+        app = make_app(settings)
         listener = open_listener(address)
     except ServiceError as error:
         sys.exit(f"Error: {error}")
-    config = uvicorn.Config(
-        app,
-        timeout_graceful_shutdown=SHUTDOWN_S,
-        access_log=False,  # /metrics counts requests; polls would fill the log
-    )
-    uvicorn.Server(config).run([listener])
+    make_server(app, settings, SHUTDOWN_S).run([listener])
 
 
 def open_listener(address: "Address") -> socket.socket:

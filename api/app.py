@@ -1,6 +1,9 @@
 """The HTTP application: routes, errors, limits and metrics. `python -m api` runs it."""
 
+import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -31,16 +34,41 @@ def make_app(settings: Settings) -> FastAPI:
         "redirect_slashes": False,  # one address per resource
         "separate_input_output_schemas": False,  # a spec in an answer has the schema of a request
     }
-    app = FastAPIOffline("/docs", None, **options)  # Swagger UI from a package; no ReDoc
-    app.state.desk = make_desk(settings)
+    desk = make_desk(settings)
+
+    @asynccontextmanager
+    async def live(_: FastAPI) -> AsyncIterator[None]:
+        desk.watch.start()
+        yield
+        desk.watch.stop()
+
+    app = FastAPIOffline("/docs", None, lifespan=live, **options)  # Swagger UI from a package; no ReDoc
+    app.state.desk = desk
     app.state.registry = registry = CollectorRegistry()
     app.include_router(routes)
     add_error_handlers(app)
     finish_document(app)
-    app.add_middleware(LimitBody)
+    app.add_middleware(LimitBody, room=desk.body_room, seconds=settings.client_s)
     app.add_middleware(CountRequests, registry=registry)
-    app.add_middleware(AnswerHead)  # the last one added is the outermost
+    app.add_middleware(AnswerHead)
+    app.add_middleware(Turnstile)  # the last one added is the outermost
     return app
+
+
+class Turnstile:
+    """Let requests in one after the other, so that thousands that come at once leave room for those on health."""
+
+    AT_ONCE = ("/healthz", "/metrics")
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self.turn = app, asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and scope["path"] not in self.AT_ONCE:
+            async with self.turn:
+                await asyncio.sleep(0)  # whatever else is ready goes first
+        await self.app(scope, receive, send)
 
 
 class AnswerHead:

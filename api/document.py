@@ -57,13 +57,18 @@ _PARQUET = {"application/vnd.apache.parquet": {"schema": {"type": "string", "for
 _NO_RESULTS: Responses = {202: says("pending", RETRY_AFTER, VARY, model=Pending), **problems(404, 409, 410, 503)}
 
 # Every answer of each address, beside those of `EVERYWHERE`.
-EVERYWHERE = problems(405, 413, 422, 500)
+EVERYWHERE = problems(405, 408, 413, 422, 500, 503)
 EVERYWHERE[405] |= {"description": "for a method that the address does not have", **_headers(ALLOW)}
 POST_JOB = {202: says("job", LOCATION, RETRY_AFTER), **problems(400, 415, 429, 503)}
 LIST_JOBS = {200: says("jobs"), **problems(503)}
 GET_JOB: Responses = {
     200: says("running failed", ETAG, RETRY_AFTER),
     304: {"description": "the client has it already", **_headers(ETAG, RETRY_AFTER)},
+    **problems(404, 410, 503),
+}
+_WHOLE_SPEC = {"$ref": "#/components/schemas/JobSpec"}
+GET_SPEC: Responses = {
+    200: {"description": "as it was sent", **_content("application/json", "spec flip-sign", schema=_WHOLE_SPEC)},
     **problems(404, 410, 503),
 }
 CANCEL_JOB: Responses = {

@@ -8,15 +8,16 @@ import json
 import logging
 from typing import Any
 
-import redis.exceptions
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Match
 
 from ablation.errors import ServiceError, SpecError, shorten
 from ablation.spec import spec_error
+from api.redis_errors import Refused, reason_of
 from worker.store import TableGone, TooManyJobs
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,6 @@ HINTS = {
     "layer": "GET /v1/models/NAME/layers lists those of a model.",
     "data.name": "GET /v1/datasets lists them.",
 }
-
-# Exceptions that mean that Redis can't be reached.
-AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 
 
 def make_problem(request: Request, status: int, detail: str, **more: Any) -> JSONResponse:
@@ -80,9 +78,8 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(StarletteHTTPException, _answer_http_error)
     app.add_exception_handler(TooManyJobs, _answer_quota)
     app.add_exception_handler(TableGone, _answer_gone)
-    for kind in (ServiceError, *AWAY):
-        app.add_exception_handler(kind, _answer_unavailable)
-    app.add_exception_handler(redis.exceptions.ResponseError, _answer_refusal)
+    app.add_exception_handler(ServiceError, _answer_unavailable)
+    app.add_exception_handler(RedisError, _answer_refusal)
     app.add_exception_handler(Exception, _answer_fault)
 
 
@@ -142,11 +139,13 @@ def _answer_unavailable(request: Request, error: Exception) -> JSONResponse:
 
 
 def _answer_refusal(request: Request, error: Exception) -> JSONResponse:
-    """Answer an error of Redis: 503 if it or its disk is full, else a fault of the service."""
-    if isinstance(error, redis.exceptions.OutOfMemoryError) or str(error).startswith("MISCONF"):
-        log.error("Redis refuses writes: %s", error)
-        return unavailable(request, "The store has no room: nothing was changed. Delete jobs that are over.")
-    raise error
+    """Answer an error of Redis: 503 with the reason, unless it is a fault of this program."""
+    reason = reason_of(error)
+    if reason is None:
+        raise error
+    if not isinstance(error, Refused):  # else the log has it
+        log.warning("%s %r: %s (%s)", request.method, request.url.path[:200], reason, error)
+    return unavailable(request, reason)
 
 
 def _answer_fault(request: Request, error: Exception) -> JSONResponse:

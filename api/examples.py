@@ -279,6 +279,7 @@ _DETAILS = {
     400: "The body is not JSON: EOF while parsing a value at line 1 column 9. Send a job spec; /docs shows one.",
     404: f"There is no job '{_JOB_ID}'; GET /v1/jobs lists those that exist.",
     405: "PUT is not possible here; allowed: GET, HEAD, POST.",
+    408: "The body has not come on for 10 seconds, or too slowly. Send it again.",
     409: f"Job {_JOB_ID} is running; cancel it first, or wait until it is over.",
     410: f"Job {_JOB_ID} has expired or was deleted; send its spec again to compute it again.",
     413: "The body is too large; allowed: 8388608 bytes. Ask for fewer indices, or for a count.",

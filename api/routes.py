@@ -1,12 +1,13 @@
 """Every route of the service, one thin handler each: read the request, ask the store or the catalog, answer.
 
-Handlers are plain functions that run in threads: each makes a few round trips to Redis, and files are streamed in
-blocks, so a poll is answered in milliseconds under any load. Only streams of events, which wait for long, are
-asynchronous. What OpenAPI says of each address is in `document.py`.
+Handlers that ask Redis are plain functions, which `asks_redis` runs in threads of their own: each makes a few round
+trips, and files are streamed in blocks, so a poll is answered in milliseconds under any load. What needs no Redis is
+asynchronous, so that it never waits for it. What OpenAPI says of each address is in `document.py`.
 """
 
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from kombu.exceptions import KombuError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from redis.exceptions import RedisError
 
 from ablation.errors import SpecError, nearest
 from ablation.export import csv_chunks, parquet_chunks
@@ -32,11 +34,13 @@ from api.dependencies import (
     PlannerDep,
     RegisteredDep,
     StoreDep,
+    StreamDep,
     refuse_unknown_parameters,
 )
-from api.errors import AWAY, conflict, gone, not_found, unavailable
+from api.errors import conflict, gone, not_found, unavailable
 from api.events import Told, read_last_event, watch_job
 from api.headers import IdempotencyKey, choose_type, is_known, make_etag
+from api.redis_errors import AWAY, code_of, reason_of
 from api.schemas import (
     DatasetPage,
     Health,
@@ -44,16 +48,22 @@ from api.schemas import (
     JobView,
     LayerPage,
     ModelPage,
+    Readiness,
     Results,
     job_view,
     linked_model,
     pending,
     retry_after_s,
 )
+from api.short_spec import shorten_fields
+from api.slots import Slots
+from api.threads import asks_redis, each_in_thread, in_redis_thread
 from worker.codec import decode_block
 from worker.queue import enqueue_shards
 from worker.states import TERMINAL, State
 from worker.store import JobRecord, JobStore
+
+log = logging.getLogger(__name__)
 
 routes = APIRouter(responses=document.EVERYWHERE, dependencies=[Depends(refuse_unknown_parameters)])
 
@@ -64,13 +74,19 @@ PARQUET = "application/vnd.apache.parquet"
 
 
 @routes.post("/v1/jobs", status_code=202, tags=["jobs"], responses=document.POST_JOB, openapi_extra=document.SPEC_BODY)
+@asks_redis
 def post_job(
-    spec: SpecDep, make_plan: PlannerDep, desk: DeskDep, response: Response, idempotency_key: IdempotencyKey = None
+    spec: SpecDep,
+    store: StoreDep,
+    make_plan: PlannerDep,
+    desk: DeskDep,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
 ) -> JobView:
     """Create a job that computes the utilities of some weights."""
-    job = desk.store.posted(idempotency_key) if idempotency_key else None
+    job = store.posted(idempotency_key) if idempotency_key else None
     if job is None:
-        job = _create(desk, spec, make_plan(spec), idempotency_key)
+        job = _create(desk, spec, make_plan(), idempotency_key)
     if job.spec != spec:
         next_step = "Send this spec with a key of its own."
         raise SpecError("Idempotency-Key", idempotency_key, "the spec that it came with first, for 24 hours", next_step)
@@ -81,6 +97,7 @@ def post_job(
 
 
 @routes.get("/v1/jobs", tags=["jobs"], responses=document.LIST_JOBS)
+@asks_redis
 def list_jobs(
     store: StoreDep,
     status: State | None = None,
@@ -93,6 +110,7 @@ def list_jobs(
 
 
 @routes.get("/v1/jobs/{job_id}", tags=["jobs"], responses=document.GET_JOB, response_model=JobView)
+@asks_redis
 def get_job(
     job: JobDep, response: Response, if_none_match: Annotated[tuple[str, ...], Header(alias="If-None-Match")] = ()
 ) -> JobView | Response:
@@ -104,7 +122,15 @@ def get_job(
     return Response(status_code=304, headers=response.headers) if is_known(etag, if_none_match) else view
 
 
+@routes.get("/v1/jobs/{job_id}/spec", tags=["jobs"], responses=document.GET_SPEC)
+@asks_redis
+def get_spec(job: JobDep) -> Response:
+    """The whole spec of a job; elsewhere, lists of more than 1,000 entries are cut."""
+    return Response(job.spec.model_dump_json(), media_type="application/json")
+
+
 @routes.post("/v1/jobs/{job_id}/cancel", tags=["jobs"], responses=document.CANCEL_JOB)
+@asks_redis
 def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobView:
     """Cancel a job; a running shard stops within one batch. 202 if this call cancels it, 200 if another has."""
     after, is_new = store.cancel(job.id)
@@ -117,6 +143,7 @@ def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobView:
 
 
 @routes.delete("/v1/jobs/{job_id}", status_code=204, tags=["jobs"], responses=document.DELETE_JOB)
+@asks_redis
 def delete_job(job: JobDep, store: StoreDep) -> Response:
     """Delete a job that is over, with its results."""
     after = store.delete(job.id)
@@ -126,16 +153,18 @@ def delete_job(job: JobDep, store: StoreDep) -> Response:
 
 
 @routes.get("/v1/jobs/{job_id}/results", tags=["results"], response_model=Results, responses=document.GET_RESULTS)
+@asks_redis
 def get_results(
     job: JobDep,
     store: StoreDep,
+    desk: DeskDep,
     accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
 ) -> Response:
     """The rows of a job's table; 202 with the progress until the job is done."""
     if choose_type(accept, ("application/json", "text/csv")) == "text/csv":
-        answer = get_csv(job, store)
+        answer = _stream_csv(job, desk)
     else:
         answer = _unfinished(job) or _rows(job, store, offset, limit)
     answer.headers["Vary"] = "Accept"
@@ -145,9 +174,10 @@ def get_results(
 @routes.get(
     "/v1/jobs/{job_id}/results.csv", tags=["results"], response_class=StreamingResponse, responses=document.GET_CSV
 )
-def get_csv(job: JobDep, store: StoreDep) -> Response:
+@asks_redis
+def get_csv(job: JobDep, desk: DeskDep) -> Response:
     """The whole table as CSV, streamed."""
-    return _unfinished(job) or _stream(job, store, csv_chunks, CSV, "csv")
+    return _stream_csv(job, desk)
 
 
 @routes.get(
@@ -156,30 +186,32 @@ def get_csv(job: JobDep, store: StoreDep) -> Response:
     response_class=StreamingResponse,
     responses=document.GET_PARQUET,
 )
-def get_parquet(job: JobDep, store: StoreDep) -> Response:
+@asks_redis
+def get_parquet(job: JobDep, desk: DeskDep) -> Response:
     """The whole table as Parquet, streamed."""
 
     def encode(blocks: Blocks) -> Iterator[bytes]:
-        return parquet_chunks(blocks, store.about(job.id))
+        return parquet_chunks(blocks, desk.file_store.about(job.id))
 
-    return _unfinished(job) or _stream(job, store, encode, PARQUET, "parquet")
+    return _unfinished(job) or _stream(job, desk, encode, PARQUET, "parquet")
 
 
 @routes.get(
     "/v1/jobs/{job_id}/events", tags=["jobs"], response_class=EventSourceResponse, responses=document.GET_EVENTS
 )
 async def get_events(
-    job: JobDep, store: StoreDep, told: Annotated[Told, Depends(read_last_event)]
+    _: StreamDep, job: JobDep, desk: DeskDep, told: Annotated[Told, Depends(read_last_event)]
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events of a job: `status`, `progress`, and finally `done`."""
-    async for event in watch_job(store, job.id, told):
-        yield event
+    async with aclosing(watch_job(desk.feed, job, told)) as events:
+        async for event in events:
+            yield event
 
 
 @routes.post("/v1/plans", tags=["catalog"], responses=document.POST_PLAN, openapi_extra=document.SPEC_BODY)
 def post_plan(spec: SpecDep, make_plan: PlannerDep) -> PlanView:
     """Plan a job and estimate its cost; nothing is queued."""
-    plan = make_plan(spec)
+    plan = make_plan()
     if plan is None:
         next_step = "Only a worker can count its examples: POST /v1/jobs, the job has its plan once one has looked."
         if spec.data.name in dataset_names():
@@ -189,7 +221,7 @@ def post_plan(spec: SpecDep, make_plan: PlannerDep) -> PlanView:
 
 
 @routes.get("/v1/models", tags=["catalog"], responses=document.LIST_MODELS)
-def list_models(registered: RegisteredDep) -> ModelPage:
+async def list_models(registered: RegisteredDep) -> ModelPage:
     """List the models that a job may name."""
     known = registered or NOTHING
     models = [linked_model(model_facts(name, known)) for name in model_names(known)]
@@ -197,9 +229,9 @@ def list_models(registered: RegisteredDep) -> ModelPage:
 
 
 @routes.get("/v1/models/{name}/layers", tags=["catalog"], responses=document.LIST_LAYERS)
-def list_layers(name: str, store: StoreDep) -> LayerPage:
+async def list_layers(name: str, desk: DeskDep) -> LayerPage:
     """List the layers of a model, with the path that each takes."""
-    registered = NOTHING if name in model_names() else store.registered()
+    registered = NOTHING if name in model_names() else await in_redis_thread(desk.store.registered)
     names = model_names(registered)
     if name not in names:
         raise not_found(f"model {name!r}", "GET /v1/models", nearest(name.lower(), names))
@@ -207,7 +239,7 @@ def list_layers(name: str, store: StoreDep) -> LayerPage:
 
 
 @routes.get("/v1/datasets", tags=["catalog"], responses=document.LIST_DATASETS)
-def list_datasets(registered: RegisteredDep) -> DatasetPage:
+async def list_datasets(registered: RegisteredDep) -> DatasetPage:
     """List the data sets that a job may name."""
     known = registered or NOTHING
     data_sets = [dataset_facts(name, known) for name in dataset_names(known)]
@@ -215,27 +247,38 @@ def list_datasets(registered: RegisteredDep) -> DatasetPage:
 
 
 @routes.get("/healthz", tags=["health"], responses=document.HEALTHZ)
-def healthz() -> Health:
+async def healthz() -> Health:
     """Liveness: this process is running."""
     return Health()
 
 
-@routes.get("/readyz", tags=["health"], responses=document.READYZ, response_model=Health)
-def readyz(request: Request, desk: DeskDep) -> Health | Response:
-    """Readiness: Redis answers, and a worker has reported."""
+@routes.get(
+    "/readyz",
+    tags=["health"],
+    responses=document.READYZ,
+    response_model=Readiness,
+    response_model_exclude_none=True,
+)
+async def readyz(request: Request, desk: DeskDep) -> Readiness | Response:
+    """Readiness: Redis answers, and a worker has reported. Settings of Redis that endanger jobs are warned of."""
     try:
-        n_workers = desk.store.n_workers()
-    except AWAY:
-        checks, detail = {"redis": "away", "workers": "unknown"}, "Redis can't be reached."
+        desk.watch.refuse()
+        n_workers = await in_redis_thread(desk.store.n_workers)
+    except RedisError as error:
+        detail = reason_of(error)
+        if detail is None:
+            raise
+        is_away = isinstance(error, AWAY) and not code_of(error)
+        checks = {"redis": "away" if is_away else "refuses", "workers": "unknown"}
     else:
         checks, detail = {"redis": "ok", "workers": str(n_workers)}, "No worker has been seen for a while."
         if n_workers:
-            return Health(checks=checks)
+            return Readiness(checks=checks, warnings=[*desk.watch.warnings] or None)
     return unavailable(request, f"{detail} Jobs wait until there is one.", checks=checks)
 
 
 @routes.get("/metrics", tags=["health"], response_class=Response, responses=document.METRICS)
-def metrics(request: Request) -> Response:
+async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -248,8 +291,10 @@ def _create(desk: Desk, spec: JobSpec, plan: Plan | None, idempotency_key: str |
         posted = desk.store.posted(idempotency_key)
         assert posted is not None  # it was there a moment ago
         return posted
-    with suppress(KombuError):  # Redis went away: the sweeper sends shards that have no message
+    try:
         enqueue_shards(desk.celery, len(plan.shards) if plan else 1)
+    except (KombuError, RedisError, OSError) as error:  # Redis went away, or has no room
+        log.warning("job %s: not all messages were sent, which the workers make good: %s", job.id, error)
     return job
 
 
@@ -269,20 +314,33 @@ def _rows(job: JobRecord, store: JobStore, offset: int, limit: int) -> Response:
         "columns": list(columns),
         "rows": [list(row) for row in zip(*(_plain(column) for column in columns.values()), strict=True)],
         "total_rows": store.n_rows(job.id),
-        "summary": store.summary(job.id),
+        "summary": _summary(job, store),
     }
     return JSONResponse(body)
 
 
+def _summary(job: JobRecord, store: JobStore) -> dict[str, Any]:
+    """The summary, with the spec as other answers show it."""
+    summary = store.summary(job.id)
+    if about := summary.get("about"):
+        about["spec"] = shorten_fields(about["spec"], f"/v1/jobs/{job.id}/spec")
+    return summary
+
+
+def _stream_csv(job: JobRecord, desk: Desk) -> Response:
+    return _unfinished(job) or _stream(job, desk, csv_chunks, CSV, "csv")
+
+
 def _stream(
-    job: JobRecord, store: JobStore, encode: Callable[[Blocks], Iterator[bytes]], media_type: str, suffix: str
+    job: JobRecord, desk: Desk, encode: Callable[[Blocks], Iterator[bytes]], media_type: str, suffix: str
 ) -> Response:
     """Stream a file, encoded block by block as it is read from Redis."""
-    store.n_rows(job.id)  # raises before the headers are sent, if the table is gone
-    blocks = (decode_block(block) for block in store.table_blocks(job.id))
+    desk.store.n_rows(job.id)  # raises before the headers are sent, if the table is gone
+    blocks = (decode_block(block) for block in desk.file_store.table_blocks(job.id))
     name = name_file(job.spec, job.id, suffix)
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return _File(encode(blocks), media_type=media_type, headers=headers)
+    desk.downloads.take()
+    return _File(encode(blocks), desk.downloads, media_type=media_type, headers=headers)
 
 
 class _File(StreamingResponse):
@@ -291,15 +349,16 @@ class _File(StreamingResponse):
     Otherwise they stay until the next garbage collection, because the response is part of a cycle.
     """
 
-    def __init__(self, pieces: Iterator[bytes], **options: Any) -> None:
-        super().__init__(pieces, **options)
-        self.pieces = pieces
+    def __init__(self, pieces: Iterator[bytes], slots: Slots, **options: Any) -> None:
+        super().__init__(each_in_thread(pieces), **options)
+        self.pieces, self.slots = pieces, slots
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send it."""
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self.slots.give_back()
             self.pieces.close()  # type: ignore[attr-defined]
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from ablation.inputs.catalog import DatasetFacts, ModelFacts
 from ablation.spec import JobSpec
 from ablation.views import LayerView, ModelView, PlanView, model_view, plan_view
+from api.short_spec import ShortSpec, shorten_spec
 from api.summary import Summary
 from worker.states import State
 from worker.store import JobRecord
@@ -64,7 +65,7 @@ class JobView(BaseModel):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
-    spec: JobSpec
+    spec: ShortSpec | JobSpec
     plan: PlanView | None = Field(description="null until a worker has opened the data and cut the job")
     error: JobError | None = Field(description="null unless the job has failed")
     urls: Urls
@@ -142,6 +143,14 @@ class Health(BaseModel):
     checks: dict[str, str] = {}
 
 
+class Readiness(Health):
+    """The service is ready."""
+
+    warnings: list[str] | None = Field(
+        default=None, description="settings of Redis by which jobs may be lost; absent where there are none"
+    )
+
+
 class Problem(BaseModel):
     """A problem document (RFC 9457).
 
@@ -172,7 +181,7 @@ def job_view(job: JobRecord) -> JobView:
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
-        spec=job.spec,
+        spec=shorten_spec(job.spec, f"{url}/spec"),
         plan=plan_view(job.plan) if job.plan else None,
         error=_error(job),
         urls=Urls(

@@ -106,6 +106,19 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     assert [*tmp_path.glob("ablation-load-*")] == []
 
 
+@pytest.mark.slow
+def test_clients_that_do_harm_are_held_off(tmp_path: Path) -> None:
+    phases = ["redis-freeze", "half-bodies", "half-heads", "many-streams", "long-spec"]
+    with running(tmp_path, "--phases", *phases) as tool:
+        said, _ = tool.communicate()
+    assert tool.returncode == 0, said
+    assert number(said, "redis-freeze", "refusals") > 60
+    assert number(said, "half-bodies", "status 408") >= 1
+    assert number(said, "half-heads", "closed") >= 4900
+    assert number(said, "many-streams", "status 200") == 500
+    assert [*tmp_path.glob("ablation-load-*")] == []
+
+
 FLAT = {"API MB": 150.0, "API files": 80, "Redis data MB": 5.0, "tombstones": 0, "other Redis keys": 11, "logs MB": 0.1}
 
 

@@ -8,8 +8,9 @@ byte differed, a request failed or memory grew. Times are reported and not judge
               30 s, while 20 streams of events are open; wait for all; run some again alone: the same bytes?
     growth    small jobs one batch after the other, each deleted when it is over: does anything grow?
     download  all 16.7 million rows of AlexNet's second Linear to a client that takes 1 MB/s, then at full speed
+    redis-freeze, half-bodies, half-heads, many-streams, long-spec: clients that do harm (tools/clients.py)
 
-    python -m tools.load [--phases queue growth download] [--server URL] [--soak 10000] [--write]
+    python -m tools.load [--phases queue growth ...] [--server URL] [--soak 10000] [--write]
 """
 
 import argparse
@@ -40,11 +41,12 @@ from urllib.parse import urlsplit
 import psutil  # type: ignore[import-untyped]
 from redis import Redis
 
+from tools import clients
 from worker import keys
 from worker.parent_death import tether
 from worker.states import TERMINAL, State
 
-PHASES = ("queue", "growth", "download")
+PHASES = ("queue", "growth", "download", *clients.PHASES)
 PATIENCE_S = 300.0  # for one answer, and for the end of one job after the one before it
 N_POSTING, N_POLLING = 8, 64  # connections
 N_COMPARED = 20  # jobs of the queue phase that are run again
@@ -568,7 +570,7 @@ def measure(url: str, asked: argparse.Namespace, report: Report) -> None:
     delete(url, [run_alone(url, small_spec(0), report)], report)
     service = find_service(url)
     report.add("machine", {"cores": os.cpu_count(), "load before": os.getloadavg()[0]})
-    phases = {"queue": measure_queue, "growth": measure_growth, "download": measure_download}
+    phases = {"queue": measure_queue, "growth": measure_growth, "download": measure_download, **clients.PHASES}
     for phase in asked.phases:
         phases[phase](service, asked, report)
     ended = [name for name, process in service.processes.items() if not process.is_running()]

@@ -13,7 +13,7 @@ from pathlib import Path
 from ablation.errors import SpecError
 from ablation.inputs.catalog import Registered, find_below
 from worker.settings import Settings, hide_password
-from worker.store import connect
+from worker.store import JobStore, connect
 
 MAX_NAMES = 20  # names that are listed per folder
 
@@ -22,13 +22,14 @@ def describe(settings: Settings) -> str:
     """Describe what a worker with these settings finds, line by line."""
     packages = [f"{name} {version(name)}" for name in ("weight-ablation", "torch", "torchvision")]
     with connect(settings) as client:
-        redis = client.info("server")["redis_version"]
+        redis, doubts = client.info("server")["redis_version"], JobStore(client).doubts()
     return say(
         ", ".join([*packages, f"Python {platform.python_version()}"]),
         f"Redis {redis} at {hide_password(settings.redis_url)}",
         f"data {settings.data_dir}: {list_folder(settings.data_dir, subfolders)}",
         f"checkpoints {settings.checkpoint_dir}: {list_folder(settings.checkpoint_dir, files_below)}",
         f"cache {settings.cache_dir}",
+        *(f"Warning: {doubt}" for doubt in doubts),
     )
 
 

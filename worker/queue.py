@@ -4,6 +4,8 @@ In: settings. Out: the Celery application with every Celery setting, and one fun
 A message says only that there is work; the store decides what is done, by which worker and how often.
 """
 
+from typing import NamedTuple
+
 from celery import Celery
 
 from worker import keys
@@ -20,11 +22,17 @@ VISIBILITY_S = 3600
 # A network link that fails silently leaves connections open on which no answer comes. Without these limits (Celery sets
 # none) a worker waits until the kernel gives up, about 15 minutes later.
 CONNECT_S = 5  # to open a connection
-ANSWER_S = 10  # for the answer to a command; BRPOP is told to answer within a second
 CHECK_S = 10  # between two checks for overdue answers
 
 
-def make_celery(settings: Settings) -> Celery:
+class Patience(NamedTuple):
+    """How long sending waits for Redis."""
+
+    answer_s: float = 10.0  # for the answer to a command; BRPOP is told to answer within a second
+    n_retries: int = 3
+
+
+def make_celery(settings: Settings, patience: Patience = Patience()) -> Celery:  # noqa: B008  # it is frozen
     """Make the Celery application, without tasks, which is enough for sending (`tasks.py` adds them)."""
     celery = Celery("ablation", broker=broker_url(settings.redis_url), set_as_current=False)
     celery.conf.update(
@@ -34,8 +42,8 @@ def make_celery(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_transport_options={
             "visibility_timeout": VISIBILITY_S,
-            "socket_connect_timeout": CONNECT_S,
-            "socket_timeout": ANSWER_S,
+            "socket_connect_timeout": min(CONNECT_S, patience.answer_s),
+            "socket_timeout": patience.answer_s,
             "health_check_interval": CHECK_S,
         },
         enable_utc=True,
@@ -45,7 +53,12 @@ def make_celery(settings: Settings) -> Celery:
         task_acks_late=True,
         task_default_queue=keys.SHARD_QUEUE,
         task_ignore_result=True,
-        task_publish_retry_policy={"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
+        task_publish_retry_policy={
+            "max_retries": patience.n_retries,
+            "interval_start": 0,
+            "interval_step": 0.2,
+            "interval_max": 0.5,
+        },
         task_reject_on_worker_lost=True,
         task_routes={RUN_SHARD: {"queue": keys.SHARD_QUEUE}, RUN_FINALIZE: {"queue": keys.FINALIZE_QUEUE}},
         task_serializer="json",

@@ -107,6 +107,21 @@ class Settings(BaseSettings):
     memory_bytes: int | None = Field(
         default=None, gt=0, description="bytes of memory that a job may take on a worker; default: all of the machine's"
     )
+    redis_answer_s: float = Field(
+        default=2, ge=0.1, le=HOUR_S, description="a request waits for Redis for about this long, then it is 503"
+    )
+    max_connections: int = Field(default=2000, ge=1, description="connections that the API keeps open at once")
+    max_streams: int = Field(default=500, ge=1, description="streams of events that the API has open at once")
+    max_downloads: int = Field(default=16, ge=1, description="files that the API sends at once")
+    max_body_bytes: int = Field(
+        default=64 << 20, ge=8 << 20, description="bodies that the API reads or works on take at most this much at once"
+    )
+    client_s: float = Field(
+        default=10,
+        gt=0,
+        le=HOUR_S,
+        description="a client is given up that sends nothing for so long, or takes nothing for six times as long",
+    )
     device: str | None = Field(
         default=None, description="torch device of the worker: cpu, cuda, cuda:1; default: CUDA if there, else CPU"
     )

@@ -40,10 +40,18 @@ log = logging.getLogger(__name__)
 
 PACKAGE = version("weight-ablation")
 DRAFT_S = 3600  # an unfinished draft of a dead worker expires after this
+ANSWER_S = 10.0  # longest wait for one answer of Redis
 SEEN_S = 10.0  # a worker that hasn't reported for this long counts as gone
 AHEAD_S = 1.0  # a time that is further ahead was noted before the clock of Redis' host was set back
 AT_ONCE = 500  # jobs that a sweep expires or forgets at the most, so that it ends in time
 IDEMPOTENCY_S = 24 * 3600  # how long a repeated request with the same key gets the first answer
+
+
+# A job's hash without spec and plan, and its progress, for who looks often.
+_MARK = """
+return {redis.call('HMGET', KEYS[1], 'status', 'n_cut', 'n_shards', 'first_done', 'last_done_at', 'error'),
+  redis.call('SCARD', KEYS[2]), redis.call('HGETALL', KEYS[3])}
+"""
 
 
 class TooManyJobs(ServiceError):
@@ -87,8 +95,10 @@ class Cancellation(NamedTuple):
 Page = tuple[list[JobRecord], str | None]  # jobs, and the cursor of the next page
 
 
-def connect(settings: Settings, n_retries: int = 5) -> Redis:
+def connect(settings: Settings, n_retries: int = 5, *, retry: Retry | None = None, answer_s: float = ANSWER_S) -> Redis:
     """Make a Redis client; its retries outlast a restart of Redis that takes a second or two.
+
+    `retry` replaces these retries, and `answer_s` is how long one answer may take.
 
     Raises:
         ServiceError: no Redis is configured.
@@ -101,10 +111,10 @@ def connect(settings: Settings, n_retries: int = 5) -> Redis:
     return Redis.from_url(
         settings.redis_url,
         # Not the default errors: they include the timeout of connecting, which is retried on its own.
-        retry=Retry(ExponentialBackoff(cap=1, base=0.05), n_retries, (ConnectionError, TimeoutError)),
+        retry=retry or Retry(ExponentialBackoff(cap=1, base=0.05), n_retries, (ConnectionError, TimeoutError)),
         retry_on_error=[BusyLoadingError, ConnectionError, TimeoutError],
-        socket_connect_timeout=2,
-        socket_timeout=10,
+        socket_connect_timeout=min(2.0, answer_s),
+        socket_timeout=answer_s,
     )
 
 
@@ -202,6 +212,18 @@ class JobStore:
         """The job in whatever state; None if there is none (any more)."""
         return self._load([job_id])[0]
 
+    def get_all(self, job_ids: Sequence[str]) -> Sequence[JobRecord | None]:
+        """Several jobs, as `get` gives each."""
+        return self._load(job_ids)
+
+    def marks(self, job_ids: Sequence[str]) -> Sequence[object]:
+        """What changes of these jobs, without spec and plan: equal as long as a job is as it was."""
+        with self.client.pipeline(transaction=False) as pipeline:  # a transaction is refused at maxmemory
+            for job_id in job_ids:
+                names = [keys.job(job_id), keys.done(job_id), keys.fractions(job_id)]
+                self._registered(_MARK)(keys=names, client=pipeline)
+            return pipeline.execute()
+
     def list(self, status: State | None = None, limit: int = 20, cursor: str | None = None) -> Page:
         """At most `limit` jobs, newest first, and the cursor of the next page (None after the last).
 
@@ -269,6 +291,42 @@ class JobStore:
         """The machine of the worker that started last; the cost table's machine where none has started."""
         known = self.client.hgetall(keys.MACHINE)
         return Machine(**{name.decode(): float(number) for name, number in known.items()})
+
+    def check_reads(self) -> None:
+        """Make sure that Redis can be read.
+
+        Raises:
+            RedisError: it can't.
+        """
+        self.client.exists(keys.JOBS)  # and no PING, which a server with a full disk refuses
+
+    def doubts(self) -> Sequence[str]:
+        """Sentences on settings of Redis by which jobs may be lost; none where it does not tell its settings."""
+        try:
+            info = self.client.info()
+        except ResponseError:  # this user may not ask
+            return []
+        found = []
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            found.append(
+                f"Redis drops data when its memory is full (maxmemory-policy {policy}): jobs and results may vanish. "
+                "Set it to noeviction."
+            )
+        if not info.get("aof_enabled", 1):
+            kept = "only snapshots of its data" if self._saves() else "nothing of its data"
+            found.append(
+                f"Redis keeps {kept} on its disk (appendonly no): accepted jobs are lost when it ends. "
+                "Set appendonly to yes."
+            )
+        return found
+
+    def _saves(self) -> bool:
+        """Whether Redis writes snapshots; also where it does not tell."""
+        try:
+            return bool(self.client.config_get("save").get("save", "unknown"))
+        except ResponseError:
+            return True
 
     # For the workers
 
@@ -511,7 +569,7 @@ def _make_record(job_id: str, raw: list[bytes], n_done: int, fractions: list[byt
         created_at=_time(fields["created_at"]),
         started_at=_time(fields["started_at"]) if "started_at" in fields else None,
         finished_at=_time(fields["finished_at"]) if "finished_at" in fields else None,
-        spec=JobSpec.model_validate_json(fields["spec"]),
+        spec=_read_spec(fields["spec"]),
         plan=_read_plan(fields["plan"]) if fields["plan"] else None,
         error=json.loads(fields["error"]) if "error" in fields else None,
     )
@@ -520,6 +578,11 @@ def _make_record(job_id: str, raw: list[bytes], n_done: int, fractions: list[byt
 @lru_cache(maxsize=16)  # polls of a job of thousands of shards parse the same plan
 def _read_plan(text: bytes) -> Plan:
     return Plan.model_validate_json(text)
+
+
+@lru_cache(maxsize=8)  # polls of a job of a million indices would take 200 ms each
+def _read_spec(text: bytes) -> JobSpec:
+    return JobSpec.model_validate_json(text)
 
 
 def _pace(fields: Mapping[str, bytes], done: float) -> float | None:

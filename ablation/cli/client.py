@@ -74,9 +74,16 @@ class Client:
                 continue
             last_seen = time.monotonic()
             if answer.status_code == httpx.codes.OK:
-                return answer.json()
+                return self._with_whole_spec(answer.json())
             on_poll(answer.json())
             time.sleep(_pause_s(answer.json()))
+
+    def _with_whole_spec(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The results with the whole spec, of which the server cuts long lists."""
+        about = results["summary"].get("about") or {"spec": {}}
+        if "full" in about["spec"]:
+            about["spec"] = self._ask("GET", about["spec"]["full"]).json()
+        return results
 
     def download(self, job: dict[str, Any], results: dict[str, Any], folder: Path) -> None:
         """Write the job's CSV, Parquet and summary into `folder`."""

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from ablation.inputs.catalog import NOTHING
 from ablation.spec import JobSpec, make_spec
@@ -74,13 +75,13 @@ def api(service: httpx.Client, store: JobStore) -> httpx.Client:
 
 
 @contextmanager
-def serving(settings: Settings) -> Iterator[httpx.Client]:
+def serving(settings: Settings, app: FastAPI | None = None) -> Iterator[httpx.Client]:
     """A client of a server on these settings, in a thread of this process."""
     # With its protocol named, asyncio turns Nagle's algorithm off, as it does for the real service: 40 ms an answer.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # a client that is quicker than the thread waits, and is not refused
-        server = uvicorn.Server(uvicorn.Config(make_app(settings), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app or make_app(settings), log_level="error"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         host, port = listener.getsockname()

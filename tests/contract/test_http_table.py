@@ -118,6 +118,18 @@ def test_an_unknown_job_is_404(service: Service, say: Say, path: str) -> None:
     say(f"GET /v1/jobs/{{unknown}}{path}: 404")
 
 
+def test_long_lists_of_a_spec_are_cut_and_can_be_had_whole(service: Service, say: Say) -> None:
+    spec = {**QUICK, "sites": {"indices": list(range(2000))}}
+    url = service.post(spec)
+    shown = service.client.get(url).json()["spec"]
+    assert (shown["sites"]["indices"], shown["lengths"]) == (list(range(10)), {"sites.indices": 2000})
+    assert service.client.get(shown["full"]).json()["sites"] == spec["sites"]
+    service.wait(url, "succeeded")
+    results = service.client.get(f"{url}/results").json()
+    assert (results["total_rows"], results["summary"]["about"]["spec"]["full"]) == (2000, shown["full"])
+    say("GET /v1/jobs/{id}/spec: 200, the whole spec; elsewhere lists of more than 1,000 entries are cut")
+
+
 def test_jobs_are_listed_newest_first_page_by_page(service: Service, done: str, say: Say) -> None:
     newest = [service.post(QUICK) for _ in range(3)]
     for url in newest:
