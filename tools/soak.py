@@ -49,6 +49,7 @@ STOP_S = 10.0  # a process that is told to stop ends within this
 PATIENCE_S = 300.0  # a job that has not ended after this long is lost
 ANSWER_S = 10.0  # a client without an answer tries again after this
 PAUSE_S = 0.2  # between two polls of a client
+N_TOMBSTONES = 150_000  # that one fault leaves
 N_FAULTS, N_HURRIED = 4, 6  # per round; hurried: the next fault comes before the service has recovered
 
 # Shards of some seconds; other settings by default or from this process's environment.
@@ -642,6 +643,47 @@ class Breaker:
             os.kill(pid, signal.SIGCONT)
         self.see_answer_again("Redis")
 
+    def make_replica(self, name: str) -> None:
+        """Let Redis refuse all writes for some seconds, as a master does that has been replaced."""
+        refuses_s = self.random.uniform(1, 8)
+        self.note(name, f"for {refuses_s:.1f} s")
+        self.store.client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        try:
+            self.client.over.wait(refuses_s)
+        finally:
+            self.store.client.execute_command("REPLICAOF", "NO", "ONE")
+        self.see_answer_again("Redis")
+
+    def unblock(self, name: str) -> None:
+        """End every wait for a message with an error."""
+        waiting = [client["id"] for client in self.store.client.client_list() if "b" in client["flags"]]
+        for number in waiting:
+            self.store.client.execute_command("CLIENT", "UNBLOCK", number, "ERROR")
+        self.note(name, f"{len(waiting)} connections")
+
+    def set_clock_back(self, name: str) -> None:
+        """Move what Redis has noted an hour ahead, as if its host's clock had been set back by an hour."""
+        jobs = [*self.store.jobs_in(State.QUEUED, State.RUNNING, State.FINALIZING, State.CANCELLING)]
+        of_jobs = [key(job_id) for job_id in jobs for key in (keys.leases, keys.waiting)]
+        for key in (*of_jobs, keys.WORKERS, keys.TURNS):
+            for member in self.store.client.zrange(key, 0, -1):
+                self.store.client.zadd(key, {member: 3600.0}, xx=True, incr=True)
+        for job_id in jobs:
+            if self.store.client.hexists(keys.job(job_id), "turn_began"):
+                self.store.client.hincrbyfloat(keys.job(job_id), "turn_began", 3600.0)
+        self.note(name, f"an hour, with {len(jobs)} jobs")
+
+    def bury(self, name: str) -> None:
+        """Put tombstones of 150,000 jobs into the store."""
+        now, state = self.store.now(), keys.in_state(State.EXPIRED)
+        with self.store.client.pipeline(transaction=False) as pipeline:
+            for number in range(N_TOMBSTONES):
+                job_id = f"over{number:012d}"
+                pipeline.hset(keys.job(job_id), mapping={"status": "expired", "seq": 0, "finished_at": now})
+                pipeline.zadd(keys.TOMBSTONES, {job_id: now}).zadd(state, {job_id: 0})
+            pipeline.execute()
+        self.note(name, f"{N_TOMBSTONES:,} expired jobs")
+
 
 def kill_child(service: Service, pid: int) -> None:
     """Kill the child process of a worker, which computes; its parent starts another one."""
@@ -665,6 +707,10 @@ FAULTS: dict[str, Callable[[Breaker, str], None]] = {
     "redis-kill": lambda breaker, name: breaker.kill_redis(name, breaker.random.uniform(0, 1)),
     "redis-away": lambda breaker, name: breaker.kill_redis(name, breaker.random.uniform(2, 12)),
     "redis-freeze": Breaker.freeze_redis,
+    "redis-replica": Breaker.make_replica,
+    "redis-unblocked": Breaker.unblock,
+    "redis-clock-back": Breaker.set_clock_back,
+    "tombstones": Breaker.bury,
 }
 WAYS: dict[str, tuple[type[Service], Sequence[str]]] = {
     "serve": (Served, [name for name in FAULTS if name != "redis-away"]),  # `ablation serve` restarts Redis at once
