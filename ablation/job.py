@@ -6,7 +6,7 @@ Not here: how a job is cut (`plan.py`), how it is run (`shard.py`, `run.py`).
 
 import platform
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -145,13 +145,16 @@ def class_names_of(data: DataSpec, dataset: Any) -> tuple[str, ...] | None:
     return classes_of(dataset) or (published_classes(data.name, facts.n_classes) if facts.n_classes else None)
 
 
-def say_inputs(job: Job) -> dict[str, Any]:
-    """What the job is of, in words, and what was noticed in its files, for the result. Headers of pictures are read."""
+def say_inputs(job: Job, doubts: Sequence[str] = ()) -> dict[str, Any]:
+    """What the job is of, in words, and what was noticed in its files, for the result. Headers of pictures are read.
+
+    `doubts` are warnings beside those of what was opened.
+    """
     told = job.inputs.model_dump(mode="json") if job.inputs else {"weights": None, "preprocessing": None, "classes": {}}
     notes = list(told.get("notes", ()))
     for name, split in job.splits.items():
         notes += [f"{name}: {said}" for said in say_pictures(split.dataset, split.indices)]
-    return told | {"notes": notes, "warnings": list(job.warnings)}
+    return told | {"notes": notes, "warnings": [*job.warnings, *doubts]}
 
 
 def _activations_of(job: Job, model: str, folders: Folders) -> Activations | None:

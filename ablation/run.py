@@ -24,7 +24,7 @@ from ablation.memory import run_smaller
 from ablation.partial import Gathered, PartialSums, take_rows
 from ablation.plan import Plan, PlanOptions, Shard
 from ablation.proof import rms, run_proof
-from ablation.shard import drop_notes, run_shard, threads_of
+from ablation.shard import doubt_outputs, drop_notes, run_shard, threads_of
 from ablation.sites import EveryWeight, find_not_finite
 from ablation.spec import JobSpec
 from ablation.table import ImportanceTable, make_table
@@ -147,11 +147,12 @@ def make_result(job: Job, totals: dict[str, PartialSums], *, seconds: float) -> 
     told = failures_told(job.model, lambda: "the examples of the proof")
     with told, run_plainly(), threads_of(job.plan):
         proof = run_proof(job, measured, rows)
+        doubts = doubt_outputs(job)
     drop_notes(job)
     about = {
         "spec": job.spec.model_dump(mode="json"),
         "plan": job.plan.model_dump(mode="json", exclude={"shards"}),
-        "inputs": say_inputs(job),
+        "inputs": say_inputs(job, doubts),
         "baseline": {name: _baseline(total) for name, total in measured.items()},
         "proof": proof,
         "n_not_finite": 0 if not_finite is None else int(not_finite.sum()),

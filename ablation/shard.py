@@ -24,6 +24,7 @@ from ablation.found import Unchanged, Writes
 from ablation.inputs.data import is_stateless, load_batches, name_example
 from ablation.intake import failures_told, run_plainly
 from ablation.job import Job, Split, check_pictures
+from ablation.loss import CrossEntropy
 from ablation.partial import PartialSums
 from ablation.plan import Plan, Shard
 from ablation.precision import fit
@@ -35,6 +36,11 @@ READY_SHARE = 0.05  # of a shard's progress, once it is ready for its first batc
 FILL_SHARE = 0.5  # of the rest, where all of its activations are missing
 N_READ_TWICE = 64  # examples of a split that are read twice before it is worked on
 REREAD_EVERY = 32  # and one example in so many once more, while it is
+SUM_TOLERANCE = 1e-2  # of the sum of outputs that count as probabilities, in half precision too
+PROBABILITIES = (
+    "the model's outputs look like probabilities (none is negative, and each example's add up to 1), and the "
+    "cross-entropy takes them for logits: measure the model without its last softmax."
+)
 N_CHECKED = 32  # examples at the beginning of a split that the model is checked on
 
 
@@ -154,6 +160,17 @@ def shaken(seed: int) -> Iterator[None]:
     finally:
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
+
+
+def doubt_outputs(job: Job) -> list[str]:
+    """A warning where the model's outputs look like probabilities, of which a cross-entropy of logits says nothing."""
+    split = next(iter(job.splits))
+    if not isinstance(job.loss, CrossEntropy):
+        return []
+    inputs, _ = next(read(job, split, np.arange(min(2, len(job.splits[split].indices)))))
+    outputs = intact_logits(job.model, inputs).double()
+    are_probabilities = outputs.min() >= 0 and (outputs.sum(dim=1) - 1).abs().max() < SUM_TOLERANCE
+    return [PROBABILITIES] if are_probabilities else []
 
 
 def reread(job: Job, split: str, positions: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

@@ -390,6 +390,21 @@ def test_a_pruned_layer_keeps_its_own_tensors() -> None:
     assert all(getattr(model[0], name) is tensor for name, tensor in held.items())
 
 
+def test_outputs_that_are_probabilities_are_warned_of() -> None:
+    def warnings_of(model: nn.Module, loss: Any = "cross_entropy") -> list[str]:
+        table = ablation.ablate(model, "0", {"test": ROWS}, sites=3, loss=loss, progress=False)
+        return [each for each in table.summary()["warnings"] if "probabilities" in each]
+
+    class NegativeLogLikelihood:
+        def values(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return -logits.log().gather(1, labels[:, None]).squeeze(1)
+
+    assert len(warnings_of(nn.Sequential(*mlp(), nn.Softmax(dim=1)))) == 1
+    assert warnings_of(nn.Sequential(*mlp(), nn.LogSoftmax(dim=1))) == []
+    assert warnings_of(mlp()) == []
+    assert warnings_of(nn.Sequential(*mlp(), nn.Softmax(dim=1)), NegativeLogLikelihood()) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_on_a_cpu(dtype: torch.dtype) -> None:
     model = convnet().to(dtype)
