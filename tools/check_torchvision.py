@@ -407,7 +407,7 @@ Written by `make check-torchvision` (`tools/check_torchvision.py`) from `benchma
 
 **{n_within} of {n_all} results within bounds: {n_models} models, {n_layers} layers**, each in `mixed` and `float64`,
 by the table of rules and by the general exact rule alone. torch {torch}, torchvision {torchvision}. The engine, by the
-beginning of the SHA-256 of `ablation/engine/*.py`: {engine}.
+beginning of the SHA-256 of `ablation/engine/**/*.py`: {engine}.
 
 {n_moving} of the {n_sites} ablated weights move the loss by more than 1e-8 nats, the median one by {median}.
 {n_one_by_one} results (marked *) fell back to running the sites one by one. In {n_wide} results in `mixed` (marked ^)

@@ -302,16 +302,20 @@ if status == 'cancelling' and redis.call('ZCARD', leases) == 0 then move('cancel
 return {status, moved and 1 or 0}
 """)
 
-# -> the state after the call; a job in a terminal state becomes a tombstone
+# keep_s -> the state after the call; a job in a terminal state becomes a tombstone. Its plan stays where the request
+# that made it may still be repeated.
 EXPIRE = _script("""
 if move('expired') then
   redis.call('UNLINK', result, tbl)
   redis.call('ZREM', jobs, id)
 end
 if status == 'expired' and redis.call('ZREM', finished, id) == 1 then
-  redis.call('HSET', job, 'plan', '')
-  redis.call('HDEL', job, 'first_plan', 'error', 'found')
   redis.call('ZADD', tombstones, now, id)
+  redis.call('HDEL', job, 'error', 'found')
+  if now - redis.call('HGET', job, 'created_at') > tonumber(ARGV[2]) then
+    redis.call('HSET', job, 'plan', '')
+    redis.call('HDEL', job, 'first_plan')
+  end
 end
 return status
 """)

@@ -246,7 +246,7 @@ class JobStore:
 
     def delete(self, job_id: str) -> State | None:
         """Drop a job's results and return its state: `expired`, or the one that forbids it; None for an unknown job."""
-        return _state(self._run(scripts.EXPIRE, job_id))
+        return _state(self._run(scripts.EXPIRE, job_id, IDEMPOTENCY_S))
 
     def table_blocks(self, job_id: str) -> Iterator[bytes]:
         """The table, block by block (`codec.decode_block`).
@@ -493,7 +493,7 @@ class JobStore:
             (keys.TOMBSTONES, tombstone_s, scripts.FORGET),
         ):
             for job_id in self.client.zrangebyscore(key, "-inf", self.now() - age_s, start=0, num=AT_ONCE):
-                self._run(script, job_id.decode())
+                self._run(script, job_id.decode(), IDEMPOTENCY_S)
 
     def note_worker(self, worker: str) -> None:
         """Record that this worker is alive."""

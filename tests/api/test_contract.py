@@ -8,12 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.api.test_main import COMMAND, PATIENCE_S, environment
-from worker import keys
 from worker.settings import Settings
 from worker.store import JobStore
 
@@ -27,7 +27,15 @@ OPTIONS = [
 def test_the_service_does_what_its_document_says(
     settings: Settings, store: JobStore, tmp_path: Path, phases: str
 ) -> None:
-    store.client.zadd(keys.WORKERS, {"a-worker": store.now() + 3600})  # `/readyz` is to be 200 until the end
+    over = threading.Event()
+
+    def live() -> None:
+        while not over.wait(0.5):
+            store.note_worker("a-worker")  # `/readyz` is to be 200 until the end
+
+    store.note_worker("a-worker")
+    worker = threading.Thread(target=live)
+    worker.start()
     variables = {**environment(settings), "ABLATION_PORT": "0"}
     with subprocess.Popen(COMMAND, env=variables, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -38,6 +46,8 @@ def test_the_service_does_what_its_document_says(
             command = [Path(sys.executable).parent / "schemathesis", "run", f"{address}/openapi.json", *OPTIONS]
             run = subprocess.run([*command, f"--phases={phases}"], cwd=tmp_path, capture_output=True, text=True)
         finally:
+            over.set()
+            worker.join()
             process.send_signal(signal.SIGTERM)
             _, log = process.communicate(timeout=PATIENCE_S)
     assert run.returncode == 0, run.stdout

@@ -27,6 +27,7 @@ from worker.runner import Worker
 from worker.settings import Settings
 from worker.states import State
 from worker.store import JobRecord, JobStore
+from worker.watchdog import Progress
 
 MakeJob = Callable[..., JobRecord]
 SITES = {"count": 5, "seed": 0}
@@ -244,7 +245,7 @@ def test_a_table_that_fails_its_proof_fails_the_job(
 
 def test_the_heart_beats_on_while_redis_is_away(caplog: pytest.LogCaptureFixture) -> None:
     away = JobStore(Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0)))
-    heart = runner.Heartbeat(away, "job", "shard", "a")
+    heart = runner.Heartbeat(away, "job", "shard", "a", Progress())
     heart.on_batch(0.5)
     assert heart.wanted
     assert "no beat" in caplog.text

@@ -125,12 +125,6 @@ class Job:
         lease = self.lease(shard)
         return lease.owner if lease else "a"
 
-    def as_posted(self) -> JobRecord:
-        """What the request that made it is answered again: a tombstone keeps no plan."""
-        if self.status is not State.EXPIRED or self.first.plan is None:
-            return self.first
-        return self.first.model_copy(update={"plan": None, "progress": Progress(done=0, total=1)})
-
     def leave_line(self) -> None:
         if self in self.world.line:
             self.world.line.remove(self)
@@ -653,7 +647,7 @@ class Service(RuleBasedStateMachine):
         check_records(self.store, [job for job in self.made if job.status])
         for key in self.posted:
             known = self.known(key)
-            assert self.store.posted(key) == (known.as_posted() if known else None)
+            assert self.store.posted(key) == (known.first if known else None)
         self.last = states
 
 
@@ -772,9 +766,9 @@ def check_records(store: JobStore, jobs: Sequence[Job]) -> None:
     assert len(records) == len(jobs)
     for job in jobs:
         record = records[job.id]
-        error, plan = (None, None) if job.status is State.EXPIRED else (job.error, job.plan)
+        error = None if job.status is State.EXPIRED else job.error
         assert (record.status, record.error, record.progress) == (job.status, error, job.progress())
-        assert (record.plan, record.n_cut) == (plan if job.is_planned else None, job.n_cut)
+        assert (record.plan, record.n_cut) == (job.plan if job.is_planned else None, job.n_cut)
         assert (record.started_at is not None) == job.is_started
         assert (record.finished_at is not None) == (job.status in TERMINAL)
 

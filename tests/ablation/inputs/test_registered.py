@@ -45,7 +45,8 @@ def test_nothing_is_registered_without_the_package() -> None:
 @pytest.mark.usefixtures("registered")
 def test_names_and_facts_stand_beside_the_built_in_ones() -> None:
     here = registered_here()
-    nets = {f"{kind}_net" for kind in ("stripe", "broken", "batch", "restless", "mean", "deadly", "hungry")}
+    kinds = ("stripe", "broken", "batch", "restless", "mean", "deadly", "hungry", "endless", "leaving")
+    nets = {f"{kind}_net" for kind in kinds}
     assert set(catalog.model_names(here)) - set(catalog.model_names()) == nets
     assert catalog.dataset_names(here)[-2:] == ("broken_data", "stripes")
     facts = catalog.model_facts("stripe_net", here)
