@@ -103,7 +103,7 @@ class Heartbeat:
 def beating(worker: Worker, job_id: str, shard_id: str) -> Iterator[Heartbeat]:
     """Run a heartbeat in a thread; torch and the compiled loops release the interpreter lock while they compute."""
     heart = Heartbeat(worker.store, job_id, shard_id, worker.owner, worker.progress)
-    worker.progress.begin(job_id, worker.settings.hang_s)
+    worker.progress.begin(job_id, worker.settings.hang_s * worker.settings.hang_factor)  # until the job is opened
     thread = threading.Thread(target=heart.run, args=(worker.settings.beat_s,), name="heartbeat", daemon=True)
     thread.start()
     try:
@@ -285,10 +285,11 @@ def finalize(worker: Worker, job_id: str) -> None:
         from ablation.statistics import make_summary
 
         record = get_record(worker.store, job_id)
-        worker.progress.allow(find_patience(worker.settings, stored_plan(record), 1))
-        partials = map(read_partial, worker.store.partials(job_id, stored_plan(record)))
+        job = load(worker, record)
+        worker.progress.allow(find_patience(worker.settings, job.plan, 1))
+        partials = map(read_partial, worker.store.partials(job_id, job.plan))
         seconds = worker.store.now() - (record.started_at or record.created_at).timestamp()
-        table = finish_job(load(worker, record), partials, seconds=seconds)
+        table = finish_job(job, partials, seconds=seconds)
         worker.store.save_table(job_id, worker.owner, table.about, make_summary(table), codec.encode_blocks(table))
         _loaded.clear()
 
