@@ -59,9 +59,8 @@ TROUBLES: dict[str, tuple[Callable[[Redis], None], Callable[[Redis], None]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "trouble", ["READONLY", *(pytest.param(name, marks=pytest.mark.slow) for name in ("OOM", "UNBLOCKED"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", TROUBLES)
 def test_an_idle_worker_waits_and_goes_on(
     store: JobStore, celery: Celery, settings: Settings, tmp_path: Path, trouble: str
 ) -> None:
